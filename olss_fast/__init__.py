@@ -1,0 +1,63 @@
+"""Fewer network evaluations for diffusion sampling, at the quality of a long run.
+
+    schedule = olss_fast.NoiseSchedule.from_betas(betas, prediction_type="epsilon")
+    result = olss_fast.tune(network, noise=noise, schedule=schedule, steps=[5, 8])
+    images = olss_fast.sample(result.plans[5], network, noise)
+
+Everything is loaded when it is first asked for (PEP 562): importing the package loads neither numpy nor torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from olss_fast import demo, errors, metrics, solvers
+    from olss_fast.noise_schedule import NoiseSchedule
+    from olss_fast.plan import Plan
+    from olss_fast.report import Candidate, Report
+    from olss_fast.sampling import sample
+    from olss_fast.tuning import TuneResult, tune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Candidate",
+    "NoiseSchedule",
+    "Plan",
+    "Report",
+    "TuneResult",
+    "__version__",
+    "demo",
+    "errors",
+    "metrics",
+    "sample",
+    "solvers",
+    "tune",
+]
+
+_SUBMODULES = {"demo", "errors", "metrics", "solvers"}
+_HOME = {
+    "Candidate": "report",
+    "NoiseSchedule": "noise_schedule",
+    "Plan": "plan",
+    "Report": "report",
+    "TuneResult": "tuning",
+    "sample": "sampling",
+    "tune": "tuning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,174 @@
+"""The tables of a report, for a terminal or as plain text."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from olss_fast.report import ANALYTIC, FITTED, PUBLISHED, UNIFORM
+
+if TYPE_CHECKING:
+    from olss_fast.report import Candidate, Report
+
+FAMILY_NAMES: Mapping[str, str] = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "heun": "Heun",
+    "dpm_solver": "DPM-Solver",
+    "dpm_solver_pp": "DPM-Solver++",
+    "unipc": "UniPC",
+    "deis": "DEIS",
+    "pndm": "PNDM",
+    "plms": "PLMS",
+    "ipndm": "iPNDM",
+}
+
+
+def family(candidate: Candidate) -> str:
+    """Name of the solver family of an analytic candidate: all its orders, variants and spacings together."""
+    method = candidate.plan.metadata.get("method", candidate.name)
+    return FAMILY_NAMES.get(method, method)
+
+
+def families(candidates: Iterable[Candidate]) -> dict[str, dict[int, Candidate]]:
+    """For each family of the analytic candidates and each NFE the best of them, families in order of appearance.
+
+    Those scored on more samples come before those dropped early, whose means are on too few to compare.
+    """
+    best: dict[str, dict[int, Candidate]] = {}
+    for candidate in candidates:
+        if candidate.kind != ANALYTIC:
+            continue
+        members = best.setdefault(family(candidate), {})
+        current = members.get(candidate.nfe)
+        if current is None or (-candidate.samples, candidate.mean) < (-current.samples, current.mean):
+            members[candidate.nfe] = candidate
+    return best
+
+
+def summary_table(report: Report) -> Table:
+    """For each NFE OLSS, the best analytic solver, their ratio, at how many NFE analytic solvers are as good."""
+    table = Table(box=box.SIMPLE_HEAD, title=_title(report), title_justify="left", title_style="bold")
+    for name in (
+        "NFE",
+        "OLSS",
+        "best\nanalytic",
+        "which",
+        "ratio",
+        "analytic\nneeds",
+        "uniform\npath",
+        "as\npublished",
+    ):
+        table.add_column(name, justify="left" if name == "which" else "right")
+    table.add_column("scored", justify="right")
+    for nfe in report.nfes:
+        if any(candidate.kind != ANALYTIC for candidate in report.at(nfe, partial=True)):
+            table.add_row(*_summary_row(report, nfe))
+    table.caption = (
+        f"analytic needs: NFE at which the best analytic solver equals OLSS. scored: on all {report.held_out} "
+        "samples, of those tried; the others were dropped after a few."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _summary_row(report: Report, nfe: int) -> list[str]:
+    fitted, analytic = report.find(nfe, FITTED), report.find(nfe, ANALYTIC)
+    ratio = fitted.mean / analytic.mean if fitted and analytic and analytic.mean > 0.0 else math.nan
+    tried = report.at(nfe, partial=True)
+    return [
+        str(nfe),
+        f"[bold]{number(fitted)}[/]" if fitted else "-",
+        number(analytic),
+        analytic.name if analytic else "-",
+        "-" if math.isnan(ratio) else f"{ratio:.2f}",
+        equivalent(report, fitted),
+        number(report.find(nfe, UNIFORM)),
+        number(report.find(nfe, PUBLISHED)),
+        f"{sum(each.samples == report.held_out for each in tried)}/{len(tried)}",
+    ]
+
+
+def solver_table(report: Report) -> Table:
+    """Solver families down, NFE across, each at its best order and spacing; the best of a column in bold."""
+    table = Table(box=box.SIMPLE_HEAD, title=_title(report), title_justify="left", title_style="bold")
+    table.add_column("solver (best order and spacing)")
+    for nfe in report.nfes:
+        table.add_column(f"{nfe} NFE", justify="right")
+    best = {nfe: min(each.mean for each in report.at(nfe, partial=True)) for nfe in report.nfes}
+    rows = [*families(report.candidates).items(), *_fitted_rows(report)]
+    for name, members in rows:
+        table.add_row(name, *(_cell(members.get(nfe), report, best[nfe]) for nfe in report.nfes))
+    if any(candidate.kind == FITTED for candidate in report.candidates):
+        table.add_section()
+        table.add_row(
+            "best analytic equals OLSS at",
+            *(equivalent(report, report.find(nfe, FITTED)) for nfe in report.nfes),
+        )
+    if any(candidate.samples < report.held_out for candidate in report.candidates):
+        table.caption = f"~ dropped after a few samples; all others are on {report.held_out}."
+        table.caption_justify = "left"
+    return table
+
+
+def _fitted_rows(report: Report) -> list[tuple[str, dict[int, Candidate]]]:
+    kinds = list(dict.fromkeys(each.kind for each in report.candidates if each.kind != ANALYTIC))
+    names = {FITTED: "OLSS", UNIFORM: "OLSS, uniform path", PUBLISHED: "OLSS, as published"}
+    return [
+        (names.get(kind, kind), {nfe: best for nfe in report.nfes if (best := report.find(nfe, kind))})
+        for kind in kinds
+    ]
+
+
+def _cell(candidate: Candidate | None, report: Report, best: float) -> str:
+    if candidate is None:
+        return "-"
+    if candidate.samples < report.held_out:
+        return f"[dim]~{number(candidate)}[/]"
+    return f"[bold]{number(candidate)}[/]" if candidate.mean == best else number(candidate)
+
+
+def number(candidate: Candidate | None) -> str:
+    """The mean error in as many digits as its size deserves, "-" for None."""
+    if candidate is None:
+        return "-"
+    mean = candidate.mean
+    return f"{mean:.4f}" if mean < 10.0 else f"{mean:.3g}"
+
+
+def equivalent(report: Report, fitted: Candidate | None) -> str:
+    """At how many NFE the best analytic solver is as good as `fitted`, "> most" beyond what was scored."""
+    scored = [nfe for nfe in report.nfes if report.find(nfe, ANALYTIC)]
+    if fitted is None or not scored:
+        return "-"
+    nfe = report.matching_nfe(fitted.mean)
+    if math.isinf(nfe):
+        return f"> {scored[-1]}"
+    return f"≤ {scored[0]}" if nfe == scored[0] else f"{nfe:.1f}"
+
+
+def render(table: Table, *, width: int = 110) -> str:
+    """As text: with colours where standard output is a terminal, else plain."""
+    terminal = sys.stdout.isatty()
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=terminal,
+        no_color=not terminal,
+        highlight=False,
+        legacy_windows=False,
+    )
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _title(report: Report) -> str:
+    return f"RMSE to the {report.teacher.nfe}-step teacher from the same noise, mean over {report.held_out} samples"
