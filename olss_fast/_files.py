@@ -1,0 +1,128 @@
+"""Reading and writing whole files so that a crash, a full disk or a hostile path ends in a named error."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from olss_fast._text import printable
+from olss_fast.errors import OlssError, PlanFileError
+
+AnyPath = str | os.PathLike[str]
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "the file would exceed a size limit of the process or file system; raise it or choose another folder",
+    errno.EACCES: "permission denied; choose a place you may use, or change its permissions",
+    errno.EPERM: "permission denied; choose a place you may use, or change its permissions",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOENT: "no such file or folder; check the path, and create the folder first",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; check the path",
+    errno.EISDIR: "it is a folder; give the path of a file",
+    errno.ELOOP: "the path is a loop of symbolic links; give the path of the file itself",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+}
+
+
+def write_atomically(path: AnyPath, data: bytes, *, error: type[OlssError] = PlanFileError) -> None:
+    """Write `data` to `path` so that after a crash the file is the old one or the new one, never a part.
+
+    A temporary file in the same folder is written, flushed to the disk and renamed over `path`; then the folder is
+    flushed. If anything fails the temporary file is removed and what was at `path` stays as it was. (A process
+    killed outright may leave a `.<random>.tmp` file, which is safe to delete.)
+
+    Raises `error` (PlanFileError unless told): the disk is full, the folder is missing or may not be written, or
+    `path` is a folder, a device or a symbolic link (a rename would replace the link and not what it points to).
+    """
+    try:
+        target = Path(path)
+        _check_target(target)
+        temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+        _write_new(temporary, target, data)
+        _flush_folder(target.parent)
+    except (OSError, ValueError, TypeError) as cause:
+        raise error(f"cannot write {len(data)} bytes to {_shown(path)}: {_reason(cause)}") from cause
+
+
+def read_bounded(path: AnyPath, limit: int, *, error: type[OlssError] = PlanFileError) -> bytes:
+    """The bytes of a regular file (or of what a symbolic link leads to), refused before reading if beyond `limit`.
+
+    Raises `error`: nothing there, a folder, device or pipe, not readable, or larger than `limit` bytes.
+    """
+    try:
+        source = Path(path)
+        status = source.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever, a device may never end
+            raise OSError(f"it is {_kind(status.st_mode)}; give the path of a file")
+        if status.st_size > limit:
+            raise OSError(f"it has {status.st_size} bytes; expected at most {limit}; is it the right file?")
+        with source.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise OSError(f"it grew beyond {limit} bytes while it was read; is it the right file?")
+    except (OSError, ValueError, TypeError) as cause:
+        raise error(f"cannot read {_shown(path)}: {_reason(cause)}") from cause
+    return data
+
+
+def _check_target(target: Path) -> None:
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise OSError(f"it is {_kind(mode)}; give the path of a file, or of one to be created")
+
+
+def _write_new(temporary: Path, target: Path, data: bytes) -> None:
+    # O_EXCL never follows a link that somebody placed there; mode 0666 leaves the permissions to the user's umask.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(temporary, flags, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:  # also on Ctrl-C: leave nothing half-written behind
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can do that."""
+    if os.name == "nt":
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as cause:
+        # A folder that may be written but not listed, or a file system that cannot flush folders: the file is whole.
+        if cause.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a symbolic link" if stat.S_ISLNK(mode) else "a device, pipe or socket"
+
+
+def _reason(cause: Exception) -> str:
+    number = cause.errno if isinstance(cause, OSError) else None
+    return _ADVICE.get(number, str(cause)) if number is not None else str(cause)
+
+
+def _shown(path: object) -> str:
+    """The path in quotes; where it is long, its two ends."""
+    text = printable(repr(os.fspath(path) if isinstance(path, str | os.PathLike) else path))
+    return text if len(text) <= 200 else text[:100] + "…" + text[-99:]

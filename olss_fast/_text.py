@@ -1,0 +1,18 @@
+"""Showing text of unknown origin: metadata of a foreign file, a path, a value that was not expected."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """Text with control characters escaped, so that a foreign file cannot drive the reader's terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def clipped(text: str, width: int) -> str:
+    """At most `width` characters, the last one an ellipsis if something was left out."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def quoted(value: object, width: int = 60) -> str:
+    """`repr` for an error message: printable and short."""
+    return clipped(printable(repr(value)), width)
