@@ -1,0 +1,181 @@
+"""Coefficients of a student's rows, by ridge regression on a recorded teacher.
+
+Row k+1 of the student is w minimising
+
+    || A w - x_{s_{k+1}} ||^2 / M  +  ridge * sum_j m_j (w_j - p_j)^2,        A = [x_T, f_{s_1} .. f_{s_{k+1}}]
+
+over all M pixels of the fit samples, with m_j the mean square of column j (so `ridge` has no unit) and p the row of
+an analytic solver at the same times (Duan et al. 2023, section 4, with the shrinkage target moved from 0 to p).
+*Teacher-forced* rows, as originally published, use the teacher's outputs for A; *on-policy* rows use the outputs on
+the student's own rollout, row after row, and so correct the drift of the earlier rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from olss_fast import solvers
+from olss_fast.executors import reference
+from olss_fast.network import Denoiser, require_finite
+from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Plan
+from olss_fast.sampling import network_dtype
+from olss_fast.teacher import Recording, merge_triangles, triangle
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every fit needs: a recorded teacher, the network that the student asks, and the noise of all samples."""
+
+    recording: Recording
+    denoiser: Denoiser
+    noise: Tensor
+    schedule: NoiseSchedule
+    branches: int = 1
+
+    def ask(self, x: Tensor, timestep: float, chunk: slice) -> Tensor:
+        """Raw outputs (branches, B, ...) in float64."""
+        dtype = network_dtype(self.denoiser.networks[0], self.noise.dtype)
+        return self.denoiser(x.to(dtype), timestep, chunk, branches=self.branches).to(torch.float64)
+
+    def with_branches(self, branches: int) -> Task:
+        return replace(self, branches=branches)
+
+
+@dataclass(frozen=True)
+class Student:
+    """Rows (n+1, 1 + n branches) and evaluation times (n,) of a sampler that is being fitted."""
+
+    rows: Float64
+    timesteps: Float64
+
+    @property
+    def nfe(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def branches(self) -> int:
+        return (self.rows.shape[1] - 1) // self.nfe
+
+    def known(self, evaluation: int) -> int:
+        """How many columns exist when row `evaluation` is formed."""
+        return 1 + evaluation * self.branches
+
+    def plan(self, schedule: NoiseSchedule, metadata: dict[str, str]) -> Plan:
+        scale = schedule.input_scale(self.timesteps)
+        return Plan(
+            timesteps=self.timesteps,
+            rows=self.rows,
+            alphas=np.append(schedule.alpha(self.timesteps) * scale, 1.0),
+            sigmas=np.append(schedule.sigma(self.timesteps) * scale, 0.0),
+            branches=self.branches,
+            metadata={**schedule.metadata(), **metadata},
+        )
+
+
+def analytic_student(task: Task, timesteps: Float64) -> Student:
+    """DPM-Solver++ 2M at the same times: what the fitted rows are shrunk toward, f = u + g (c - u) split if asked."""
+    rows = np.array(solvers.dpm_solver_pp(task.schedule, timesteps=timesteps, order=2).rows)
+    if task.branches == 2:
+        g = task.denoiser.guidance_scale
+        split = np.stack([(1.0 - g) * rows[:, 1:], g * rows[:, 1:]], axis=2).reshape(len(rows), -1)
+        rows = np.concatenate([rows[:, :1], split], axis=1)
+    return Student(rows, np.asarray(timesteps, dtype=np.float64))
+
+
+def ridge_solve(r: Float64, pixels: int, ridge: float, prior: Float64) -> Float64:
+    """The row w (C,) from the triangle (C+1, C+1) of the columns [A | target]; see the module's equation."""
+    a, target = r[:, :-1], r[:, -1]
+    shrink = np.diag(np.sqrt(ridge) * np.linalg.norm(a, axis=0))
+    left = np.concatenate([a, shrink])
+    right = np.concatenate([target - a @ prior, np.zeros(len(prior))])
+    correction: Float64 = np.linalg.lstsq(left, right, rcond=None)[0]
+    return prior + correction
+
+
+def teacher_forced(task: Task, path: Sequence[int], ridge: float) -> Student:
+    """All rows from the triangle alone, on the teacher's own outputs (as originally published). No network calls."""
+    recording = task.recording
+    r, teacher = recording.r, recording.teacher
+    prior = analytic_student(task, teacher.timesteps[list(path)])
+    rows = np.zeros_like(prior.rows)
+    rows[0, 0] = teacher.rows[0, 0]
+    for k, target in enumerate([*path[1:], teacher.nfe]):
+        columns = [0, *(1 + i for i in path[: k + 1])]
+        both = np.concatenate([r[:, columns], (r @ teacher.rows[target])[:, None]], axis=1)
+        rows[k + 1, : k + 2] = ridge_solve(both, recording.pixels, ridge, prior.rows[k + 1, : k + 2])
+    return Student(rows, prior.timesteps)
+
+
+def on_policy(
+    task: Task,
+    path: Sequence[int],
+    ridge: float,
+    *,
+    samples: range | None = None,
+    progress: Callable[[int], object] = lambda samples: None,
+) -> Student:
+    """Rows fitted one after the other on the student's own rollout over the fit samples (or `samples` of them).
+
+    Costs len(path) evaluations a sample. The rollout's history lives on disk, so memory does not grow with samples.
+    """
+    recording = task.recording
+    samples = samples or recording.split.fit
+    student = analytic_student(task, recording.teacher.timesteps[list(path)])
+    prior, rows = student.rows, np.zeros_like(student.rows)
+    rows[0, 0] = recording.teacher.rows[0, 0]
+    pixels = len(samples) * task.noise[0].numel()
+    with TemporaryDirectory(prefix="olss-rollout-", dir=recording.store.folder) as folder:
+        history = History(Path(folder), task, samples)
+        for k, target in enumerate([*path[1:], recording.teacher.nfe]):
+            triangles = []
+            for chunk in recording.chunks(samples):
+                columns = history.advance(chunk, rows[k], float(student.timesteps[k]), k)
+                wanted = recording.state(chunk, target).to(columns.device)
+                triangles.append(triangle(torch.cat([columns, wanted[None]])))
+                progress(chunk.stop - chunk.start)
+            known = student.known(k + 1)
+            rows[k + 1, :known] = ridge_solve(merge_triangles(triangles), pixels, ridge, prior[k + 1, :known])
+    return Student(rows, student.timesteps)
+
+
+class History:
+    """The columns [x_T | f_0 ..] of a student's rollout, one file a chunk, so that only one chunk is in memory."""
+
+    def __init__(self, folder: Path, task: Task, samples: range) -> None:
+        self.folder, self.task = folder, task
+        for chunk in task.recording.chunks(samples):
+            self._append(chunk, task.noise[chunk][None])
+
+    def _file(self, chunk: slice) -> Path:
+        return self.folder / str(chunk.start)
+
+    def _append(self, chunk: slice, columns: Tensor) -> None:
+        with self._file(chunk).open("ab") as file:
+            file.write(columns.to(torch.float32).cpu().contiguous().numpy().tobytes())
+
+    def read(self, chunk: slice) -> Tensor:
+        """(columns so far, B, ...) in float64, on the noise's device."""
+        noise = self.task.noise
+        flat = np.fromfile(self._file(chunk), dtype=np.float32)
+        shape = (-1, chunk.stop - chunk.start, *noise.shape[1:])
+        return torch.from_numpy(flat).reshape(shape).to(noise.device).to(torch.float64)
+
+    def advance(self, chunk: slice, row: Float64, timestep: float, evaluation: int) -> Tensor:
+        """Ask the network at row . columns, keep the outputs, and return all columns including them."""
+        columns = self.read(chunk)
+        x = reference.combine(torch.as_tensor(row[: len(columns)], device=columns.device), columns)
+        outputs = self.task.ask(x, timestep, chunk)
+        require_finite(outputs, step=evaluation, first_sample=chunk.start)
+        self._append(chunk, outputs)
+        return torch.cat([columns, outputs])

@@ -1,0 +1,186 @@
+"""What a sampler sees of a network: raw outputs for a slice of the samples, after guidance, shape-checked.
+
+Classifier-free guidance (Ho & Salimans 2022) lives inside the output: f = u + g (c - u), with u the unconditional and
+c the conditional output. With two branches u and c are handed on apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olss_fast.errors import InputError, NetworkError
+
+Network = Callable[..., Any]
+"""`network(x, timestep, **conditioning) -> raw output`: x (B, ...), timestep (B,) float32, output of x's shape."""
+
+Conditioning = Mapping[str, Any]
+
+
+class Denoiser:
+    """A network (or several, for a model schedule) with its conditioning and guidance.
+
+    Arguments of the conditioning whose first dimension is the number of samples are sliced with the samples;
+    everything else is handed on whole. `evaluations` counts samples x network evaluations; a guided pair counts once.
+
+    Raises `InputError` for guidance without `unconditional`, or for the two having different keys.
+    """
+
+    def __init__(
+        self,
+        network: Network | Sequence[Network],
+        *,
+        samples: int,
+        conditioning: Conditioning | None = None,
+        unconditional: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+        doubled: bool = True,
+    ) -> None:
+        self.networks: tuple[Network, ...] = (network,) if callable(network) else tuple(network)
+        if not self.networks or not all(callable(each) for each in self.networks):
+            raise InputError(f"network must be a callable or a sequence of callables, got {network!r}")
+        self.samples = samples
+        self.guidance_scale = float(guidance_scale)
+        self.conditioning = dict(conditioning or {})
+        self.unconditional = None if unconditional is None else dict(unconditional)
+        self.doubled = doubled
+        self.evaluations = 0
+        self._check()
+
+    def _check(self) -> None:
+        if not torch.isfinite(torch.tensor(self.guidance_scale)):
+            raise InputError(f"guidance_scale must be finite, got {self.guidance_scale}")
+        if self.unconditional is None:
+            if self.guidance_scale != 1.0:
+                raise InputError(
+                    f"guidance_scale={self.guidance_scale} needs the unconditional arguments too: pass "
+                    "unconditional={...} with the same keys as conditioning, or guidance_scale=1.0"
+                )
+            return
+        if set(self.unconditional) != set(self.conditioning):
+            raise InputError(
+                f"unconditional has the keys {sorted(self.unconditional)} but conditioning has "
+                f"{sorted(self.conditioning)}: give both the same"
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether an evaluation asks the network twice."""
+        return self.unconditional is not None and self.guidance_scale != 1.0
+
+    def require_networks(self, highest: int) -> None:
+        if highest >= len(self.networks):
+            raise InputError(f"the plan uses network {highest}, but {len(self.networks)} came: pass a list of networks")
+
+    def __call__(self, x: Tensor, timestep: float, samples: slice, *, branches: int = 1, model: int = 0) -> Tensor:
+        """Raw outputs of shape (branches, B, ...) for x (B, ...), the network inputs of `samples`."""
+        network = self.networks[model]
+        self.evaluations += x.shape[0]
+        time = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        conditional = self._slice(self.conditioning, samples, x)
+        if branches == 2:
+            return torch.stack(self._pair(network, x, time, samples, conditional))
+        if not self.guided:
+            return _call(network, x, time, conditional)[None]
+        without, given = self._pair(network, x, time, samples, conditional)
+        return torch.lerp(without, given, self.guidance_scale)[None]
+
+    def _pair(
+        self, network: Network, x: Tensor, time: Tensor, samples: slice, conditional: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        if self.unconditional is None:
+            raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
+        unconditional = self._slice(self.unconditional, samples, x)
+        _match(unconditional, conditional)
+        joined = _join(unconditional, conditional, x.shape[0]) if self.doubled else None
+        if joined is None:
+            return _call(network, x, time, unconditional), _call(network, x, time, conditional)
+        both = _call(network, torch.cat([x, x]), torch.cat([time, time]), joined)
+        first, second = both.chunk(2)
+        return first, second
+
+    def _slice(self, arguments: Conditioning, samples: slice, x: Tensor) -> dict[str, Any]:
+        return {name: self._slice_one(value, samples, x) for name, value in arguments.items()}
+
+    def _slice_one(self, value: Any, samples: slice, x: Tensor) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.ndim and value.shape[0] == self.samples:
+            value = value[samples]
+        return value.to(x.device)
+
+
+def _match(unconditional: dict[str, Any], conditional: dict[str, Any]) -> None:
+    """A scalar or a single row stands for every sample: expand it to the conditional argument's shape, in place."""
+    for name, given in conditional.items():
+        without = unconditional[name]
+        if not isinstance(given, Tensor):
+            continue
+        if not isinstance(without, Tensor):
+            unconditional[name] = torch.full_like(given, without)
+        elif without.shape != given.shape:
+            try:
+                unconditional[name] = without.expand(given.shape)
+            except RuntimeError as error:
+                raise InputError(
+                    f"unconditional[{name!r}] has shape {tuple(without.shape)}, which does not broadcast to "
+                    f"conditioning[{name!r}] of shape {tuple(given.shape)}"
+                ) from error
+
+
+def _join(unconditional: dict[str, Any], conditional: dict[str, Any], batch: int) -> dict[str, Any] | None:
+    """Arguments of one doubled batch, unconditional half first; None if some argument cannot be doubled."""
+    joined: dict[str, Any] = {}
+    for name, given in conditional.items():
+        without = unconditional[name]
+        if isinstance(given, Tensor) and given.ndim and given.shape[0] == batch:
+            joined[name] = torch.cat([without, given])
+        elif given is without or (not isinstance(given, Tensor) and bool(given == without)):
+            joined[name] = given
+        else:
+            return None
+    return joined
+
+
+def _call(network: Network, x: Tensor, time: Tensor, arguments: dict[str, Any]) -> Tensor:
+    output = network(x, time, **arguments)
+    if not isinstance(output, Tensor):  # diffusers models return an object with `.sample`, or a tuple
+        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    if not isinstance(output, Tensor):
+        raise NetworkError(f"the network returned {type(output).__name__}, expected a tensor of shape {tuple(x.shape)}")
+    if output.shape != x.shape:
+        raise NetworkError(
+            f"the network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
+            "a raw output must have the input's shape (networks that also predict the variance: pass its first half)"
+        )
+    if not output.is_floating_point():
+        raise NetworkError(f"the network returned dtype {output.dtype}, expected a floating-point tensor")
+    return output
+
+
+def require_finite(outputs: Tensor, *, step: int, first_sample: int) -> None:
+    """Raise `NetworkError` naming evaluation and sample if `outputs` (branches, B, ...) holds NaN or infinity."""
+    finite = torch.isfinite(outputs).flatten(2).all(2).all(0)
+    if not bool(finite.all()):
+        bad = [first_sample + int(i) for i in torch.nonzero(~finite).flatten()]
+        raise NetworkError(
+            f"the network returned NaN or infinity at evaluation {step} for sample(s) {bad[:8]}"
+            f"{'...' if len(bad) > 8 else ''}; lower the guidance, or run the network in a wider dtype"
+        )
+
+
+def check_noise(noise: Any) -> None:
+    """Raise `InputError` unless `noise` is a finite floating-point tensor (P, ...) with at least one sample."""
+    if not isinstance(noise, Tensor):
+        raise InputError(f"noise must be a tensor of shape (samples, ...), got {type(noise).__name__}")
+    if not noise.is_floating_point() or noise.ndim < 2 or noise.numel() == 0:
+        raise InputError(
+            f"noise must be a floating-point tensor of shape (samples, ...), got {noise.dtype} of {tuple(noise.shape)}"
+        )
+    finite = torch.isfinite(noise).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite).flatten().tolist()
+        raise InputError(f"noise holds NaN or infinity in sample(s) {bad[:8]}")

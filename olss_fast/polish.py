@@ -1,0 +1,215 @@
+"""Polish a fitted student: Levenberg-Marquardt on all its coefficients and times for the error of its sample.
+
+Parameters are the rows 0 .. n-1 and the log-SNR of each evaluation; the last row is linear and eliminated (variable
+projection, Golub & Pereyra 1973, in Kaufman's form). A column of the Jacobian is one forward difference that runs the
+student again from the changed step on: about n^2 / 2 evaluations for a coefficient of every row, no back-propagation.
+
+Directions of row k are the columns of S_k = (R_k / sqrt(M))^-1 with R_k the triangle of the columns known there: a unit
+along any of them changes the network input by one root mean square, so plain damping mu I is invariant to the scale
+and the correlation of the columns. A parameter few samples agree on is safe: a subset of the samples carries the
+Jacobian, all fit samples carry the residual, and the validation samples say when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast.executors import reference
+from olss_fast.fitting import Float64, Student, Task
+from olss_fast.rollout import columns_of, huber, roll
+from olss_fast.teacher import triangle
+
+STATE_STEP = 1e-2  # forward-difference step, root mean square of the change of a network input
+LOG_SNR_STEP = 1e-2
+COLLINEAR = 1e-4  # directions that need coefficients larger than 1/COLLINEAR per unit of change are left alone
+DAMPING_FACTORS = (0.1, 1.0, 10.0)
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One parameter: a change of row `evaluation` (or of its log-SNR, if `row` is None) per unit."""
+
+    evaluation: int
+    row: Float64 | None
+
+    def apply(self, student: Student, amount: float, task: Task) -> Student:
+        if self.row is not None:
+            rows = student.rows.copy()
+            rows[self.evaluation, : len(self.row)] += amount * self.row
+            return replace(student, rows=rows)
+        timesteps = student.timesteps.copy()
+        timesteps[self.evaluation] = shift_log_snr(task, timesteps[self.evaluation], amount)
+        return replace(student, timesteps=timesteps)
+
+
+def shift_log_snr(task: Task, timestep: float, amount: float) -> float:
+    """The timestep whose log-SNR is larger by `amount`, kept inside the schedule."""
+    schedule = task.schedule
+    low, high = sorted((float(schedule.first), float(schedule.last)))
+    moved = float(schedule.timestep_of_lam(schedule.lam(timestep) + amount))
+    return min(max(moved, low), high)
+
+
+@dataclass(frozen=True)
+class Polished:
+    """A student with its error on the validation samples, and what each iteration reached (fit, validation)."""
+
+    student: Student
+    validation: float
+    history: tuple[tuple[float, float], ...]
+
+
+def evaluations_of_jacobian(nfe: int, branches: int = 1) -> int:
+    """Network evaluations a sample for one Jacobian, base rollout included."""
+    return nfe + sum((2 + k * branches) * (nfe - k) for k in range(nfe))
+
+
+class Objective:
+    """Errors of a student on the fit and the validation samples, its last row solved exactly on the former."""
+
+    def __init__(self, task: Task, *, ridge: float, robust: bool, progress: Progress) -> None:
+        self.task, self.ridge, self.robust, self.progress = task, ridge, robust, progress
+        self.threshold = 0.0
+
+    def solve(self, student: Student) -> tuple[Student, float, float]:
+        """The student with its best last row, its loss on the fit samples and on the validation samples."""
+        split = self.task.recording.split
+        fit = roll(self.task, student, split.fit, self.progress)
+        prior = student.rows[-1]
+        row, errors = prior, fit.errors(prior)
+        self.threshold = self.threshold or 0.5 * float(np.median(errors))
+        for _ in range(5 if self.robust else 1):  # iteratively re-weighted least squares
+            row = fit.best_row(self.weights(errors), ridge=self.ridge, prior=prior)
+            errors = fit.errors(row)
+        solved = replace(student, rows=np.concatenate([student.rows[:-1], row[None]]))
+        validation = roll(self.task, solved, split.validation, self.progress).errors(row)
+        return solved, self.loss(errors), self.loss(validation)
+
+    def weights(self, errors: Float64) -> Float64:
+        """Derivative of the loss by e^2, up to a factor: constant for least squares, 1/e beyond the threshold."""
+        return 1.0 / np.maximum(errors, self.threshold) if self.robust else np.ones_like(errors)
+
+    def loss(self, errors: Float64) -> float:
+        return huber(errors, self.threshold) if self.robust else float(np.mean(errors**2))
+
+
+def polish(
+    task: Task,
+    student: Student,
+    *,
+    iterations: int,
+    jacobian_samples: int,
+    ridge: float,
+    robust: bool,
+    rng: np.random.Generator,
+    progress: Progress = lambda samples: None,
+) -> Polished:
+    """Improve `student` until the validation loss has not fallen for two iterations, or `iterations` are done."""
+    objective = Objective(task, ridge=ridge, robust=robust, progress=progress)
+    student, loss, best_loss = objective.solve(student)
+    best, history, damping, failures = student, [(loss, best_loss)], 1e-2, 0
+    for _ in range(iterations):
+        samples = _subset(task, jacobian_samples, rng)
+        equations = _normal_equations(task, student, samples, objective)
+        trials = [
+            (*objective.solve(equations.step(student, damping * factor, task)), damping * factor)
+            for factor in DAMPING_FACTORS
+        ]
+        tried, tried_loss, tried_validation, used = min(trials, key=lambda trial: trial[1])
+        history.append((tried_loss, tried_validation))
+        if tried_loss < loss:
+            student, loss, damping = tried, tried_loss, used
+        else:
+            damping *= 30.0
+        if tried_loss <= loss and tried_validation < best_loss:
+            best, best_loss, failures = tried, tried_validation, 0
+        else:
+            failures += 1
+        if failures == 2:
+            break
+    return Polished(best, best_loss, tuple(history))
+
+
+def _subset(task: Task, count: int, rng: np.random.Generator) -> range:
+    """A run of `count` fit samples at a random place: samples are exchangeable, and a run is one slice."""
+    fit = task.recording.split.fit
+    count = min(count, len(fit))
+    start = int(rng.integers(fit.start, fit.stop - count + 1))
+    return range(start, start + count)
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """J^T W J and J^T W r over the directions and, behind them, the coefficients of the last row."""
+
+    directions: list[Direction]
+    hessian: Float64
+    gradient: Float64
+
+    def step(self, student: Student, damping: float, task: Task) -> Student:
+        """The Levenberg-Marquardt step, last row left to `Objective.solve`."""
+        free = np.zeros(len(self.gradient))
+        free[: len(self.directions)] = 1.0
+        left = self.hessian + damping * np.diag(free) + 1e-9 * np.diag(np.diag(self.hessian))
+        move = -np.linalg.solve(left, self.gradient)
+        for direction, amount in zip(self.directions, move, strict=False):
+            student = direction.apply(student, float(amount), task)
+        return student
+
+
+def _normal_equations(task: Task, student: Student, samples: range, objective: Objective) -> NormalEquations:
+    directions = list(_directions(task, student, samples))
+    size = len(directions) + student.rows.shape[1]
+    hessian, gradient, mass = np.zeros((size, size)), np.zeros(size), 0.0
+    for chunk in task.recording.chunks(samples):
+        columns = columns_of(task, student, chunk)
+        row = torch.as_tensor(student.rows[-1], device=columns.device)
+        result = reference.combine(row, columns)
+        residual = (result - task.recording.result(chunk).to(result)).flatten(1)
+        weights = torch.as_tensor(
+            objective.weights(residual.square().mean(1).sqrt().cpu().numpy()), device=columns.device
+        )
+        moved = [_difference(task, student, each, columns, row, result, chunk) for each in directions]
+        objective.progress(evaluations_of_jacobian(student.nfe, task.branches) * (chunk.stop - chunk.start))
+        jacobian = torch.cat([torch.stack(moved), columns]).flatten(2)
+        weighted = (jacobian * weights[:, None]).flatten(1)
+        hessian += (weighted @ jacobian.flatten(1).T).cpu().numpy()
+        gradient += (weighted @ residual.flatten()).cpu().numpy()
+        mass += float(weights.sum()) * residual.shape[1]
+    return NormalEquations(directions, hessian / mass, gradient / mass)
+
+
+def _directions(task: Task, student: Student, samples: range) -> Iterator[Direction]:
+    """For each evaluation its rows' orthonormal directions and its time, in the order of the evaluations."""
+    first = task.recording.chunks(samples)[0]
+    columns = columns_of(task, student, first)
+    pixels = columns[0].numel()
+    for k in range(student.nfe):
+        known = student.known(k)
+        r = triangle(columns[:known]) / np.sqrt(pixels)
+        kept = np.flatnonzero(np.diag(r) > COLLINEAR * np.linalg.norm(r, axis=0))
+        for coefficients in np.linalg.inv(np.linalg.qr(r[:, kept], mode="r")).T:
+            row = np.zeros(known)
+            row[kept] = coefficients
+            yield Direction(k, row)
+        yield Direction(k, None)
+
+
+def _difference(
+    task: Task, student: Student, direction: Direction, columns: Tensor, row: Tensor, result: Tensor, chunk: slice
+) -> Tensor:
+    """Forward difference of the sample along `direction`: only the evaluations from the changed one on run again."""
+    step = LOG_SNR_STEP if direction.row is None else STATE_STEP
+    changed = direction.apply(student, step, task)
+    if direction.row is None and changed.timesteps[direction.evaluation] == student.timesteps[direction.evaluation]:
+        step = -step  # at the end of the schedule: look the other way
+        changed = direction.apply(student, step, task)
+    known = columns[: student.known(direction.evaluation)]
+    again = columns_of(task, changed, chunk, start=known, at=direction.evaluation)
+    return (reference.combine(row, again) - result) / step

@@ -1,0 +1,74 @@
+"""A student's rollout reduced to one small Gram matrix a sample: errors and best last rows without the images.
+
+For sample p let A = [x_T, f_0 .. f_{n-1}] be the student's own columns and y the teacher's sample. With
+G_p = [A | y]^T [A | y], the error of a last row w is  rmse_p(w)^2 = (w, -1) G_p (w, -1)^T / pixels  for every w, so the
+last row is solved exactly for any weighting of the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from olss_fast.executors import reference
+from olss_fast.fitting import Float64, Student, Task
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Gram matrices (P, C+1, C+1) of the columns and the teacher's sample, each summed over `pixels` of a sample."""
+
+    gram: Float64
+    pixels: int
+
+    def errors(self, row: Float64) -> Float64:
+        """Root mean square distance (P,) between row . columns and the teacher's sample."""
+        v = np.append(row, -1.0)
+        return np.sqrt(np.maximum(np.einsum("i,pij,j->p", v, self.gram, v), 0.0) / self.pixels)
+
+    def best_row(self, weights: Float64, *, ridge: float, prior: Float64) -> Float64:
+        """argmin_w of the weighted sum of squared errors, with the ridge toward `prior` of `fitting`."""
+        total = np.einsum("p,pij->ij", weights / weights.sum(), self.gram)
+        a, b = total[:-1, :-1], total[:-1, -1]
+        correction: Float64 = np.linalg.solve(a + ridge * np.diag(np.diag(a)), b - a @ prior)
+        return prior + correction
+
+
+def roll(task: Task, student: Student, samples: range, progress: Progress = lambda samples: None) -> Rollout:
+    """Run the student on `samples` (n evaluations each)."""
+    grams = []
+    for chunk in task.recording.chunks(samples):
+        columns = columns_of(task, student, chunk)
+        target = task.recording.result(chunk).to(columns)
+        both = torch.cat([columns, target[None]]).flatten(2).transpose(0, 1)
+        grams.append((both @ both.transpose(1, 2)).cpu().numpy())
+        progress(student.nfe * (chunk.stop - chunk.start))
+    return Rollout(np.concatenate(grams), task.noise[0].numel())
+
+
+def columns_of(task: Task, student: Student, chunk: slice, *, start: Tensor | None = None, at: int = 0) -> Tensor:
+    """All columns (1 + n branches, B, ...) of the student's rollout, in float64.
+
+    With `start`, the columns known before evaluation `at`, only the evaluations from `at` on are run.
+    """
+    noise = task.noise[chunk]
+    columns = torch.empty((student.rows.shape[1], *noise.shape), dtype=torch.float64, device=noise.device)
+    columns[: student.known(at)] = noise[None] if start is None else start
+    rows = torch.as_tensor(student.rows, device=noise.device)
+    for k in range(at, student.nfe):
+        known = student.known(k)
+        x = reference.combine(rows[k, :known], columns[:known])
+        columns[known : student.known(k + 1)] = task.ask(x, float(student.timesteps[k]), chunk)
+    return columns
+
+
+def huber(errors: npt.NDArray[np.float64], threshold: float) -> float:
+    """Mean of |e| beyond `threshold`, e^2 / (2 threshold) + threshold / 2 below it."""
+    return float(np.mean(np.where(errors > threshold, errors, errors**2 / (2 * threshold) + threshold / 2)))

@@ -1,0 +1,231 @@
+"""Record a teacher: its basis on disk in chunks, and the triangle R that all path planning needs.
+
+The teacher is a Plan, so each of its states is a known combination of [x_T, f_0 .. f_{T-1}] and only this basis is
+recorded. Every chunk of samples is folded into an R factor (float64, R <- qr([R; chunk])), after which path planning
+works on a (T+1) x (T+1) triangle whatever the number of samples. R factors of several processes merge by one QR of
+their stack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from olss_fast._files import write_atomically
+from olss_fast.errors import StoreError
+from olss_fast.executors import reference
+from olss_fast.network import Denoiser, require_finite
+from olss_fast.plan import Plan
+from olss_fast.sampling import batches, network_dtype
+
+FORMAT = "olss-fast-recording"
+VERSION = 1
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which samples are for what: rows are fitted on `fit`, choices are made on `validation`, `held_out` judges."""
+
+    fit: range
+    validation: range
+    held_out: range
+
+    @staticmethod
+    def of(samples: int, *, validation: int, held_out: int) -> Split:
+        first, second = samples - validation - held_out, samples - held_out
+        return Split(range(first), range(first, second), range(second, samples))
+
+
+def merge_triangles(triangles: Sequence[Float64]) -> Float64:
+    """The R factor of the QR of the stacked matrices whose R factors are given, with a non-negative diagonal."""
+    r = np.linalg.qr(np.concatenate(triangles), mode="r")
+    columns = r.shape[1]
+    full = np.zeros((columns, columns))
+    full[: r.shape[0]] = r
+    return full * np.where(np.diag(full) < 0, -1.0, 1.0)[:, None]
+
+
+def triangle(columns: Tensor) -> Float64:
+    """R factor (C, C) of the matrix whose C columns are the tensors `columns` (C, B, ...), in float64."""
+    tall = columns.reshape(columns.shape[0], -1).to(torch.float64).T
+    return merge_triangles([torch.linalg.qr(tall, mode="r").R.cpu().numpy()])
+
+
+class Store:
+    """A folder of chunks, each one file written atomically, that belongs to one recording.
+
+    The manifest holds a fingerprint of everything that the recording depends on; a folder with another fingerprint is
+    refused, one with the same is resumed. Nothing in it is pickled.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint
+        self._open()
+
+    def _open(self) -> None:
+        manifest = self.folder / "manifest.json"
+        wanted = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not manifest.exists():
+                write_atomically(manifest, json.dumps(wanted).encode())
+                return
+            found = json.loads(manifest.read_bytes())
+        except (OSError, ValueError) as error:
+            raise StoreError(f"cannot use {self.folder} as a store: {error}") from error
+        if found != wanted:
+            raise StoreError(
+                f"{self.folder} holds another recording ({found}), expected {wanted}: noise, conditioning, guidance, "
+                "teacher or network differ. Give another folder, or delete this one"
+            )
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        try:
+            write_atomically(self.path(name), save({key: t.contiguous().cpu() for key, t in tensors.items()}))
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {self.path(name)}: {error}. Free some space and start again with the same store: "
+                "finished chunks are kept"
+            ) from error
+
+    def read(self, name: str, key: str, index: Any = slice(None)) -> Tensor:
+        try:
+            with safetensors.safe_open(self.path(name), framework="pt") as file:  # type: ignore[no-untyped-call]
+                tensor: Tensor = file.get_slice(key)[index]
+                return tensor
+        except (OSError, safetensors.SafetensorError) as error:
+            raise StoreError(f"cannot read {key!r} of {self.path(name)}: {error}. Delete this file and resume") from error
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A finished teacher run.
+
+    `r` (T+1, T+1) is the triangle of the fit samples' basis, `pixels` the rows of the matrix it came from.
+    """
+
+    teacher: Plan
+    store: Store
+    split: Split
+    batch_size: int
+    r: Float64
+    pixels: int
+
+    def chunks(self, samples: range) -> list[slice]:
+        return batches(samples, self.batch_size)
+
+    def result(self, chunk: slice) -> Tensor:
+        """The teacher's samples (B, ...) of `chunk`, float32."""
+        return self.store.read(chunk_name(chunk), "result")
+
+    def state(self, chunk: slice, index: int) -> Tensor:
+        """The teacher's state `index` (its network input there, T: its sample) of a fit chunk, (B, ...) float64."""
+        if index == self.teacher.nfe:
+            return self.result(chunk).to(torch.float64)
+        known = self.store.read(chunk_name(chunk), "basis", slice(0, index + 1)).to(torch.float64)
+        return reference.combine(torch.as_tensor(self.teacher.rows[index, : index + 1]), known)
+
+
+def chunk_name(chunk: slice) -> str:
+    return f"chunk-{chunk.start:06d}-{chunk.stop:06d}"
+
+
+def record(
+    teacher: Plan,
+    denoiser: Denoiser,
+    noise: Tensor,
+    *,
+    store: Store,
+    split: Split,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda samples: None,
+) -> Recording:
+    """Run `teacher` on all of `noise`, chunk by chunk; finished chunks in the store are not run again.
+
+    `progress(samples)` is called after every evaluation with the number of samples evaluated (or skipped).
+    Raises `NetworkError` (evaluation and sample named) and `StoreError`.
+    """
+    triangles = []
+    for part in (split.fit, split.validation, split.held_out):
+        for chunk in batches(part, batch_size):
+            keep_basis = part is split.fit
+            if store.has(chunk_name(chunk)):
+                progress((chunk.stop - chunk.start) * teacher.nfe)
+            else:
+                store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, noise, chunk, keep_basis, progress))
+            if keep_basis:
+                triangles.append(store.read(chunk_name(chunk), "r").numpy())
+    pixels = len(split.fit) * noise[0].numel()
+    return Recording(teacher, store, split, batch_size, merge_triangles(triangles), pixels)
+
+
+def _run_chunk(
+    teacher: Plan,
+    denoiser: Denoiser,
+    noise: Tensor,
+    chunk: slice,
+    keep_basis: bool,
+    progress: Callable[[int], object],
+) -> dict[str, Tensor]:
+    x = noise[chunk]
+    basis = torch.empty((teacher.columns, *x.shape), dtype=torch.float32, device=x.device)
+    basis[0] = x
+
+    def keep(i: int, outputs: Tensor) -> None:
+        require_finite(outputs, step=i, first_sample=chunk.start)
+        basis[1 + i] = outputs[0]
+        progress(x.shape[0])
+
+    result = reference.run(
+        teacher,
+        lambda x, timestep, **how: denoiser(x, timestep, chunk, **how),
+        x,
+        dtype=network_dtype(denoiser.networks[0], noise.dtype),
+        on_output=keep,
+    )
+    tensors = {"result": result.to(torch.float32)}
+    if keep_basis:
+        tensors |= {"basis": basis, "r": torch.from_numpy(triangle(basis))}
+    return tensors
+
+
+def fingerprint(teacher: Plan, denoiser: Denoiser, noise: Tensor, split: Split, batch_size: int) -> str:
+    """SHA-256 over everything that a recording depends on, weights of `torch.nn.Module` networks included."""
+    digest = hashlib.sha256()
+    digest.update(teacher.rows.tobytes() + teacher.timesteps.tobytes() + repr((split, batch_size)).encode())
+    digest.update(repr((denoiser.guidance_scale, tuple(noise.shape), noise.dtype)).encode())
+    digest.update(noise.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for arguments in (denoiser.conditioning, denoiser.unconditional or {}):
+        for name in sorted(arguments):
+            digest.update(name.encode() + _content(arguments[name]))
+    for network in denoiser.networks:
+        if isinstance(network, torch.nn.Module):
+            for name, value in network.state_dict().items():
+                digest.update(name.encode() + _content(value))
+    return digest.hexdigest()
+
+
+def _content(value: object) -> bytes:
+    if isinstance(value, Tensor):
+        header = repr((tuple(value.shape), value.dtype)).encode()
+        return header + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return repr(value).encode() if isinstance(value, (str, int, float, bool, type(None))) else b""

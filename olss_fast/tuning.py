@@ -1,0 +1,337 @@
+"""`olss_fast.tune`, the main job: record a teacher, plan paths, fit, polish, and accept on held-out noise.
+
+For every number of steps asked for, several students are fitted and compared, on noise that no fit has seen, with
+every analytic solver at the same number of network evaluations. The winner's plan is the result; a tuned plan is thus
+never worse than the best analytic one on held-out data.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from olss_fast import planning, solvers
+from olss_fast.errors import InputError
+from olss_fast.fitting import Student, Task, on_policy, teacher_forced
+from olss_fast.network import Conditioning, Denoiser, Network, check_noise
+from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Plan
+from olss_fast.polish import evaluations_of_jacobian, polish
+from olss_fast.report import ANALYTIC, FITTED, PUBLISHED, UNIFORM, Candidate, Report
+from olss_fast.rollout import roll
+from olss_fast.scoring import tournament
+from olss_fast.teacher import Recording, Split, Store, fingerprint, record
+
+UNPOLISHED, SPLIT = "olss-unpolished", "olss-split"
+RIDGES = (1e-8, 1e-6, 1e-5, 1e-4)
+PATH_RIDGE = 1e-6
+PUBLISHED_RIDGE = 1e-10  # as good as none, but a singular system still has an answer
+PIXELS_PER_COEFFICIENT = 10
+LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a tuning may cost. `full` is the default, `light` a tenth of it and a little worse.
+
+    polish_iterations     Levenberg-Marquardt iterations at most (they stop early by themselves)
+    jacobian_samples      samples that carry a Jacobian
+    path_samples          samples on which paths are compared
+    robust                Huber loss on per-sample errors instead of least squares
+    split_up_to           largest number of steps for which unconditional and conditional outputs are weighed apart too
+    """
+
+    polish_iterations: int = 12
+    jacobian_samples: int = 48
+    path_samples: int = 48
+    robust: bool = True
+    split_up_to: int = 5
+
+    @staticmethod
+    def light() -> Effort:
+        return Effort(polish_iterations=2, jacobian_samples=16, path_samples=16, split_up_to=0)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """`plans[n]` is the accepted plan of n network evaluations, `report` the whole table it won."""
+
+    plans: dict[int, Plan]
+    report: Report
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted plan on its way to acceptance."""
+
+    name: str
+    kind: str
+    path: tuple[int, ...]
+    plan: Plan
+
+
+def tune(
+    network: Network,
+    *,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: int | Sequence[int],
+    teacher_steps: int = 100,
+    teacher: Plan | None = None,
+    conditioning: Conditioning | None = None,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    effort: Effort | None = None,
+    held_out: int | None = None,
+    batch_size: int | None = None,
+    store: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    doubled: bool = True,
+) -> TuneResult:
+    """Search the best sampler of each number of `steps` (network evaluations) for `network`.
+
+    `network(x, timestep, **conditioning)` returns the raw output for x (B, ...) at timestep (B,); `noise` (P, ...) is
+    unit Gaussian, one sample a row, and arguments of the conditioning whose first dimension is P belong to the
+    samples. The last `held_out` samples (default: a quarter) judge, an eighth stops the polish, all others are fitted
+    on. The teacher is DDIM with `teacher_steps` evaluations unless a `teacher` plan is given. `store` is a folder for
+    the recording: a killed run that is started again with the same folder resumes. The same `seed` gives bitwise the
+    same plans on the same machine.
+
+    Source: Duan et al., Optimal Linear Subspace Search, CIKM 2023; on-policy fit and polish as in `fitting` and
+    `polish`. Raises `InputError`, `NetworkError`, `StoreError`.
+    """
+    check_noise(noise)
+    teacher = teacher or _ddim(schedule, teacher_steps)
+    wanted = _check_steps(steps, teacher.nfe)
+    _check_teacher(teacher, schedule)
+    denoiser = Denoiser(
+        network,
+        samples=noise.shape[0],
+        conditioning=conditioning,
+        unconditional=unconditional,
+        guidance_scale=guidance_scale,
+        doubled=doubled,
+    )
+    effort = effort or Effort()
+    split = _split(noise, wanted, held_out)
+    size = batch_size or _batch_size(teacher, noise)
+    with torch.no_grad(), ExitStack() as stack:
+        folder = Path(store) if store is not None else Path(stack.enter_context(TemporaryDirectory(prefix="olss-")))
+        clock = Clock(denoiser, progress)
+        opened = Store(folder, fingerprint(teacher, denoiser, noise, split, size))
+        with clock.stage("record", f"Teacher, {teacher.nfe} steps", noise.shape[0] * teacher.nfe) as tick:
+            recording = record(
+                teacher, denoiser, noise, store=opened, split=split, batch_size=size, progress=tick
+            )
+        tuner = Tuner(Task(recording, denoiser, noise, schedule), effort, clock, seed)
+        candidates = [each for n in wanted for each in tuner.candidates(n)]
+    report = Report(
+        candidates=tuple(candidates),
+        teacher=teacher,
+        held_out=len(split.held_out),
+        settings={
+            "samples": {"fit": len(split.fit), "validation": len(split.validation), "held_out": len(split.held_out)},
+            "steps": wanted,
+            "teacher_steps": teacher.nfe,
+            "guidance_scale": denoiser.guidance_scale,
+            "schedule": schedule.metadata(),
+            "effort": asdict(effort),
+            "seed": seed,
+        },
+        evaluations=dict(clock.evaluations),
+        seconds=dict(clock.seconds),
+    )
+    return TuneResult({n: report.best(n).plan for n in wanted}, report)
+
+
+@dataclass
+class Clock:
+    """Progress bars, and what each stage cost in network evaluations and seconds."""
+
+    denoiser: Denoiser
+    visible: bool
+    evaluations: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, title: str, total: int) -> Iterator[Callable[[int], object]]:
+        """A bar of `total` sample evaluations; yields the function that advances it."""
+        start, before = time.perf_counter(), self.denoiser.evaluations
+        bar = tqdm(total=total, desc=f"{title:<26}", unit="eval", unit_scale=True, delay=0.5, disable=not self.visible)
+        with bar:
+            yield bar.update
+            bar.total = bar.n  # early stopping leaves some of the estimate unused
+            bar.refresh()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.evaluations[name] = self.evaluations.get(name, 0) + self.denoiser.evaluations - before
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """Fits, polishes and judges the students of one recording."""
+
+    task: Task
+    effort: Effort
+    clock: Clock
+    seed: int
+
+    def candidates(self, steps: int) -> list[Candidate]:
+        """Every fit and every analytic solver of `steps` evaluations, scored on held-out noise, the winner marked."""
+        fits = list(self._fits(steps))
+        analytic = solvers.candidates(self.task.schedule, steps)
+        plans = [fit.plan for fit in fits] + analytic
+        held_out = self.task.recording.split.held_out
+        keep = range(len(fits))
+        with self.clock.stage("accept", f"{steps:>2} steps, {len(plans)} samplers", 0) as tick:
+            errors = tournament(plans, self.task, held_out, keep=keep, progress=tick)
+        described = [(fit.name, fit.kind, "fitted", fit.path) for fit in fits]
+        described += [
+            (solvers.display_name(plan), ANALYTIC, plan.metadata.get("spacing", ""), None) for plan in analytic
+        ]
+        scored = [
+            Candidate(name=name, kind=kind, spacing=spacing, plan=plan, errors=tuple(error), path=path)
+            for (name, kind, spacing, path), plan, error in zip(described, plans, errors, strict=True)
+        ]
+        complete = [i for i, each in enumerate(scored) if each.samples == len(held_out)]
+        winner = min(complete, key=lambda i: scored[i].mean)
+        scored[winner] = replace(scored[winner], accepted=True)
+        return scored
+
+    def _fits(self, steps: int) -> Iterator[Fit]:
+        recording = self.task.recording
+        planned = self._paths(steps)
+        fits, samples = len(planned) + 3 * len(RIDGES), len(recording.split.fit) + len(recording.split.validation)
+        with self.clock.stage("fit", f"{steps:>2} steps, fit", steps * samples * fits) as tick:
+            path = self._best_path(planned, tick)
+            student, ridge = self._fit(self.task, path, tick)
+            uniform_path = planning.uniform_path(recording.teacher.nfe, steps)
+            uniform, _ = self._fit(self.task, uniform_path, tick)
+        yield self._finish("OLSS, published", PUBLISHED, planned[0], teacher_forced(self.task, planned[0], PUBLISHED_RIDGE))
+        yield self._finish("OLSS, uniform path", UNIFORM, uniform_path, uniform)
+        yield self._finish("OLSS, not polished", UNPOLISHED, path, student)
+        yield self._finish("OLSS", FITTED, path, self._polish(self.task, student, ridge))
+        if self.task.denoiser.guided and steps <= self.effort.split_up_to:
+            apart = self.task.with_branches(2)
+            with self.clock.stage("fit", f"{steps:>2} steps, fit split", steps * samples * len(RIDGES)) as tick:
+                student, ridge = self._fit(apart, path, tick)
+            yield self._finish("OLSS, split guidance", SPLIT, path, self._polish(apart, student, ridge))
+
+    def _paths(self, steps: int) -> list[tuple[int, ...]]:
+        """Paths worth fitting, the planned one first: planned, refined, uniform, and the usual spacings' nearest."""
+        recording = self.task.recording
+        teacher = recording.teacher
+        planned = planning.plan_path(recording.r, teacher.rows, steps)
+        refined = planning.refine(recording.r, teacher.rows, planned.path)
+        paths = [planned.path, refined.path, planning.uniform_path(teacher.nfe, steps)]
+        paths += [nearest_path(teacher, plan.timesteps) for plan in solvers.candidates(self.task.schedule, steps)]
+        return list(dict.fromkeys(path for path in paths if len(path) == steps))
+
+    def _best_path(self, paths: Sequence[tuple[int, ...]], tick: Callable[[int], object]) -> tuple[int, ...]:
+        fit = self.task.recording.split.fit
+        some = fit[: self.effort.path_samples]
+        students = [on_policy(self.task, path, PATH_RIDGE, samples=some, progress=tick) for path in paths]
+        losses = [self._validate(self.task, student, tick) for student in students]
+        return paths[int(np.argmin(losses))]
+
+    def _fit(self, task: Task, path: Sequence[int], tick: Callable[[int], object]) -> tuple[Student, float]:
+        """On-policy rows with the ridge that does best on the validation samples."""
+        students = [on_policy(task, path, ridge, progress=tick) for ridge in RIDGES]
+        losses = [self._validate(task, student, tick) for student in students]
+        best = int(np.argmin(losses))
+        return students[best], RIDGES[best]
+
+    def _validate(self, task: Task, student: Student, tick: Callable[[int], object]) -> float:
+        rollout = roll(task, student, task.recording.split.validation, tick)
+        return float(rollout.errors(student.rows[-1]).mean())
+
+    def _polish(self, task: Task, student: Student, ridge: float) -> Student:
+        split, effort = task.recording.split, self.effort
+        samples = min(effort.jacobian_samples, len(split.fit))
+        rolls = 3 * student.nfe * (len(split.fit) + len(split.validation))
+        each = evaluations_of_jacobian(student.nfe, task.branches) * samples + rolls
+        with self.clock.stage("polish", f"{student.nfe:>2} steps, polish", each * effort.polish_iterations) as tick:
+            polished = polish(
+                task,
+                student,
+                iterations=effort.polish_iterations,
+                jacobian_samples=samples,
+                ridge=ridge,
+                robust=effort.robust,
+                rng=np.random.default_rng([self.seed, student.nfe, task.branches]),
+                progress=tick,
+            )
+        return polished.student
+
+    def _finish(self, name: str, kind: str, path: Sequence[int], student: Student) -> Fit:
+        teacher = self.task.recording.teacher
+        metadata = {
+            "method": "olss",
+            "variant": kind,
+            "teacher": f"{teacher.metadata.get('method', 'plan')} {teacher.nfe}",
+            "guidance_scale": repr(self.task.denoiser.guidance_scale),
+            "path": json.dumps([int(i) for i in path]),
+        }
+        return Fit(name, kind, tuple(path), student.plan(self.task.schedule, metadata))
+
+
+def nearest_path(teacher: Plan, timesteps: np.ndarray) -> tuple[int, ...]:
+    """The teacher's evaluations nearest to `timesteps`, from its first on, made distinct and increasing."""
+    nearest = np.abs(teacher.timesteps[None] - np.asarray(timesteps)[:, None]).argmin(axis=1)
+    nearest[0] = 0
+    for k in range(1, len(nearest)):
+        nearest[k] = max(nearest[k], nearest[k - 1] + 1)
+    return tuple(int(i) for i in nearest) if nearest[-1] < teacher.nfe else ()
+
+
+def _ddim(schedule: NoiseSchedule, steps: int) -> Plan:
+    if steps < 1:
+        raise InputError(f"teacher_steps must be at least 1, got {steps}")
+    return solvers.ddim(schedule, steps, spacing="trailing")
+
+
+def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
+    if teacher.noises or teacher.branches != 1 or teacher.models.any():
+        raise InputError("a teacher must be a deterministic plan of one network with guidance inside its outputs")
+    told = teacher.metadata.get("prediction_type", schedule.prediction_type)
+    if told != schedule.prediction_type:
+        raise InputError(f"the teacher is for prediction_type={told!r}, the schedule says {schedule.prediction_type!r}")
+
+
+def _check_steps(steps: int | Sequence[int], most: int) -> list[int]:
+    wanted = [steps] if isinstance(steps, int) else list(steps)
+    if not wanted or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
+        raise InputError(f"steps must be a whole number or a list of them, got {steps!r}")
+    bad = [n for n in wanted if not 1 <= n <= most]
+    if bad:
+        raise InputError(f"steps must lie between 1 and the teacher's {most}, got {bad}")
+    return sorted({int(n) for n in wanted})
+
+
+def _split(noise: Tensor, steps: Sequence[int], held_out: int | None) -> Split:
+    samples, pixels = noise.shape[0], noise[0].numel()
+    judge = max(1, samples // 4) if held_out is None else held_out
+    stop = max(1, samples // 8)
+    coefficients = (max(steps) + 1) * (max(steps) + 2) // 2
+    needed = max(1, -(-PIXELS_PER_COEFFICIENT * coefficients // pixels))
+    if judge < 1 or samples - judge - stop < needed:
+        raise InputError(
+            f"{samples} noise samples are too few: {judge} are held out, {stop} stop the polish, and at least {needed} "
+            f"must remain to fit {coefficients} coefficients ({PIXELS_PER_COEFFICIENT} pixels each). Give more noise"
+        )
+    return Split.of(samples, validation=stop, held_out=judge)
+
+
+def _batch_size(teacher: Plan, noise: Tensor) -> int:
+    """As many samples at once as keep a chunk's float64 and float32 basis below `LARGEST_CHUNK`, at most 64."""
+    return int(min(64, max(1, LARGEST_CHUNK // (12 * teacher.columns * noise[0].numel()))))
