@@ -1,0 +1,232 @@
+"""The curves behind a `NoiseSchedule`: signal and noise level as functions of the network's own timestep.
+
+A state is x = alpha x0 + sigma eps, and lam = log(alpha / sigma) is its (half) log signal-to-noise ratio. Three curves
+cover every network: a table of lam over integer timesteps, variance exploding (alpha = 1), and flow matching
+(alpha = 1 - sigma). Each knows
+
+- `first`, `last`: the timesteps of its noise end and its data end;
+- `end`: where "trailing" timesteps head for, one step beyond `last` on grids that count from 0;
+- `levels(timestep) -> (alpha, sigma, lam)` and `timestep_of_lam(lam)`, both vectorised.
+
+Where alpha is exactly 0, `lam` is floored so that differences of it stay finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from olss_fast.errors import ScheduleError
+
+FloatArray = npt.NDArray[np.float64]
+
+ZERO_SNR_LAM = -12.0 * np.log(2.0)
+"""lam of the last timestep of a table with zero terminal signal-to-noise ratio: alpha there counts as 2**-12."""
+
+FLOW_ALPHA_FLOOR = 1e-6
+"""Signal level below which flow matching's lam stops falling."""
+
+_SLACK = 1e-9  # relative room at the ends of a range, for timesteps that went through arithmetic
+
+
+class Curve(Protocol):
+    """What a `NoiseSchedule` asks of its curve."""
+
+    @property
+    def first(self) -> float: ...
+    @property
+    def last(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+    @property
+    def variance_exploding(self) -> bool: ...
+    def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]: ...
+    def timestep_of_lam(self, lam: FloatArray) -> FloatArray: ...
+    def describe(self) -> str: ...
+
+
+def check_range(what: str, values: FloatArray, low: float, high: float) -> FloatArray:
+    """`values` clipped to [low, high] if they lie there up to rounding; ScheduleError otherwise (or if not finite)."""
+    slack = _SLACK * max(1.0, abs(low), abs(high))
+    bad = ~((values >= low - slack) & (values <= high + slack))
+    if np.any(bad):
+        raise ScheduleError(
+            f"{what} {np.atleast_1d(values)[np.atleast_1d(bad)][0]!r} is outside the schedule's range "
+            f"[{low:g}, {high:g}]; clip it to that range"
+        )
+    return np.clip(values, low, high)
+
+
+@dataclass(frozen=True, eq=False)
+class TableCurve:
+    """lam given at the integer timesteps 0 .. N-1 and interpolated linearly between them.
+
+    Variance preserving (alpha^2 = sigmoid(2 lam)) or, with `variance_exploding`, alpha = 1 and sigma = exp(-lam).
+    `lams[-1]` may be -inf (zero terminal signal-to-noise ratio): alpha is then exactly 0 and sigma exactly 1 at
+    timestep N-1, while lam and the times in between use ZERO_SNR_LAM.
+    """
+
+    lams: FloatArray
+    label: str
+    variance_exploding: bool = False
+    zero_terminal: bool = False
+
+    @classmethod
+    def make(cls, lams: FloatArray, label: str, *, variance_exploding: bool = False) -> TableCurve:
+        """Checks the table: at least 2 finite entries, strictly falling with the timestep; only the last may be -inf."""
+        table = np.array(lams, dtype=np.float64)
+        zero_terminal = bool(table.ndim == 1 and table.size > 1 and np.isneginf(table[-1]))
+        if zero_terminal:
+            table[-1] = min(ZERO_SNR_LAM, table[-2] - 1.0)
+        if table.ndim != 1 or table.size < 2 or not np.all(np.isfinite(table)) or np.any(np.diff(table) >= 0):
+            raise ScheduleError(
+                f"{label}: noise levels of shape {table.shape} must be one row of at least 2 that strictly increases "
+                "with the timestep, with some signal left (the last may have none)"
+            )
+        table.flags.writeable = False
+        return cls(table, label, variance_exploding, zero_terminal)
+
+    @property
+    def first(self) -> float:
+        return float(self.lams.size - 1)
+
+    @property
+    def last(self) -> float:
+        return 0.0
+
+    @property
+    def end(self) -> float:
+        return -1.0
+
+    def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        t = check_range("timestep", timestep, self.last, self.first)
+        lam = np.interp(t, np.arange(self.lams.size), self.lams)
+        if self.variance_exploding:
+            return np.ones_like(lam), np.exp(-lam), lam
+        alpha, sigma = _variance_preserving(lam)
+        if self.zero_terminal:
+            alpha, sigma = np.where(t == self.first, 0.0, alpha), np.where(t == self.first, 1.0, sigma)
+        return alpha, sigma, lam
+
+    def timestep_of_lam(self, lam: FloatArray) -> FloatArray:
+        lam = check_range("log-SNR", lam, float(self.lams[-1]), float(self.lams[0]))
+        return np.interp(lam, self.lams[::-1], np.arange(self.lams.size)[::-1])
+
+    def describe(self) -> str:
+        kind = "VE" if self.variance_exploding else "VP"
+        low = "-inf" if self.zero_terminal else f"{self.lams[-1]:.3f}"
+        return f"{kind} {self.label}, {self.lams.size} timesteps, log-SNR {low} to {self.lams[0]:.3f}"
+
+
+def _variance_preserving(lam: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """alpha, sigma with alpha^2 + sigma^2 = 1 and alpha / sigma = exp(lam), without cancellation at either end."""
+    return 1.0 / np.sqrt(1.0 + np.exp(-2.0 * lam)), 1.0 / np.sqrt(1.0 + np.exp(2.0 * lam))
+
+
+TIMESTEP_UNITS = ("sigma", "log", "quarter_log")
+
+
+@dataclass(frozen=True)
+class ExplodingCurve:
+    """alpha = 1, sigma in [sigma_min, sigma_max]; the network is told sigma, log(sigma) or log(sigma) / 4 (EDM)."""
+
+    sigma_min: float
+    sigma_max: float
+    unit: str
+    label: str = "VE"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sigma_min < self.sigma_max < np.inf:
+            raise ScheduleError(
+                f"sigma_min {self.sigma_min!r} and sigma_max {self.sigma_max!r}: expected 0 < sigma_min < sigma_max"
+            )
+        if self.unit not in TIMESTEP_UNITS:
+            raise ScheduleError(f"timestep unit {self.unit!r} is unknown; choose one of {', '.join(TIMESTEP_UNITS)}")
+
+    @property
+    def first(self) -> float:
+        return float(self._timestep(np.asarray(self.sigma_max)))
+
+    @property
+    def last(self) -> float:
+        return float(self._timestep(np.asarray(self.sigma_min)))
+
+    @property
+    def end(self) -> float:
+        return self.last
+
+    @property
+    def variance_exploding(self) -> bool:
+        return True
+
+    def _timestep(self, sigma: FloatArray) -> FloatArray:
+        if self.unit == "sigma":
+            return sigma
+        return np.asarray(np.log(sigma) * (0.25 if self.unit == "quarter_log" else 1.0))
+
+    def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        t = check_range("timestep", timestep, self.last, self.first)
+        lam = -np.log(t) if self.unit == "sigma" else -t * (4.0 if self.unit == "quarter_log" else 1.0)
+        sigma = t if self.unit == "sigma" else np.exp(-lam)
+        return np.ones_like(lam), sigma, lam
+
+    def timestep_of_lam(self, lam: FloatArray) -> FloatArray:
+        lam = check_range("log-SNR", lam, -float(np.log(self.sigma_max)), -float(np.log(self.sigma_min)))
+        return self._timestep(np.exp(-lam))
+
+    def describe(self) -> str:
+        return f"{self.label}, sigma {self.sigma_max:g} to {self.sigma_min:g}"
+
+
+@dataclass(frozen=True)
+class FlowCurve:
+    """alpha = 1 - sigma, timestep = N sigma. `shift` bends the spacings only: u -> shift u / (1 + (shift - 1) u)."""
+
+    shift: float
+    num_train_timesteps: int
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.shift < np.inf and self.num_train_timesteps >= 2):
+            raise ScheduleError(
+                f"flow matching with shift {self.shift!r} and {self.num_train_timesteps!r} training timesteps: "
+                "expected shift > 0 and at least 2 timesteps"
+            )
+
+    @property
+    def first(self) -> float:
+        return float(self.num_train_timesteps)
+
+    @property
+    def last(self) -> float:
+        return float(self.bend(np.asarray(1.0)))
+
+    @property
+    def end(self) -> float:
+        return 0.0
+
+    @property
+    def variance_exploding(self) -> bool:
+        return False
+
+    def bend(self, timestep: FloatArray) -> FloatArray:
+        """The shifted timestep."""
+        u = timestep / self.num_train_timesteps
+        return np.asarray(self.num_train_timesteps * self.shift * u / (1.0 + (self.shift - 1.0) * u))
+
+    def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        # Below `last` the curve is as well defined as above it; only sigma = 0 has no finite lam.
+        t = check_range("timestep", timestep, 1e-6 * self.num_train_timesteps, self.first)
+        sigma = t / self.num_train_timesteps
+        alpha = 1.0 - sigma
+        return alpha, sigma, np.log(np.maximum(alpha, FLOW_ALPHA_FLOOR)) - np.log(sigma)
+
+    def timestep_of_lam(self, lam: FloatArray) -> FloatArray:
+        lowest = float(np.log(FLOW_ALPHA_FLOOR))
+        lam = check_range("log-SNR", lam, lowest, -lowest)
+        return np.where(lam <= lowest, self.first, self.num_train_timesteps / (1.0 + np.exp(lam)))
+
+    def describe(self) -> str:
+        return f"flow matching, shift {self.shift:g}, {self.num_train_timesteps} timesteps"
