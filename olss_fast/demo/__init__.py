@@ -1,0 +1,118 @@
+"""The embedded model: a class-conditional pixel diffusion model that comes with the package, and what judges it.
+
+    model = olss_fast.demo.load()
+    raw = model.network(x, timestep, class_labels=y)          # (B, 1, 32, 32) -> predicted noise (B, 1, 32, 32)
+
+Classes 0-9 are MNIST's digits, 10-19 Fashion-MNIST's garments, `null_class` is the label for "any" that guidance
+needs. Everything is read from files of the package, never from a network. The folder `model/` beside this file is
+an ordinary diffusers pipeline (`DDIMPipeline`); its README.md is the model card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from ..metrics import FeatureStatistics
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..noise_schedule import NoiseSchedule
+    from .convnet import Classifier
+
+MODEL_FOLDER = Path(__file__).parent / "model"
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
+STATISTICS_FILE = "reference_statistics.safetensors"
+
+CLASS_NAMES = (
+    *(f"digit {i}" for i in range(10)),
+    *("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+CLASSES = len(CLASS_NAMES)
+GUIDANCE_SCALE = 2.0
+SHAPE = (1, 32, 32)
+
+__all__ = ["CLASSES", "CLASS_NAMES", "GUIDANCE_SCALE", "MODEL_FOLDER", "DemoModel", "classifier", "load"]
+__all__ += ["reference_statistics"]
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """The embedded network with all that sampling from it takes.
+
+    `network(x, timestep, class_labels=y)`: x (B, *shape), timestep (B,) in 0..999 (need not be whole), y (B,) int64.
+    """
+
+    network: Callable[..., torch.Tensor]
+    schedule: NoiseSchedule
+    classes: int = CLASSES
+    null_class: int = CLASSES
+    guidance_scale: float = GUIDANCE_SCALE
+    shape: tuple[int, int, int] = SHAPE
+    class_names: tuple[str, ...] = CLASS_NAMES
+
+
+def load(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DemoModel:
+    """The embedded model on `device` (default: a GPU if there is one) in `dtype` (default: float32).
+
+    Raises `ModelError` if a file of the model is missing or unreadable, or diffusers is not installed.
+    """
+    from ..noise_schedule import NoiseSchedule
+
+    with _naming(MODEL_FOLDER / UNET_FILE):
+        from .network import read_network
+
+        network = read_network(MODEL_FOLDER / "unet", _device(device), dtype)
+    with _naming(MODEL_FOLDER / "scheduler" / "scheduler_config.json") as path:
+        schedule = NoiseSchedule.from_diffusers(json.loads(path.read_text()))
+    return DemoModel(network=network, schedule=schedule)
+
+
+def classifier(device: torch.device | str | None = None) -> Classifier:
+    """The classifier: images (B, 1, 32, 32) in [-1, 1] -> (logits (B, 20), features (B, 64)). Errors as in `load`."""
+    with _naming(MODEL_FOLDER / CLASSIFIER_FILE) as path:
+        from safetensors.torch import load_file
+
+        from .convnet import Classifier
+
+        module = Classifier()
+        module.load_state_dict(load_file(path))
+    return module.eval().requires_grad_(False).to(_device(device))
+
+
+def reference_statistics() -> FeatureStatistics:
+    """Mean (64,) and covariance (64, 64) of the classifier's features over real test images, classes counting alike.
+
+    For `metrics.frechet_distance`. Raises `ModelError` if the file is missing or unreadable.
+    """
+    with _naming(MODEL_FOLDER / STATISTICS_FILE) as path:
+        from safetensors.numpy import load_file
+
+        arrays = load_file(path)
+        return FeatureStatistics(arrays["mean"], arrays["covariance"])
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[Path]:
+    """Turn whatever goes wrong while reading `path` into a `ModelError` that names it."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: reinstall olss_fast, or make it with tools/train_demo.py")
+    try:
+        yield path
+    except ImportError as error:
+        raise ModelError(f"the embedded model needs a package that is not installed: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{path} cannot be read: {error}; reinstall olss_fast") from error
