@@ -40,7 +40,7 @@ HEADROOM = 12.0
 MOST_NAMED = 6  # up to so many step counts there is room for the names of the best solvers
 LOG_SNR_LIMIT = 12.0  # a zero terminal SNR, or an end at sigma = 0, is drawn at this edge
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib types its keys one by one, in newer versions only
     "font.size": 11.0,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -166,9 +166,8 @@ def _line(axes: Axes, points: Sequence[Candidate], form: str, **style: Any) -> N
 
 
 def _band(axes: Axes, points: Sequence[Candidate], colour: str) -> None:
-    bounds = [each.interval() for each in points]
-    nfes = [each.nfe for each in points]
-    axes.fill_between(nfes, *zip(*bounds, strict=True), color=colour, alpha=0.13, linewidth=0, zorder=2)
+    low, high = np.transpose([each.interval() for each in points])
+    axes.fill_between([each.nfe for each in points], low, high, color=colour, alpha=0.13, linewidth=0, zorder=2)
 
 
 def _error_axes(axes: Axes, report: Report) -> None:
@@ -236,7 +235,7 @@ def log_snr(plan: Plan) -> NDArray[np.float64]:
     """log(alpha / sigma) at each evaluation (S,), cut at +-LOG_SNR_LIMIT."""
     with np.errstate(divide="ignore"):
         lam = np.log(plan.alphas[:-1]) - np.log(plan.sigmas[:-1])
-    return np.clip(lam, -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
+    return np.asarray(np.clip(lam, -LOG_SNR_LIMIT, LOG_SNR_LIMIT), dtype=np.float64)
 
 
 def plot_path(report: Report, path: PathLike) -> Path:
@@ -324,7 +323,7 @@ def plot_grid(
         raise InputError(f"a grid needs the same number of images in every row, at least one; got {counts}")
     columns = next(iter(counts.values()))
     with picture(path, (1.9 + 0.92 * columns, 1.1 * len(images) + (0.75 if heading else 0.3))) as figure:
-        figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0.0, wspace=0.0)
+        figure.set_layout_engine("constrained", h_pad=0.02, w_pad=0.02, hspace=0.0, wspace=0.0)
         cells = figure.subplots(len(images), columns, squeeze=False)
         for line, (name, values) in zip(cells, images.items(), strict=True):
             _draw_row(line, name, values, (errors or {}).get(name), name == accent)
