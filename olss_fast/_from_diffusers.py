@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from olss_fast._noise_curves import FloatArray
 from olss_fast.errors import ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule, beta_schedule, without_terminal_signal
 
@@ -52,9 +53,7 @@ def _flow(config: Mapping[str, Any], name: str) -> NoiseSchedule:
     if config.get("invert_sigmas"):
         raise ScheduleError(f"{name} runs from data to noise (invert_sigmas); only noise to data is supported")
     shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
-    return NoiseSchedule.flow(
-        1.0 if shift is None else float(shift), int(config.get("num_train_timesteps", 1000))
-    )
+    return NoiseSchedule.flow(1.0 if shift is None else float(shift), int(config.get("num_train_timesteps", 1000)))
 
 
 def _edm(config: Mapping[str, Any], name: str, prediction: str) -> NoiseSchedule:
@@ -87,7 +86,7 @@ def _variance_preserving(config: Mapping[str, Any], prediction: str) -> NoiseSch
         start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
         betas = beta_schedule(kind, int(config.get("num_train_timesteps", 1000)), start, end)
         label = kind if kind == "squaredcos_cap_v2" else f"{kind} {start:g} to {end:g}"
-    alphas_cumprod = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
+    alphas_cumprod: FloatArray = np.asarray(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
     if (scale := config.get("snr_shift_scale")) is not None:  # CogVideoX
         alphas_cumprod = alphas_cumprod / (scale + (1.0 - scale) * alphas_cumprod)
     if config.get("rescale_betas_zero_snr"):

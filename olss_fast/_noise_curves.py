@@ -76,7 +76,7 @@ class TableCurve:
 
     @classmethod
     def make(cls, lams: FloatArray, label: str, *, variance_exploding: bool = False) -> TableCurve:
-        """Checks the table: at least 2 finite entries, strictly falling with the timestep; only the last may be -inf."""
+        """Checks the table: at least 2 finite entries, strictly falling with the timestep; the last may be -inf."""
         table = np.array(lams, dtype=np.float64)
         zero_terminal = bool(table.ndim == 1 and table.size > 1 and np.isneginf(table[-1]))
         if zero_terminal:

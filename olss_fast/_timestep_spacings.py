@@ -6,7 +6,7 @@
 | leading | uniform in the timestep, ends at the data end, starts one stride late |
 | linspace | uniform in the timestep, both ends included |
 | logsnr | uniform in lam = log(alpha / sigma), both ends included (Lu et al., DPM-Solver, 2022) |
-| karras | uniform in (sigma / alpha)^(1/7), both ends included (Karras et al., EDM, 2022, eq. 5); sigma for flow matching |
+| karras | uniform in (sigma / alpha)^(1/7), both ends included (Karras et al. 2022, eq. 5); flow: in sigma^(1/7) |
 | quadratic | uniform in the square root of the timestep, both ends included (Song et al., DDIM, 2021, appendix D.2) |
 
 "uniform in the timestep" rounds to whole timesteps where the network was trained on whole ones.
@@ -34,10 +34,7 @@ def space_timesteps(curve: Curve, steps: int, spacing: str, leading_offset: int 
         raise InputError(f"steps is {steps!r}; expected a whole number of at least 1")
     if spacing not in _RULES:
         raise ScheduleError(f"spacing {spacing!r} is unknown; choose one of {', '.join(_RULES)}")
-    if spacing == "leading":
-        times = _leading(curve, int(steps), leading_offset)
-    else:
-        times = _RULES[spacing](curve, int(steps))
+    times = _RULES[spacing](curve, int(steps), leading_offset)
     if np.any(np.diff(times) >= 0):
         raise ScheduleError(f"{steps} steps are more than {spacing} spacing can tell apart on {curve.describe()}")
     return times
@@ -54,29 +51,29 @@ def _unbent_last(curve: Curve) -> float:
     return 1.0 if isinstance(curve, FlowCurve) else curve.last
 
 
-def _trailing(curve: Curve, steps: int) -> FloatArray:
+def _trailing(curve: Curve, steps: int, _: int) -> FloatArray:
     # Counted from `end`, so that halves round as they do for a grid of 1 .. N.
     span = curve.first - curve.end
-    return curve.end + _on_grid(curve, span - np.arange(steps) * (span / steps))
+    return curve.end + _on_grid(curve, np.asarray(span - np.arange(steps) * (span / steps)))
 
 
-def _leading(curve: Curve, steps: int, offset: int = 0) -> FloatArray:
+def _leading(curve: Curve, steps: int, offset: int) -> FloatArray:
     stride = (curve.first - curve.end) / steps
     if isinstance(curve, TableCurve):
         stride = float(np.floor(stride))
-    times = _unbent_last(curve) + np.arange(steps)[::-1] * stride
+    times: FloatArray = np.asarray(_unbent_last(curve) + np.arange(steps)[::-1] * stride)
     if isinstance(curve, TableCurve):
         times = np.minimum(times + offset, curve.first)
     return _on_grid(curve, times)
 
 
-def _linspace(curve: Curve, steps: int) -> FloatArray:
+def _linspace(curve: Curve, steps: int, _: int) -> FloatArray:
     return _on_grid(curve, np.linspace(curve.first, _unbent_last(curve), steps))
 
 
-def _quadratic(curve: Curve, steps: int) -> FloatArray:
+def _quadratic(curve: Curve, steps: int, _: int) -> FloatArray:
     last = _unbent_last(curve)
-    times = last + (curve.first - last) * np.linspace(1.0, 0.0, steps) ** 2
+    times: FloatArray = last + (curve.first - last) * np.linspace(1.0, 0.0, steps) ** 2
     return curve.bend(times) if isinstance(curve, FlowCurve) else times
 
 
@@ -89,11 +86,11 @@ def _from_first(curve: Curve, times: FloatArray) -> FloatArray:
     return np.concatenate([[curve.first], times[1:]])
 
 
-def _logsnr(curve: Curve, steps: int) -> FloatArray:
+def _logsnr(curve: Curve, steps: int, _: int) -> FloatArray:
     return _from_first(curve, curve.timestep_of_lam(np.linspace(*_lam_span(curve), steps)))
 
 
-def _karras(curve: Curve, steps: int) -> FloatArray:
+def _karras(curve: Curve, steps: int, _: int) -> FloatArray:
     ramp = np.linspace(0.0, 1.0, steps)
     if isinstance(curve, FlowCurve):
         return _bridge(curve.first, curve.last, ramp)
@@ -107,7 +104,7 @@ def _bridge(start: float, stop: float, ramp: FloatArray) -> FloatArray:
     return np.asarray((root + ramp * (stop ** (1.0 / KARRAS_RHO) - root)) ** KARRAS_RHO)
 
 
-_RULES: dict[str, Callable[[Curve, int], FloatArray]] = {
+_RULES: dict[str, Callable[[Curve, int, int], FloatArray]] = {
     "trailing": _trailing,
     "leading": _leading,
     "linspace": _linspace,

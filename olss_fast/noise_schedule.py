@@ -59,7 +59,9 @@ class NoiseSchedule:
                 f"timestep of this schedule ({self.curve.describe()}); expected v_prediction, sample or flow"
             )
         if self.prediction_type == "edm" and not self.curve.variance_exploding:
-            raise ScheduleError("prediction_type 'edm' needs a variance-exploding schedule; make it with NoiseSchedule.edm")
+            raise ScheduleError(
+                "prediction_type 'edm' needs a variance-exploding schedule; make it with NoiseSchedule.edm"
+            )
         if self.unit_input and not self.curve.variance_exploding:
             raise ScheduleError("unit_input scales the input of variance-exploding networks; this schedule is not one")
         if not 0.0 < self.sigma_data < np.inf:
@@ -73,7 +75,7 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Variance preserving, alphas_cumprod_t = prod_{s <= t} (1 - betas_s); betas: (N,), each in (0, 1].
 
-        A last beta of 1 means zero terminal signal-to-noise ratio. Anything `numpy.asarray` takes will do (tensors too).
+        A last beta of 1 means zero terminal signal-to-noise ratio. CPU tensors will do as well.
         """
         values = _numbers(betas, "betas")
         if np.any(values <= 0.0) or np.any(values[:-1] >= 1.0) or values[-1] > 1.0:
@@ -96,7 +98,7 @@ class NoiseSchedule:
         label: str = "alphas_cumprod",
         leading_offset: int = 0,
     ) -> NoiseSchedule:
-        """Variance preserving with alpha^2 = alphas_cumprod: (N,), strictly falling within (0, 1); the last may be 0."""
+        """Variance preserving, alpha^2 = alphas_cumprod: (N,), strictly falling within (0, 1); the last may be 0."""
         values = _numbers(alphas_cumprod, "alphas_cumprod")
         if np.any(values[:-1] <= 0.0) or values[-1] < 0.0 or np.any(values >= 1.0):
             raise ScheduleError(
@@ -128,7 +130,7 @@ class NoiseSchedule:
         if not zero_terminal_snr:
             return cls.from_betas(betas, prediction_type=prediction_type, label=text, leading_offset=leading_offset)
         return cls.from_alphas_cumprod(
-            without_terminal_signal(np.cumprod(1.0 - betas)),
+            without_terminal_signal(np.asarray(np.cumprod(1.0 - betas))),
             prediction_type=prediction_type,
             label=f"{text}, zero terminal SNR",
             leading_offset=leading_offset,
@@ -284,7 +286,7 @@ def beta_schedule(
         return np.linspace(beta_start**0.5, beta_end**0.5, count) ** 2
     if name == "squaredcos_cap_v2":
         alpha_bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+        return np.asarray(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999))
     if name == "sigmoid":
         return beta_start + (beta_end - beta_start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, count)))
     raise ScheduleError(f"beta schedule {name!r} is unknown; choose one of {', '.join(BETA_SCHEDULES)}")

@@ -65,11 +65,14 @@ def moments(h: float, space: Space, count: int) -> Vector:
 
 
 def fit_weights(ratios: Sequence[float], targets: Vector) -> Vector:
-    """Weights w with sum_j w_j r_j^n = targets[n-1], n = 1 .. len(ratios): integrates u^n as `targets` says."""
+    """Weights w with sum_j w_j r_j^n = targets[n-1], n = 1 .. len(ratios); inf where two ratios coincide."""
     r = np.asarray(ratios)
     if r.size == 1:
         return np.asarray(targets / r)
-    return np.asarray(np.linalg.solve(r ** np.arange(1, r.size + 1)[:, None], targets))
+    try:
+        return np.asarray(np.linalg.solve(r ** np.arange(1, r.size + 1)[:, None], targets))
+    except np.linalg.LinAlgError:  # two nodes coincide in float64
+        return np.full(r.size, np.inf)
 
 
 def lagrange_rule(h: float, ratios: Sequence[float], space: Space) -> Vector:
@@ -96,7 +99,8 @@ def correction(target: Level, nodes: Sequence[Node], rule: Rule, space: Space) -
     while others:
         weights = rule(h, [(level.lam - source.lam) / h for level, _ in others], space)
         if _growth(weights, h, space) <= GROWTH_LIMIT:
-            return space.factor(target) * sum(w * (v - value) for w, (_, v) in zip(weights, others, strict=True))
+            differences = np.stack([v - value for _, v in others])
+            return np.asarray(space.factor(target) * (weights @ differences))
         others = others[:-1]
     return 0.0
 
@@ -120,7 +124,7 @@ def multistep(tape: Tape, levels: Sequence[Level], orders: Sequence[int], rule: 
 def falling_orders(steps: int, order: int) -> list[int]:
     """1, 2, .. order, .. order, 1: the last step is of order 1, in runs of fewer than 15 steps the one before of 2.
 
-    The convention of DPM-Solver++ (Lu et al. 2022, section 4 and appendix): extrapolation on to the clean sample is unstable.
+    The convention of DPM-Solver++ (Lu et al. 2022): extrapolating on to the clean sample is unstable.
     """
     orders = [min(i + 1, order) for i in range(steps)]
     if 1 < steps < 15:

@@ -55,7 +55,7 @@ def levels_of(schedule: NoiseSchedule, timesteps: Sequence[float] | Vector) -> l
     times = np.asarray(timesteps, dtype=np.float64)
     columns = [times, *schedule.levels(times), schedule.input_scale(times), *schedule.prediction_maps(times)]
     table = np.stack(columns, axis=1).tolist()
-    return [Level(*row[:5], maps=(row[5], row[6], row[7], row[8])) for row in table]
+    return [Level(t, alpha, sigma, lam, scale, (a, b, c, d)) for t, alpha, sigma, lam, scale, a, b, c, d in table]
 
 
 class Tape:
@@ -76,6 +76,11 @@ class Tape:
         self._rows: list[Vector] = []
         self._levels: list[Level] = []
 
+    @property
+    def straight_coordinates(self) -> bool:
+        """Whether x / (alpha + sigma) is the state to integrate, because the schedule starts without signal."""
+        return bool(self._schedule.alpha(self._schedule.first) == 0.0)
+
     def start(self, level: Level) -> Vector:
         """The first state: scaled initial noise."""
         amplitude = np.hypot(level.alpha, level.sigma) if self._start is None else self._start
@@ -92,7 +97,7 @@ class Tape:
     def noise(self) -> Vector:
         """The next fresh unit noise."""
         self._noises_used += 1
-        return self._identity[self._first_noise + self._noises_used - 1]
+        return np.asarray(self._identity[self._first_noise + self._noises_used - 1])
 
     def plan(self, sample: Vector, **metadata: object) -> Plan:
         """The plan whose last row is `sample`; `metadata` says method, order, spacing (None is left out)."""
@@ -122,10 +127,11 @@ def evaluation_times(
     times = np.array(timesteps, dtype=np.float64)
     if times.ndim != 1 or times.size == 0 or not np.all(np.isfinite(times)):
         raise InputError(f"timesteps has shape {times.shape}; expected one row of at least one finite number")
-    if np.any(np.diff(times) >= 0.0):
-        i = int(np.argmax(np.diff(times) >= 0.0))
+    lams = schedule.lam(times)
+    if np.any(np.diff(lams) <= 0.0):  # lam rises exactly where the noise falls, whatever the unit of the timestep
+        i = int(np.argmax(np.diff(lams) <= 0.0))
         raise InputError(
-            f"timesteps {times[i]!r}, {times[i + 1]!r} (numbers {i}, {i + 1}) do not fall; expected strictly falling noise"
+            f"timesteps {i} and {i + 1} are {float(times[i])!r} and {float(times[i + 1])!r}; expected strictly falling noise"
         )
     return times, None
 
@@ -134,3 +140,10 @@ def check_choice(what: str, value: object, choices: tuple[object, ...]) -> None:
     """InputError unless `value` is one of `choices`."""
     if isinstance(value, bool) or value not in choices:
         raise InputError(f"{what} is {value!r}; choose one of {', '.join(map(str, choices))}")
+
+
+def check_steps(steps: object) -> int:
+    """`steps` as an int; InputError unless it is a whole number of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise InputError(f"steps is {steps!r}; expected a whole number of at least 1")
+    return int(steps)

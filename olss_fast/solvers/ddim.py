@@ -1,12 +1,15 @@
 """DDIM, and Euler's method, which is the same thing in other coordinates.
 
-    x_t = alpha_t x0 + sqrt(sigma_t^2 - s^2) eps + s z,     s = eta sigma_t sqrt(1 - (rho_t / rho_s)^2),  rho = sigma / alpha
+    x_t = alpha_t x0 + sqrt(sigma_t^2 - s^2) eps + s z
+    s = eta sigma_t sqrt(1 - (rho_t / rho_s)^2),    rho = sigma / alpha
 
 Song et al., "Denoising diffusion implicit models", 2021, eq. 12 and 16, written so that it holds for every schedule.
-eta = 0: the Euler step of d(x/alpha) = eps d(rho), and of the flow ODE dx = (eps - x0) d(sigma). eta = 1: ancestral Euler.
+eta = 0 is the Euler step of d(x/alpha) = eps d(rho) and of the flow dx = (eps - x0) d(sigma), eta = 1 ancestral Euler.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy.typing as npt
 
@@ -84,6 +87,6 @@ def _run(
 
 
 def _noisy(tape: Tape, output: Output, target: Level, eta: float) -> Vector:
-    fresh = eta * target.sigma * (1.0 - (target.rho / output.level.rho) ** 2) ** 0.5
-    kept = (target.sigma**2 - fresh**2) ** 0.5
+    fresh = eta * target.sigma * math.sqrt(1.0 - (target.rho / output.level.rho) ** 2)
+    kept = math.sqrt(target.sigma**2 - fresh**2)
     return target.alpha * output.x0 + kept * output.eps + fresh * tape.noise()
