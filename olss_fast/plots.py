@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from olss_fast.errors import InputError
-from olss_fast.report import ANALYTIC, FITTED, PUBLISHED, UNIFORM
+from olss_fast.report import ANALYTIC, PUBLISHED, UNIFORM
 from olss_fast.tables import families
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ ACCENT = "#d1411e"  # OLSS
 BEST = "#1f5f99"  # the best analytic solver
 FIT_STYLES: Mapping[str, tuple[str, str, str]] = {
     UNIFORM: ("OLSS, uniform path", "#e8916f", "--"),
-    PUBLISHED: ("OLSS as published", "#b08d57", ":"),
+    PUBLISHED: ("OLSS, as published", "#b08d57", ":"),
 }
 HEADROOM = 12.0
 MOST_NAMED = 6  # up to so many step counts there is room for the names of the best solvers
@@ -148,7 +148,7 @@ def _draw_fits(axes: Axes, report: Report) -> list[Label]:
         if points := _best(report, kind):
             _line(axes, points, dashes, color=colour, linewidth=1.6, zorder=2)
             labels.append((points[-1].nfe, points[-1].mean, name, colour, "normal"))
-    if points := _best(report, FITTED):
+    if points := _fits(report):
         marker = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 1.2}
         _line(axes, points, "o-", color=ACCENT, linewidth=3, zorder=4, **marker)
         _band(axes, points, ACCENT)
@@ -157,8 +157,12 @@ def _draw_fits(axes: Axes, report: Report) -> list[Label]:
 
 
 def _best(report: Report, kind: str) -> list[Candidate]:
-    """The best of `kind` at each NFE that has one, all samples scored and none diverged."""
+    """The best of `kind` at each NFE that has one, with all samples scored and none diverged."""
     return [best for nfe in report.nfes if (best := report.find(nfe, kind)) and math.isfinite(best.mean)]
+
+
+def _fits(report: Report) -> list[Candidate]:
+    return [best for nfe in report.nfes if (best := report.olss(nfe)) and math.isfinite(best.mean)]
 
 
 def _line(axes: Axes, points: Sequence[Candidate], form: str, **style: Any) -> None:
@@ -177,7 +181,7 @@ def _error_axes(axes: Axes, report: Report) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     low, high = axes.get_ylim()
-    best = [each.mean for kind in (ANALYTIC, FITTED) for each in _best(report, kind)]
+    best = [each.mean for each in (*_best(report, ANALYTIC), *_fits(report))]
     high = min(high, HEADROOM * max(best, default=high))  # solvers that diverge must not flatten all others
     axes.set_ylim(low, high)
     ticks = [m * 10.0**e for e in range(-8, 9) for m in (1, 2, 3, 5) if low <= m * 10.0**e <= high]
@@ -240,7 +244,7 @@ def log_snr(plan: Plan) -> NDArray[np.float64]:
 
 def plot_path(report: Report, path: PathLike) -> Path:
     """When each fitted sampler asks the network, on the log-SNR axis, above the same number of uniform times."""
-    fits = [best for nfe in report.nfes if (best := report.find(nfe, FITTED))]
+    fits = _fits(report)
     if not fits:
         raise InputError("the report has no fitted sampler whose path could be drawn")
     with picture(path, (8.2, 1.9 + 0.52 * len(fits) + 1.1)) as figure:

@@ -29,6 +29,7 @@ ANALYTIC = "analytic"
 FITTED = "olss"  # on-policy, planned path: the method itself
 UNIFORM = "olss-uniform"  # on-policy, evenly spaced path
 PUBLISHED = "olss-published"  # teacher-forced, as in the paper
+KIND_NAMES = {FITTED: "OLSS", UNIFORM: "OLSS, uniform path", PUBLISHED: "OLSS, as published"}
 
 PathLike = str | Path
 
@@ -169,6 +170,11 @@ class Report:
         found = self.at(nfe, kind)
         return found[0] if found else None
 
+    def olss(self, nfe: int) -> Candidate | None:
+        """The best fit of this NFE, whatever its variant, baselines (uniform path, as published) aside; or None."""
+        found = [each for each in self.at(nfe) if is_olss(each)]
+        return found[0] if found else None
+
     def matching_nfe(self, error: float, kind: str = ANALYTIC) -> float:
         """At how many evaluations the best of `kind` reaches `error`, log-linear between those that were scored.
 
@@ -185,13 +191,13 @@ class Report:
             return before + share * (nfe - before)
         return math.inf
 
-    def table(self, *, width: int = 110) -> str:
+    def table(self, *, width: int | None = None) -> str:
         """One line an NFE: OLSS against the best analytic solver. Coloured only where standard output is a terminal."""
         from olss_fast.tables import render, summary_table
 
         return render(summary_table(self), width=width)
 
-    def solver_table(self, *, width: int = 110) -> str:
+    def solver_table(self, *, width: int | None = None) -> str:
         """One line a solver family, one column an NFE, and at how many NFE the best of them reaches OLSS."""
         from olss_fast.tables import render, solver_table
 
@@ -214,7 +220,7 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         pictures = [self.plot_error(folder / "error.png")]
-        if any(candidate.kind == FITTED for candidate in self.candidates):
+        if any(is_olss(candidate) for candidate in self.candidates):
             pictures.append(self.plot_path(folder / "path.png"))
         return pictures
 
@@ -268,6 +274,11 @@ class Report:
             return cls.from_dict(json.loads(read_bounded(path, LARGEST_FILE, error=InputError)))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"the report {path} cannot be read: {error}") from error
+
+
+def is_olss(candidate: Candidate) -> bool:
+    """Whether a candidate is a fit of the method's own, not an analytic solver and not a baseline fit."""
+    return candidate.kind.startswith(FITTED) and candidate.kind not in (UNIFORM, PUBLISHED)
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:

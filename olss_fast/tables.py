@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from olss_fast.report import ANALYTIC, FITTED, PUBLISHED, UNIFORM
+from olss_fast.report import ANALYTIC, PUBLISHED, UNIFORM, is_olss
 
 if TYPE_CHECKING:
     from olss_fast.report import Candidate, Report
@@ -23,6 +24,7 @@ FAMILY_NAMES: Mapping[str, str] = {
     "heun": "Heun",
     "dpm_solver": "DPM-Solver",
     "dpm_solver_pp": "DPM-Solver++",
+    "dpm_solver_pp_single": "DPM-Solver++ single-step",
     "unipc": "UniPC",
     "deis": "DEIS",
     "pndm": "PNDM",
@@ -80,7 +82,7 @@ def summary_table(report: Report) -> Table:
 
 
 def _summary_row(report: Report, nfe: int) -> list[str]:
-    fitted, analytic = report.find(nfe, FITTED), report.find(nfe, ANALYTIC)
+    fitted, analytic = report.olss(nfe), report.find(nfe, ANALYTIC)
     ratio = fitted.mean / analytic.mean if fitted and analytic and analytic.mean > 0.0 else math.nan
     tried = report.at(nfe, partial=True)
     return [
@@ -106,11 +108,11 @@ def solver_table(report: Report) -> Table:
     rows = [*families(report.candidates).items(), *_fitted_rows(report)]
     for name, members in rows:
         table.add_row(name, *(_cell(members.get(nfe), report, best[nfe]) for nfe in report.nfes))
-    if any(candidate.kind == FITTED for candidate in report.candidates):
+    if any(is_olss(candidate) for candidate in report.candidates):
         table.add_section()
         table.add_row(
             "best analytic equals OLSS at",
-            *(equivalent(report, report.find(nfe, FITTED)) for nfe in report.nfes),
+            *(equivalent(report, report.olss(nfe)) for nfe in report.nfes),
         )
     if any(candidate.samples < report.held_out for candidate in report.candidates):
         table.caption = f"~ dropped after a few samples; all others are on {report.held_out}."
@@ -119,12 +121,10 @@ def solver_table(report: Report) -> Table:
 
 
 def _fitted_rows(report: Report) -> list[tuple[str, dict[int, Candidate]]]:
-    kinds = list(dict.fromkeys(each.kind for each in report.candidates if each.kind != ANALYTIC))
-    names = {FITTED: "OLSS", UNIFORM: "OLSS, uniform path", PUBLISHED: "OLSS, as published"}
-    return [
-        (names.get(kind, kind), {nfe: best for nfe in report.nfes if (best := report.find(nfe, kind))})
-        for kind in kinds
-    ]
+    fits = [each for each in report.candidates if each.kind != ANALYTIC]
+    names = {each.kind: each.name for each in reversed(fits)}
+    kinds = dict.fromkeys(each.kind for each in fits)
+    return [(names[kind], {nfe: best for nfe in report.nfes if (best := report.find(nfe, kind))}) for kind in kinds]
 
 
 def _cell(candidate: Candidate | None, report: Report, best: float) -> str:
@@ -154,9 +154,10 @@ def equivalent(report: Report, fitted: Candidate | None) -> str:
     return f"≤ {scored[0]}" if nfe == scored[0] else f"{nfe:.1f}"
 
 
-def render(table: Table, *, width: int = 110) -> str:
-    """As text: with colours where standard output is a terminal, else plain."""
+def render(table: Table, *, width: int | None = None) -> str:
+    """As text: with colours where standard output is a terminal, else plain. `width` defaults to the terminal's."""
     terminal = sys.stdout.isatty()
+    width = width or max(80, shutil.get_terminal_size((110, 24)).columns)
     console = Console(
         file=io.StringIO(),
         width=width,

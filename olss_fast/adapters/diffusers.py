@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olss_fast._device import pick_device
 from olss_fast._files import read_bounded
 from olss_fast.errors import ModelError
 from olss_fast.noise_schedule import NoiseSchedule
@@ -73,6 +74,7 @@ def load_pipeline(
     Raises:
         ModelError: no such folder, not a pipeline of this kind, no or only pickled weights, weights that do not fit.
         ScheduleError: the scheduler's noise levels are of no known kind.
+        InputError: a device that is not there.
     """
     folder = Path(folder)
     _check_pipeline(folder)
@@ -98,8 +100,8 @@ def load_pipeline(
 def read_unet(
     folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
-    """The UNet2DModel of a component folder (config.json beside safetensors weights). Raises `ModelError`."""
-    variant = _weights_variant(folder)
+    """The UNet2DModel of a component folder (config.json beside safetensors weights). Errors as in `load_pipeline`."""
+    variant, place = _weights_variant(folder), pick_device(device)
     try:
         import diffusers
     except ImportError as error:
@@ -121,7 +123,7 @@ def read_unet(
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise ModelError(f"the weights in {folder} lack {len(absent)} tensors of its config.json, first {absent[0]!r}")
-    return unet.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return unet.to(place)
 
 
 def _check_pipeline(folder: Path) -> None:

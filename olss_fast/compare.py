@@ -1,0 +1,132 @@
+"""Score every analytic solver, and plans of one's own, against the same teacher at many numbers of evaluations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from olss_fast import solvers
+from olss_fast.errors import InputError
+from olss_fast.fitting import Task
+from olss_fast.network import Conditioning, Denoiser, Network, check_noise
+from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Plan
+from olss_fast.report import ANALYTIC, FITTED, KIND_NAMES, Candidate, Report
+from olss_fast.sampling import check_plan_fits
+from olss_fast.scoring import tournament
+from olss_fast.teacher import Recording, Split, Store, fingerprint, record
+
+BATCH = 64
+SHARE_SCORED = 0.5  # of all candidates x samples, about what is left after sharing and dropping; for time left only
+
+
+def compare(
+    network: Network,
+    *,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: Sequence[int],
+    plans: Iterable[Plan] = (),
+    teacher_steps: int = 100,
+    conditioning: Conditioning | None = None,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """A report of all analytic solvers at each of `steps` evaluations, and of `plans`, on all of `noise` (P, ...).
+
+    `plans` are scored at their own number of evaluations, together with the analytic solvers there. Arguments are
+    those of `tune`. Raises `InputError`, `NetworkError`, `StoreError`.
+    """
+    check_noise(noise)
+    plans = list(plans)
+    wanted = sorted({*steps, *(plan.nfe for plan in plans)})
+    _check(wanted, plans, schedule)
+    denoiser = Denoiser(
+        network,
+        samples=noise.shape[0],
+        conditioning=conditioning,
+        unconditional=unconditional,
+        guidance_scale=guidance_scale,
+    )
+    for plan in plans:
+        check_plan_fits(plan, denoiser)
+    teacher = solvers.ddim(schedule, teacher_steps)
+    start = time.perf_counter()
+    with torch.no_grad(), TemporaryDirectory(prefix="olss-") as folder:
+        recording = _record(teacher, denoiser, noise, Path(folder), batch_size or BATCH, progress)
+        seconds, evaluations = {"record": time.perf_counter() - start}, {"record": denoiser.evaluations}
+        task = Task(recording, denoiser, noise, schedule)
+        candidates = [each for nfe in wanted for each in _score(nfe, plans, task, progress)]
+    seconds["score"] = time.perf_counter() - start - seconds["record"]
+    evaluations["score"] = denoiser.evaluations - evaluations["record"]
+    settings = {"steps": wanted, "teacher_steps": teacher_steps, "guidance_scale": float(guidance_scale)}
+    return Report(tuple(candidates), teacher, noise.shape[0], settings, evaluations, seconds)
+
+
+def kind_of(plan: Plan) -> str:
+    """The kind of candidate a plan is by its metadata: what `tune` wrote, else "analytic"."""
+    if plan.metadata.get("method") != "olss":
+        return ANALYTIC
+    return plan.metadata.get("variant", FITTED)
+
+
+def _check(steps: Sequence[int], plans: Sequence[Plan], schedule: NoiseSchedule) -> None:
+    if not steps or steps[0] < 1:
+        raise InputError(f"steps must be whole numbers of at least 1, got {list(steps)}")
+    for plan in plans:
+        check_prediction(plan, schedule)
+        if plan.noises:
+            raise InputError(
+                f"the plan {solvers.display_name(plan)!r} draws fresh noise: no teacher's sample is its aim"
+            )
+
+
+def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:
+    """Raise `InputError` if `plan` says that it is for networks that predict something else."""
+    told = plan.metadata.get("prediction_type", schedule.prediction_type)
+    if told != schedule.prediction_type:
+        raise InputError(
+            f"the plan is for networks that predict {told!r}, this model predicts {schedule.prediction_type!r}: "
+            "use a plan that was made for this model"
+        )
+
+
+def _record(
+    teacher: Plan, denoiser: Denoiser, noise: Tensor, folder: Path, batch_size: int, progress: bool
+) -> Recording:
+    """The teacher's samples of all noise. (A recording wants something to fit on: the first chunk, which is unused.)"""
+    samples = noise.shape[0]
+    first = min(batch_size, samples)
+    split = Split(range(first), range(first, first), range(first, samples))
+    store = Store(folder, fingerprint(teacher, denoiser, noise, split, batch_size))
+    with _bar(f"Teacher, {teacher.nfe} steps", samples * teacher.nfe, progress) as bar:
+        return record(teacher, denoiser, noise, store=store, split=split, batch_size=batch_size, progress=bar.update)
+
+
+def _score(nfe: int, plans: Sequence[Plan], task: Task, progress: bool) -> list[Candidate]:
+    own = [plan for plan in plans if plan.nfe == nfe]
+    everything = own + [plan for plan in solvers.candidates(task.schedule, nfe) if plan not in own]
+    samples = range(task.noise.shape[0])
+    total = int(SHARE_SCORED * len(everything) * nfe * len(samples))
+    with _bar(f"{nfe:>2} NFE, {len(everything)} samplers", total, progress) as bar:
+        errors = tournament(everything, task, samples, keep=range(len(own)), progress=bar.update)
+        bar.total = bar.n
+    return [_candidate(plan, tuple(error)) for plan, error in zip(everything, errors, strict=True)]
+
+
+def _candidate(plan: Plan, errors: tuple[float, ...]) -> Candidate:
+    kind = kind_of(plan)
+    name = solvers.display_name(plan) if kind == ANALYTIC else KIND_NAMES.get(kind, kind)
+    return Candidate(name=name, kind=kind, spacing=plan.metadata.get("spacing", ""), plan=plan, errors=errors)
+
+
+def _bar(title: str, total: int, progress: bool) -> tqdm[None]:
+    return tqdm(total=total, desc=f"{title:<26}", unit="eval", unit_scale=True, delay=0.5, disable=not progress)

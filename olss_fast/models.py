@@ -1,0 +1,104 @@
+"""A network with what sampling from it takes: schedule, sample shape, classes. For the command line and the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from olss_fast.errors import InputError
+from olss_fast.network import Network
+from olss_fast.noise_schedule import NoiseSchedule
+
+DEMO = "demo"
+
+
+class Model(Protocol):
+    """What `demo.load` and `adapters.diffusers.load_pipeline` return."""
+
+    @property
+    def network(self) -> Callable[..., Any]: ...
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def null_class(self) -> int | None: ...
+    @property
+    def guidance_scale(self) -> float: ...
+
+
+def load_model(name: str, *, device: str | None = None, null_class: int | None = None) -> Model:
+    """The embedded model for "demo", else the diffusers folder `name`. Raises `ModelError`, `InputError`."""
+    if name == DEMO:
+        from olss_fast import demo
+
+        if null_class not in (None, demo.CLASSES):
+            raise InputError(f"null_class is {null_class}, but the embedded model's is {demo.CLASSES}: leave it out")
+        return demo.load(device)
+    from olss_fast.adapters.diffusers import load_pipeline
+
+    return load_pipeline(name, device=device, null_class=null_class)
+
+
+def draw_noise(model: Model, count: int, seed: int) -> Tensor:
+    """(count, *shape) unit Gaussian noise, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((count, *model.shape), generator=generator).to(device_of(model))
+
+
+def device_of(model: Model) -> torch.device:
+    network = model.network
+    if isinstance(network, torch.nn.Module):
+        return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    return torch.device("cpu")
+
+
+def pick_labels(model: Model, count: int, classes: Sequence[int] = ()) -> list[int]:
+    """`count` labels, taking turns through `classes` (all of the model's if none are named); empty without classes."""
+    if model.classes == 0:
+        if classes:
+            raise InputError(f"the classes {list(classes)} were asked for, but this model has none: leave them out")
+        return []
+    known = range(model.classes)
+    unknown = [label for label in classes if label not in known]
+    if unknown:
+        raise InputError(f"this model has the classes 0 to {model.classes - 1}, got {unknown}")
+    turns = list(classes or known)
+    return [turns[i % len(turns)] for i in range(count)]
+
+
+def arguments(model: Model, labels: Sequence[int], guidance_scale: float | None = None) -> dict[str, Any]:
+    """`conditioning`, `unconditional` and `guidance_scale` for `tune` and `sample`; the model's own scale if None."""
+    scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    if scale != 1.0 and model.null_class is None:
+        raise InputError(
+            f"guidance_scale={scale} needs a class for 'none': name the model's with --null-class (null_class=...), "
+            "or use a guidance scale of 1"
+        )
+    if not labels:
+        return {}
+    asked = torch.tensor(labels, device=device_of(model))
+    given = {"conditioning": {"class_labels": asked}, "guidance_scale": scale}
+    if scale == 1.0:
+        return given
+    return {**given, "unconditional": {"class_labels": torch.full_like(asked, model.null_class or 0)}}
+
+
+@contextmanager
+def counted(network: Network, title: str, total: int, *, progress: bool = True) -> Iterator[Network]:
+    """`network` with a progress bar that counts the samples it is asked about, `total` in the end."""
+    with tqdm(total=total, desc=title, unit="eval", unit_scale=True, delay=0.5, disable=not progress) as bar:
+
+        def ask(x: Tensor, timestep: Tensor, **conditioning: Any) -> Any:
+            output = network(x, timestep, **conditioning)
+            bar.update(x.shape[0])
+            return output
+
+        yield ask
