@@ -112,7 +112,7 @@ def main() -> None:
 def unet(
     data: Data,
     out: Annotated[Path, typer.Option(help="Checkpoint and finished pipeline folder.")] = Path("build/demo"),
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 8000,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 5500,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
     peak_lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1.5e-3,
     threads: Threads = 0,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
+from ..errors import InputError, ModelError
 from ..metrics import FeatureStatistics
 
 if TYPE_CHECKING:
@@ -62,21 +62,23 @@ class DemoModel:
 def load(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DemoModel:
     """The embedded model on `device` (default: a GPU if there is one) in `dtype` (default: float32).
 
-    Raises `ModelError` if a file of the model is missing or unreadable, or diffusers is not installed.
+    Raises `ModelError` if a file of the model is missing or unreadable, `InputError` for a device that is not there.
     """
     from ..noise_schedule import NoiseSchedule
 
+    place = _device(device)
     with _naming(MODEL_FOLDER / UNET_FILE):
         from .network import read_network
 
-        network = read_network(MODEL_FOLDER / "unet", _device(device), dtype)
+        network = read_network(MODEL_FOLDER / "unet", dtype)
     with _naming(MODEL_FOLDER / "scheduler" / "scheduler_config.json") as path:
         schedule = NoiseSchedule.from_diffusers(json.loads(path.read_text()))
-    return DemoModel(network=network, schedule=schedule)
+    return DemoModel(network=network.to(place), schedule=schedule)
 
 
 def classifier(device: torch.device | str | None = None) -> Classifier:
     """The classifier: images (B, 1, 32, 32) in [-1, 1] -> (logits (B, 20), features (B, 64)). Errors as in `load`."""
+    place = _device(device)
     with _naming(MODEL_FOLDER / CLASSIFIER_FILE) as path:
         from safetensors.torch import load_file
 
@@ -84,7 +86,7 @@ def classifier(device: torch.device | str | None = None) -> Classifier:
 
         module = Classifier()
         module.load_state_dict(load_file(path))
-    return module.eval().requires_grad_(False).to(_device(device))
+    return module.eval().requires_grad_(False).to(place)
 
 
 def reference_statistics() -> FeatureStatistics:
@@ -102,7 +104,12 @@ def reference_statistics() -> FeatureStatistics:
 def _device(device: torch.device | str | None) -> torch.device:
     import torch
 
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(f"device is {str(device)!r}, which torch cannot use: {error}; use 'cpu' or 'cuda'") from error
 
 
 @contextmanager

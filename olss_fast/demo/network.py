@@ -22,9 +22,9 @@ class DemoNetwork(torch.nn.Module):
         return output[0]
 
 
-def read_network(folder: Path, device: torch.device, dtype: torch.dtype | None) -> DemoNetwork:
+def read_network(folder: Path, dtype: torch.dtype | None) -> DemoNetwork:
     """The UNet of a local diffusers folder, for inference; its half-precision file is widened to `dtype`."""
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
     from_pretrained: Callable[..., Any] = UNet2DModel.from_pretrained
     unet = from_pretrained(folder, **options)
-    return DemoNetwork(unet).to(device, dtype or torch.float32).eval().requires_grad_(False)
+    return DemoNetwork(unet).to(dtype or torch.float32).eval().requires_grad_(False)
