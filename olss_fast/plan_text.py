@@ -1,8 +1,8 @@
 """A plan for people: one line of facts, a table with a row per evaluation, and the remaining metadata.
 
-log-SNR is log(alpha² / sigma²) = 2 λ. A coefficient that causality forces to be zero is left blank; one that happens
-to be zero is a dot. Where not all columns fit, each row shows x_T and its newest outputs: f[i-1] is the output just
-before row i.
+lambda is log(alpha / sigma), half the logarithm of the signal-to-noise ratio. A coefficient that causality forces to
+be zero is left blank; one that happens to be zero is a dot. Where not all columns fit, each row shows x_T and its
+newest outputs: f[i-1] is the output just before row i.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def _count(number: int, noun: str) -> str:
 
 def _level_columns(plan: Plan) -> list[list[str]]:
     with np.errstate(divide="ignore"):
-        log_snr = 2 * (np.log(plan.alphas) - np.log(plan.sigmas))
+        lam = np.log(plan.alphas) - np.log(plan.sigmas)
     columns = [
         ["step", *map(str, range(plan.nfe)), "sample"],
         ["timestep", *(_number(time, 7) for time in plan.timesteps), ""],
-        ["log-SNR", *(f"{value:.3f}" for value in log_snr)],
+        ["lambda", *(f"{value:.3f}" for value in lam)],
         ["alpha", *(_number(value) for value in plan.alphas)],
         ["sigma", *(_number(value) for value in plan.sigmas)],
     ]

@@ -26,10 +26,10 @@ def test_describe() -> None:
         [
             "ddim · 2 evaluations · epsilon · trailing · 1 fresh noise",
             "",
-            "  step  model  timestep  log-SNR  alpha  sigma  x_T   f_0    f_1  z_1",
-            "     0      0       900   -4.394    0.1    0.9    1                 ·",
-            "     1      1       400    0.000    0.5    0.5    2  -1.5           ·",
-            "sample                       inf      1      0    3    -2  -0.25  0.5",
+            "  step  model  timestep  lambda  alpha  sigma  x_T   f_0    f_1  z_1",
+            "     0      0       900  -2.197    0.1    0.9    1                 ·",
+            "     1      1       400   0.000    0.5    0.5    2  -1.5           ·",
+            "sample                      inf      1      0    3    -2  -0.25  0.5",
             "",
             "schedule  cosine",
         ]
