@@ -1,0 +1,114 @@
+// The four loops that all the time goes into, over plain arrays of doubles.
+//
+// Sums run in eight lanes, which need neither leave to reorder arithmetic (-ffast-math) nor flags for one machine:
+// where the tool chain can, each loop is compiled for several instruction sets and the loader picks one.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define OLSS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define OLSS_CLONES
+#endif
+
+namespace olss {
+
+using Index = std::ptrdiff_t;
+constexpr Index lanes = 8;
+
+#if defined(__GNUC__)
+typedef double Lanes __attribute__((vector_size(lanes * sizeof(double))));
+#else
+struct Lanes {
+    double v[lanes];
+    double operator[](Index i) const { return v[i]; }
+    friend Lanes operator*(double s, Lanes a) {
+        for (double& x : a.v) x *= s;
+        return a;
+    }
+    friend Lanes operator*(Lanes a, const Lanes& b) {
+        for (Index i = 0; i < lanes; ++i) a.v[i] *= b.v[i];
+        return a;
+    }
+    Lanes& operator+=(const Lanes& b) {
+        for (Index i = 0; i < lanes; ++i) v[i] += b.v[i];
+        return *this;
+    }
+};
+#endif
+
+// The lanes are read and written through memcpy: no alignment is asked of the arrays.
+#define OLSS_LOAD(lanes_, from) std::memcpy(&(lanes_), (from), sizeof(Lanes))
+#define OLSS_SUM(v) ((((v)[0] + (v)[4]) + ((v)[2] + (v)[6])) + (((v)[1] + (v)[5]) + ((v)[3] + (v)[7])))
+
+// a . b
+OLSS_CLONES inline double dot(const double* a, const double* b, Index size) {
+    Lanes even{}, odd{}, x, y;
+    Index i = 0;
+    for (; i + 2 * lanes <= size; i += 2 * lanes) {
+        OLSS_LOAD(x, a + i);
+        OLSS_LOAD(y, b + i);
+        even += x * y;
+        OLSS_LOAD(x, a + i + lanes);
+        OLSS_LOAD(y, b + i + lanes);
+        odd += x * y;
+    }
+    double rest = 0;
+    for (; i < size; ++i) rest += a[i] * b[i];
+    even += odd;
+    return OLSS_SUM(even) + rest;
+}
+
+// y -= factor x
+OLSS_CLONES inline void subtract(double* y, double factor, const double* x, Index size) {
+    for (Index i = 0; i < size; ++i) y[i] -= factor * x[i];
+}
+
+// For each of `count` vectors x, `stride` apart: along_a = a . x and along_b = b . x, in one pass over x.
+OLSS_CLONES inline void project(const double* a, const double* b, Index size, const double* x, Index stride,
+                                Index count, double* along_a, double* along_b) {
+    for (Index k = 0; k < count; ++k, x += stride) {
+        Lanes sum_a{}, sum_b{}, va, vb, vx;
+        Index i = 0;
+        for (; i + lanes <= size; i += lanes) {
+            OLSS_LOAD(vx, x + i);
+            OLSS_LOAD(va, a + i);
+            OLSS_LOAD(vb, b + i);
+            sum_a += va * vx;
+            sum_b += vb * vx;
+        }
+        double rest_a = 0, rest_b = 0;
+        for (; i < size; ++i) {
+            rest_a += a[i] * x[i];
+            rest_b += b[i] * x[i];
+        }
+        along_a[k] = OLSS_SUM(sum_a) + rest_a;
+        along_b[k] = OLSS_SUM(sum_b) + rest_b;
+    }
+}
+
+// A tile of a product: out[r][i] = sum over c < count of left[r][c] panel[c][i], with r < 4, i < 16.
+constexpr Index tile_rows = 4, tile_columns = 2 * lanes;
+
+OLSS_CLONES inline void multiply_tile(const double* left, Index left_stride, const double* panel,
+                                      Index count, double* out, Index out_stride) {
+    Lanes a0{}, a1{}, b0{}, b1{}, c0{}, c1{}, d0{}, d1{}, x, y;
+    for (Index c = 0; c < count; ++c, ++left, panel += tile_columns) {
+        OLSS_LOAD(x, panel);
+        OLSS_LOAD(y, panel + lanes);
+        a0 += left[0] * x;
+        a1 += left[0] * y;
+        b0 += left[left_stride] * x;
+        b1 += left[left_stride] * y;
+        c0 += left[2 * left_stride] * x;
+        c1 += left[2 * left_stride] * y;
+        d0 += left[3 * left_stride] * x;
+        d1 += left[3 * left_stride] * y;
+    }
+    const Lanes result[tile_rows][2] = {{a0, a1}, {b0, b1}, {c0, c1}, {d0, d1}};
+    for (Index r = 0; r < tile_rows; ++r) std::memcpy(out + r * out_stride, result[r], sizeof result[r]);
+}
+
+}  // namespace olss
