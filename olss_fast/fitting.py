@@ -65,7 +65,7 @@ class Student:
 
     @property
     def branches(self) -> int:
-        return (self.rows.shape[1] - 1) // self.nfe
+        return int(self.rows.shape[1] - 1) // self.nfe
 
     def known(self, evaluation: int) -> int:
         """How many columns exist when row `evaluation` is formed."""

@@ -5,8 +5,8 @@ projection, Golub & Pereyra 1973, in Kaufman's form). A column of the Jacobian i
 student again from the changed step on: about n^2 / 2 evaluations for a coefficient of every row, no back-propagation.
 
 Directions of row k are the columns of S_k = (R_k / sqrt(M))^-1 with R_k the triangle of the columns known there: a unit
-along any of them changes the network input by one root mean square, so plain damping mu I is invariant to the scale
-and the correlation of the columns. A parameter few samples agree on is safe: a subset of the samples carries the
+along any of them changes the network input by one root mean square, so that steps of one size suit all of them,
+whatever the scale and the correlation of the columns. Damping is Marquardt's, mu diag(J^T J). A parameter few samples agree on is safe: a subset of the samples carries the
 Jacobian, all fit samples carry the residual, and the validation samples say when to stop.
 """
 
@@ -51,9 +51,8 @@ class Direction:
 def shift_log_snr(task: Task, timestep: float, amount: float) -> float:
     """The timestep whose log-SNR is larger by `amount`, kept inside the schedule."""
     schedule = task.schedule
-    low, high = sorted((float(schedule.first), float(schedule.last)))
-    moved = float(schedule.timestep_of_lam(schedule.lam(timestep) + amount))
-    return min(max(moved, low), high)
+    lowest, highest = float(schedule.lam(schedule.first)), float(schedule.lam(schedule.last))
+    return float(schedule.timestep_of_lam(np.clip(schedule.lam(timestep) + amount, lowest, highest)))
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,9 @@ class NormalEquations:
 
     def step(self, student: Student, damping: float, task: Task) -> Student:
         """The Levenberg-Marquardt step, last row left to `Objective.solve`."""
-        free = np.zeros(len(self.gradient))
-        free[: len(self.directions)] = 1.0
-        left = self.hessian + damping * np.diag(free) + 1e-9 * np.diag(np.diag(self.hessian))
+        scale = np.diag(self.hessian).copy()
+        scale[len(self.directions) :] *= 1e-6  # the last row is linear: damping it would only slow the step down
+        left = self.hessian + damping * np.diag(scale)
         move = -np.linalg.solve(left, self.gradient)
         for direction, amount in zip(self.directions, move, strict=False):
             student = direction.apply(student, float(amount), task)

@@ -31,7 +31,8 @@ class Rollout:
     def errors(self, row: Float64) -> Float64:
         """Root mean square distance (P,) between row . columns and the teacher's sample."""
         v = np.append(row, -1.0)
-        return np.sqrt(np.maximum(np.einsum("i,pij,j->p", v, self.gram, v), 0.0) / self.pixels)
+        squares: Float64 = np.einsum("i,pij,j->p", v, self.gram, v) / self.pixels
+        return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
 
     def best_row(self, weights: Float64, *, ridge: float, prior: Float64) -> Float64:
         """argmin_w of the weighted sum of squared errors, with the ridge toward `prior` of `fitting`."""

@@ -90,9 +90,7 @@ def _step_noise(plan: Plan, noise: Tensor, generator: torch.Generator | None) ->
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(noise.device)
 
 
-def _sample_batch(
-    plan: Plan, denoiser: Denoiser, noise: Tensor, samples: slice, step_noise: Tensor | None
-) -> Tensor:
+def _sample_batch(plan: Plan, denoiser: Denoiser, noise: Tensor, samples: slice, step_noise: Tensor | None) -> Tensor:
     outputs: list[Tensor] = []
     result = reference.run(
         plan,

@@ -40,7 +40,9 @@ def final_samples(
     """(index of the plan, its samples (B, ...) in float64), shared evaluations made once, in no particular order."""
     for branches in sorted({plan.branches for plan in plans}):
         group = [i for i, plan in enumerate(plans) if plan.branches == branches]
-        yield from _descend(plans, group, task.with_branches(branches), chunk, task.noise[chunk][None].double(), 0, progress)
+        yield from _descend(
+            plans, group, task.with_branches(branches), chunk, task.noise[chunk][None].double(), 0, progress
+        )
 
 
 def _descend(
@@ -55,7 +57,7 @@ def _descend(
     """All plans of `group` asked the same questions so far; `columns` holds the answers."""
     for members in _same_question(plans, group, depth).values():
         plan = plans[members[0]]
-        row = torch.as_tensor(plan.rows[depth, : columns.shape[0]], device=columns.device)
+        row = torch.tensor(plan.rows[depth, : columns.shape[0]], device=columns.device)
         x = reference.combine(row, columns)
         finished = [i for i in members if plans[i].nfe == depth]
         yield from ((i, x) for i in finished)

@@ -50,7 +50,7 @@ class Split:
 
 def merge_triangles(triangles: Sequence[Float64]) -> Float64:
     """The R factor of the QR of the stacked matrices whose R factors are given, with a non-negative diagonal."""
-    r = np.linalg.qr(np.concatenate(triangles), mode="r")
+    r = np.asarray(np.linalg.qr(np.concatenate(triangles), mode="r"))
     columns = r.shape[1]
     full = np.zeros((columns, columns))
     full[: r.shape[0]] = r
@@ -81,7 +81,7 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not manifest.exists():
-                write_atomically(manifest, json.dumps(wanted).encode())
+                write_atomically(manifest, json.dumps(wanted).encode(), error=StoreError)
                 return
             found = json.loads(manifest.read_bytes())
         except (OSError, ValueError) as error:
@@ -100,7 +100,8 @@ class Store:
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         try:
-            write_atomically(self.path(name), save({key: t.contiguous().cpu() for key, t in tensors.items()}))
+            content = save({key: t.contiguous().cpu() for key, t in tensors.items()})
+            write_atomically(self.path(name), content, error=StoreError)
         except OSError as error:
             raise StoreError(
                 f"cannot write {self.path(name)}: {error}. Free some space and start again with the same store: "
@@ -109,11 +110,13 @@ class Store:
 
     def read(self, name: str, key: str, index: Any = slice(None)) -> Tensor:
         try:
-            with safetensors.safe_open(self.path(name), framework="pt") as file:  # type: ignore[no-untyped-call]
+            with safetensors.safe_open(self.path(name), framework="pt") as file:
                 tensor: Tensor = file.get_slice(key)[index]
                 return tensor
         except (OSError, safetensors.SafetensorError) as error:
-            raise StoreError(f"cannot read {key!r} of {self.path(name)}: {error}. Delete this file and resume") from error
+            raise StoreError(
+                f"cannot read {key!r} of {self.path(name)}: {error}. Delete this file and resume"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -130,19 +133,33 @@ class Recording:
     r: Float64
     pixels: int
 
+    def recorded(self) -> list[slice]:
+        """The chunks as they lie in the store."""
+        parts = (self.split.fit, self.split.validation, self.split.held_out)
+        return [chunk for part in parts for chunk in batches(part, self.batch_size)]
+
     def chunks(self, samples: range) -> list[slice]:
-        return batches(samples, self.batch_size)
+        """`samples` cut where the recorded chunks end, so that each piece lies in one file."""
+        pieces = [slice(max(c.start, samples.start), min(c.stop, samples.stop)) for c in self.recorded()]
+        return [piece for piece in pieces if piece.start < piece.stop]
+
+    def _place(self, chunk: slice) -> tuple[str, slice]:
+        """The file that holds `chunk`, and where in it."""
+        (home,) = [c for c in self.recorded() if c.start <= chunk.start and chunk.stop <= c.stop]
+        return chunk_name(home), slice(chunk.start - home.start, chunk.stop - home.start)
 
     def result(self, chunk: slice) -> Tensor:
         """The teacher's samples (B, ...) of `chunk`, float32."""
-        return self.store.read(chunk_name(chunk), "result")
+        name, place = self._place(chunk)
+        return self.store.read(name, "result", place)
 
     def state(self, chunk: slice, index: int) -> Tensor:
         """The teacher's state `index` (its network input there, T: its sample) of a fit chunk, (B, ...) float64."""
         if index == self.teacher.nfe:
             return self.result(chunk).to(torch.float64)
-        known = self.store.read(chunk_name(chunk), "basis", slice(0, index + 1)).to(torch.float64)
-        return reference.combine(torch.as_tensor(self.teacher.rows[index, : index + 1]), known)
+        name, place = self._place(chunk)
+        known = self.store.read(name, "basis", (slice(0, index + 1), place)).to(torch.float64)
+        return reference.combine(torch.tensor(self.teacher.rows[index, : index + 1]), known)
 
 
 def chunk_name(chunk: slice) -> str:
@@ -166,8 +183,8 @@ def record(
     """
     triangles = []
     for part in (split.fit, split.validation, split.held_out):
+        keep_basis = part is split.fit  # of the others only the teacher's sample is ever looked at
         for chunk in batches(part, batch_size):
-            keep_basis = part is split.fit
             if store.has(chunk_name(chunk)):
                 progress((chunk.stop - chunk.start) * teacher.nfe)
             else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,16 +25,16 @@ from olss_fast.errors import InputError
 from olss_fast.fitting import Student, Task, on_policy, teacher_forced
 from olss_fast.network import Conditioning, Denoiser, Network, check_noise
 from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.path_search import PathSearch, bent_paths
 from olss_fast.plan import Plan
 from olss_fast.polish import evaluations_of_jacobian, polish
 from olss_fast.report import ANALYTIC, FITTED, PUBLISHED, UNIFORM, Candidate, Report
 from olss_fast.rollout import roll
 from olss_fast.scoring import tournament
-from olss_fast.teacher import Recording, Split, Store, fingerprint, record
+from olss_fast.teacher import Split, Store, fingerprint, record
 
 UNPOLISHED, SPLIT = "olss-unpolished", "olss-split"
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4)
-PATH_RIDGE = 1e-6
 PUBLISHED_RIDGE = 1e-10  # as good as none, but a singular system still has an answer
 PIXELS_PER_COEFFICIENT = 10
 LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
@@ -46,20 +46,22 @@ class Effort:
 
     polish_iterations     Levenberg-Marquardt iterations at most (they stop early by themselves)
     jacobian_samples      samples that carry a Jacobian
-    path_samples          samples on which paths are compared
+    path_samples          fit samples, and as many validation samples, on which paths are compared
+    node_moves            sizes of the moves tried on every node of a path, for a teacher of 100 steps
     robust                Huber loss on per-sample errors instead of least squares
     split_up_to           largest number of steps for which unconditional and conditional outputs are weighed apart too
     """
 
     polish_iterations: int = 12
     jacobian_samples: int = 48
-    path_samples: int = 48
+    path_samples: int = 32
+    node_moves: tuple[int, ...] = (8, 4, 2, 1)
     robust: bool = True
     split_up_to: int = 5
 
     @staticmethod
     def light() -> Effort:
-        return Effort(polish_iterations=2, jacobian_samples=16, path_samples=16, split_up_to=0)
+        return Effort(polish_iterations=2, jacobian_samples=16, path_samples=12, node_moves=(4,), split_up_to=0)
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,7 @@ def tune(
         clock = Clock(denoiser, progress)
         opened = Store(folder, fingerprint(teacher, denoiser, noise, split, size))
         with clock.stage("record", f"Teacher, {teacher.nfe} steps", noise.shape[0] * teacher.nfe) as tick:
-            recording = record(
-                teacher, denoiser, noise, store=opened, split=split, batch_size=size, progress=tick
-            )
+            recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=size, progress=tick)
         tuner = Tuner(Task(recording, denoiser, noise, schedule), effort, clock, seed)
         candidates = [each for n in wanted for each in tuner.candidates(n)]
     report = Report(
@@ -195,14 +195,13 @@ class Tuner:
         keep = range(len(fits))
         with self.clock.stage("accept", f"{steps:>2} steps, {len(plans)} samplers", 0) as tick:
             errors = tournament(plans, self.task, held_out, keep=keep, progress=tick)
-        described = [(fit.name, fit.kind, "fitted", fit.path) for fit in fits]
-        described += [
-            (solvers.display_name(plan), ANALYTIC, plan.metadata.get("spacing", ""), None) for plan in analytic
-        ]
         scored = [
-            Candidate(name=name, kind=kind, spacing=spacing, plan=plan, errors=tuple(error), path=path)
-            for (name, kind, spacing, path), plan, error in zip(described, plans, errors, strict=True)
+            Candidate(name=fit.name, kind=fit.kind, spacing="fitted", plan=fit.plan, errors=tuple(error), path=fit.path)
+            for fit, error in zip(fits, errors, strict=False)
         ]
+        for plan, error in zip(analytic, errors[len(fits) :], strict=True):
+            name, spacing = solvers.display_name(plan), plan.metadata.get("spacing", "")
+            scored.append(Candidate(name=name, kind=ANALYTIC, spacing=spacing, plan=plan, errors=tuple(error)))
         complete = [i for i, each in enumerate(scored) if each.samples == len(held_out)]
         winner = min(complete, key=lambda i: scored[i].mean)
         scored[winner] = replace(scored[winner], accepted=True)
@@ -211,13 +210,14 @@ class Tuner:
     def _fits(self, steps: int) -> Iterator[Fit]:
         recording = self.task.recording
         planned = self._paths(steps)
-        fits, samples = len(planned) + 3 * len(RIDGES), len(recording.split.fit) + len(recording.split.validation)
-        with self.clock.stage("fit", f"{steps:>2} steps, fit", steps * samples * fits) as tick:
-            path = self._best_path(planned, tick)
+        path = self._search(planned)
+        samples = len(recording.split.fit) + len(recording.split.validation)
+        with self.clock.stage("fit", f"{steps:>2} steps, fit", 2 * len(RIDGES) * steps * samples) as tick:
             student, ridge = self._fit(self.task, path, tick)
             uniform_path = planning.uniform_path(recording.teacher.nfe, steps)
             uniform, _ = self._fit(self.task, uniform_path, tick)
-        yield self._finish("OLSS, published", PUBLISHED, planned[0], teacher_forced(self.task, planned[0], PUBLISHED_RIDGE))
+        published = teacher_forced(self.task, planned[0], PUBLISHED_RIDGE)
+        yield self._finish("OLSS, published", PUBLISHED, planned[0], published)
         yield self._finish("OLSS, uniform path", UNIFORM, uniform_path, uniform)
         yield self._finish("OLSS, not polished", UNPOLISHED, path, student)
         yield self._finish("OLSS", FITTED, path, self._polish(self.task, student, ridge))
@@ -228,21 +228,21 @@ class Tuner:
             yield self._finish("OLSS, split guidance", SPLIT, path, self._polish(apart, student, ridge))
 
     def _paths(self, steps: int) -> list[tuple[int, ...]]:
-        """Paths worth fitting, the planned one first: planned, refined, uniform, and the usual spacings' nearest."""
+        """Paths to start the search from: the planned one, what the triangle makes of it, and bends of the uniform."""
         recording = self.task.recording
-        teacher = recording.teacher
-        planned = planning.plan_path(recording.r, teacher.rows, steps)
-        refined = planning.refine(recording.r, teacher.rows, planned.path)
-        paths = [planned.path, refined.path, planning.uniform_path(teacher.nfe, steps)]
-        paths += [nearest_path(teacher, plan.timesteps) for plan in solvers.candidates(self.task.schedule, steps)]
-        return list(dict.fromkeys(path for path in paths if len(path) == steps))
+        planned = planning.plan_path(recording.r, recording.teacher.rows, steps, samples_count=recording.pixels)
+        refined = planning.refine_all(recording.r, recording.teacher.rows, planned.path)
+        starts = [planned.path, *(each.path for each in refined), *bent_paths(recording.teacher.nfe, steps)]
+        return list(dict.fromkeys(starts))
 
-    def _best_path(self, paths: Sequence[tuple[int, ...]], tick: Callable[[int], object]) -> tuple[int, ...]:
-        fit = self.task.recording.split.fit
-        some = fit[: self.effort.path_samples]
-        students = [on_policy(self.task, path, PATH_RIDGE, samples=some, progress=tick) for path in paths]
-        losses = [self._validate(self.task, student, tick) for student in students]
-        return paths[int(np.argmin(losses))]
+    def _search(self, paths: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The path that does best on the student's own rollout."""
+        steps, teacher_steps = len(paths[0]), self.task.recording.teacher.nfe
+        scales = sorted({max(1, scale * teacher_steps // 100) for scale in self.effort.node_moves}, reverse=True)
+        trials = len(paths) + len(scales) * (steps - 1)  # two moves a node, each half a rollout on average
+        total = 2 * self.effort.path_samples * steps * trials
+        with self.clock.stage("path", f"{steps:>2} steps, path", total) as tick:
+            return PathSearch(self.task, self.effort.path_samples, tick).best(paths, scales)
 
     def _fit(self, task: Task, path: Sequence[int], tick: Callable[[int], object]) -> tuple[Student, float]:
         """On-policy rows with the ridge that does best on the validation samples."""
@@ -285,15 +285,6 @@ class Tuner:
         return Fit(name, kind, tuple(path), student.plan(self.task.schedule, metadata))
 
 
-def nearest_path(teacher: Plan, timesteps: np.ndarray) -> tuple[int, ...]:
-    """The teacher's evaluations nearest to `timesteps`, from its first on, made distinct and increasing."""
-    nearest = np.abs(teacher.timesteps[None] - np.asarray(timesteps)[:, None]).argmin(axis=1)
-    nearest[0] = 0
-    for k in range(1, len(nearest)):
-        nearest[k] = max(nearest[k], nearest[k - 1] + 1)
-    return tuple(int(i) for i in nearest) if nearest[-1] < teacher.nfe else ()
-
-
 def _ddim(schedule: NoiseSchedule, steps: int) -> Plan:
     if steps < 1:
         raise InputError(f"teacher_steps must be at least 1, got {steps}")
@@ -309,7 +300,7 @@ def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
 
 
 def _check_steps(steps: int | Sequence[int], most: int) -> list[int]:
-    wanted = [steps] if isinstance(steps, int) else list(steps)
+    wanted = list(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else [steps]
     if not wanted or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
         raise InputError(f"steps must be a whole number or a list of them, got {steps!r}")
     bad = [n for n in wanted if not 1 <= n <= most]

@@ -39,7 +39,7 @@ def run(
     stochastic plan. `on_output(i, outputs)` sees the raw outputs (branches, B, ...) of each evaluation.
     """
     dtype = dtype or noise.dtype
-    rows = torch.as_tensor(plan.rows, device=noise.device)
+    rows = torch.tensor(plan.rows, device=noise.device)
     basis = torch.zeros((plan.columns, *noise.shape), dtype=torch.float64, device=noise.device)
     basis[0] = noise
     if step_noise is not None:

@@ -1,0 +1,54 @@
+"""Networks whose exact answer is known, for tests and benchmarks of samplers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast.noise_schedule import NoiseSchedule
+
+NULL_CLASS = -1
+
+
+@dataclass(frozen=True)
+class ExactMixture:
+    """The exact raw output for data that is an equal mixture of Gaussians N(m_k, s^2), one class each.
+
+    With p_k(x) proportional to exp(-|x - alpha m_k|^2 / 2 v), v = alpha^2 s^2 + sigma^2, the denoised image is
+    E[x0 | x] = sum_k p_k (m_k + (alpha s^2 / v) (x - alpha m_k)). `y` (B,) names the class whose component alone is
+    meant, `NULL_CLASS` all of them, as in classifier-free guidance.
+
+    Shapes: `means` (K, ...), x (B, ...), timestep (B,), all equal within a batch. epsilon and v_prediction.
+    """
+
+    schedule: NoiseSchedule
+    means: Tensor
+    scale: float
+
+    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
+        time = timestep.double().cpu().numpy()
+        alpha, sigma = (
+            torch.as_tensor(np.asarray(f(time)), device=x.device).view(-1, *[1] * (x.ndim - 1))
+            for f in (self.schedule.alpha, self.schedule.sigma)
+        )
+        state = x.double()
+        denoised = self._denoised(state, alpha, sigma, y)
+        noise = (state - alpha * denoised) / sigma
+        raw = noise if self.schedule.prediction_type == "epsilon" else alpha * noise - sigma * denoised
+        return raw.to(x.dtype)
+
+    def _denoised(self, x: Tensor, alpha: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
+        variance = alpha**2 * self.scale**2 + sigma**2
+        means = self.means.to(x)
+        away = x[:, None] - alpha[:, None] * means[None]  # (B, K, ...)
+        logits = -away.square().flatten(2).sum(2) / (2.0 * variance.flatten(1))
+        if y is not None:
+            classes = torch.arange(len(means), device=x.device)
+            meant = (y[:, None] == classes[None]) | (y[:, None] == NULL_CLASS)
+            logits = logits.masked_fill(~meant, -torch.inf)
+        share = logits.softmax(1).view(*logits.shape, *[1] * (x.ndim - 1))
+        each = means[None] + (alpha * self.scale**2 / variance)[:, None] * away
+        return (share * each).sum(1)

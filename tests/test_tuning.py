@@ -1,0 +1,169 @@
+"""The main job end to end, on an exact class-conditional mixture: its outputs are known, and a run takes seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import olss_fast
+from olss_fast.errors import InputError, NetworkError, StoreError
+from olss_fast.testing import NULL_CLASS, ExactMixture
+from olss_fast.tuning import Effort
+
+SAMPLES, SHAPE = 48, (2, 4, 4)
+EFFORT = Effort(polish_iterations=2, jacobian_samples=8, path_samples=6, node_moves=(4,), split_up_to=3)
+SCHEDULE = olss_fast.NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+def mixture(schedule: olss_fast.NoiseSchedule = SCHEDULE) -> ExactMixture:
+    means = torch.randn((6, *SHAPE), generator=torch.Generator().manual_seed(1)) * 0.8
+    return ExactMixture(schedule, means, 0.1)
+
+
+def problem(samples: int = SAMPLES) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "noise": torch.randn((samples, *SHAPE), generator=generator),
+        "schedule": SCHEDULE,
+        "conditioning": {"y": torch.arange(samples) % 6},
+        "unconditional": {"y": NULL_CLASS},
+        "guidance_scale": 2.0,
+        "progress": False,
+    }
+
+
+class Counting:
+    """Counts calls and stops at the `limit`-th, as a killed process would."""
+
+    def __init__(self, network: ExactMixture, limit: int | None = None) -> None:
+        self.network, self.limit, self.calls = network, limit, 0
+
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.limit is not None and self.calls > self.limit:
+            raise KeyboardInterrupt
+        return self.network(x, timestep, **conditioning)
+
+
+@pytest.fixture(scope="module")
+def result() -> olss_fast.TuneResult:
+    return olss_fast.tune(mixture(), **problem(), steps=[3, 5], teacher_steps=40, effort=EFFORT)  # type: ignore[arg-type]
+
+
+def test_accepted_plan_is_the_best_of_the_table(result: olss_fast.TuneResult) -> None:
+    for n, plan in result.plans.items():
+        accepted = [each for each in result.report.candidates if each.nfe == n and each.accepted]
+        assert [each.plan for each in accepted] == [plan]
+        full = [each for each in result.report.candidates if each.nfe == n and each.samples == result.report.held_out]
+        assert accepted[0].mean == min(each.mean for each in full)
+
+
+def test_olss_beats_every_analytic_solver(result: olss_fast.TuneResult) -> None:
+    for n in result.plans:
+        assert result.report.best(n, "olss").mean < result.report.best(n, "analytic").mean
+
+
+def test_on_policy_and_polish_beat_what_they_start_from(result: olss_fast.TuneResult) -> None:
+    for n in result.plans:
+        kinds = {kind: result.report.best(n, kind).mean for kind in ("olss", "olss-unpolished", "olss-published")}
+        assert kinds["olss"] < kinds["olss-unpolished"] < kinds["olss-published"]
+
+
+def test_hopeless_solvers_were_scored_on_fewer_samples(result: olss_fast.TuneResult) -> None:
+    counts = {each.samples for each in result.report.candidates if each.kind == "analytic"}
+    assert min(counts) < result.report.held_out == max(counts)
+
+
+def test_reported_error_is_what_sampling_gives(result: olss_fast.TuneResult) -> None:
+    arguments = problem()
+    arguments.pop("schedule"), arguments.pop("progress")
+    teacher = olss_fast.sample(result.report.teacher, mixture(), **arguments)  # type: ignore[arg-type]
+    samples = olss_fast.sample(result.plans[3], mixture(), **arguments)  # type: ignore[arg-type]
+    errors = olss_fast.metrics.rmse(samples, teacher)[-result.report.held_out :]
+    # the teacher's sample is kept in float32, so errors of order 1e-1 agree to float32's rounding
+    np.testing.assert_allclose(errors, result.report.best(3).errors, atol=2e-6)
+
+
+def test_split_guidance_is_offered_and_judged(result: olss_fast.TuneResult) -> None:
+    split = result.report.best(3, "olss-split")
+    assert split.plan.branches == 2 and split.plan.rows.shape == (4, 7)
+
+
+def test_same_seed_same_plan_bitwise(result: olss_fast.TuneResult) -> None:
+    again = olss_fast.tune(mixture(), **problem(), steps=3, teacher_steps=40, effort=EFFORT)  # type: ignore[arg-type]
+    assert again.plans[3] == result.plans[3]
+
+
+def test_killed_run_resumes_without_repeating_a_chunk(tmp_path: Path, result: olss_fast.TuneResult) -> None:
+    arguments = {**problem(), "steps": 3, "teacher_steps": 40, "effort": EFFORT, "batch_size": 10, "store": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        olss_fast.tune(Counting(mixture(), limit=3 * 40 + 7), **arguments)  # type: ignore[arg-type]
+    assert len(list(tmp_path.glob("chunk-*"))) == 3
+    unbroken = Counting(mixture())
+    olss_fast.tune(unbroken, **{**arguments, "store": tmp_path / "other"})  # type: ignore[arg-type]
+    resumed = Counting(mixture())
+    plans = olss_fast.tune(resumed, **arguments).plans  # type: ignore[arg-type]
+    assert unbroken.calls - resumed.calls == 3 * 40
+    assert plans[3].nfe == 3
+
+
+def test_store_of_another_recording_is_refused(tmp_path: Path) -> None:
+    arguments = {**problem(), "steps": 2, "teacher_steps": 10, "effort": EFFORT, "store": tmp_path}
+    olss_fast.tune(mixture(), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="another recording"):
+        olss_fast.tune(mixture(), **{**arguments, "guidance_scale": 3.0})  # type: ignore[arg-type]
+
+
+def test_damaged_chunk_is_named(tmp_path: Path) -> None:
+    arguments = {**problem(), "steps": 2, "teacher_steps": 10, "effort": EFFORT, "store": tmp_path}
+    olss_fast.tune(mixture(), **arguments)  # type: ignore[arg-type]
+    chunk = sorted(tmp_path.glob("chunk-*"))[0]
+    os.truncate(chunk, chunk.stat().st_size // 2)
+    with pytest.raises(StoreError, match=chunk.name):
+        olss_fast.tune(mixture(), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "between 1 and the teacher's 10"),
+        ({"steps": 11}, "between 1 and the teacher's 10"),
+        ({"steps": []}, "whole number"),
+        ({"steps": 2.5}, "whole number"),
+        ({"teacher_steps": 0}, "teacher_steps"),
+        ({"noise": torch.zeros(2, *SHAPE)}, "too few"),
+        ({"noise": torch.zeros(8, *SHAPE).index_fill(0, torch.tensor([3]), torch.nan)}, r"\[3\]"),
+        ({"noise": torch.zeros(8, *SHAPE).long()}, "floating-point"),
+        ({"noise": np.zeros((8, *SHAPE))}, "ndarray"),
+        ({"unconditional": None}, "unconditional"),
+        ({"unconditional": {"z": 0}}, "same"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"teacher": olss_fast.solvers.ddim(SCHEDULE, 10, eta=1.0)}, "deterministic"),
+        (
+            {
+                "schedule": olss_fast.NoiseSchedule.named("linear", prediction_type="v_prediction"),
+                "teacher": olss_fast.solvers.ddim(SCHEDULE, 10),
+            },
+            "v_prediction",
+        ),
+    ],
+)
+def test_unusable_arguments(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        olss_fast.tune(mixture(), **{**problem(), "steps": 2, "teacher_steps": 10, **change})  # type: ignore[arg-type]
+
+
+def test_network_that_goes_wrong_is_named_with_step_and_sample() -> None:
+    def broken(x: torch.Tensor, timestep: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        output = torch.zeros_like(x)
+        if float(timestep[0]) < 500:
+            output[min(5, len(output) - 1)] = torch.nan
+        return output
+
+    arguments = {**problem(), "guidance_scale": 1.0, "steps": 2, "teacher_steps": 10}
+    with pytest.raises(NetworkError, match=r"evaluation 5 for sample\(s\) \[5\]"):
+        olss_fast.tune(broken, **arguments)  # type: ignore[arg-type]
