@@ -70,9 +70,8 @@ class PathSearch:
             columns = [whole[: student.known(changed)] for whole in base.columns]
             self._fit_row(rows, changed, columns, path[changed], student.rows)
         for k in range(changed, n):
-            columns = [
-                self._ask(c, rows[k], float(student.timesteps[k]), chunk) for c, chunk in zip(columns, self.chunks)
-            ]
+            timestep = float(student.timesteps[k])
+            columns = [self._ask(c, rows[k], timestep, where) for c, where in zip(columns, self.chunks, strict=True)]
             self._fit_row(rows, k + 1, columns, path[k + 1] if k + 1 < n else task.recording.teacher.nfe, student.rows)
         return Trial(path, rows, tuple(columns), self._error(rows[n], columns))
 
@@ -84,14 +83,14 @@ class PathSearch:
     def _fit_row(self, rows: Float64, k: int, columns: Sequence[Tensor], target: int, prior: Float64) -> None:
         triangles = [
             triangle(torch.cat([c, self.task.recording.state(chunk, target).to(c)[None]]))
-            for c, chunk in zip(columns, self.fit_chunks)
+            for c, chunk in zip(columns, self.fit_chunks, strict=False)
         ]
         known = len(columns[0])
         rows[k, :known] = ridge_solve(merge_triangles(triangles), self.pixels, RIDGE, prior[k, :known])
 
     def _error(self, row: Float64, columns: Sequence[Tensor]) -> float:
         errors = []
-        for c, chunk in zip(columns, self.chunks):
+        for c, chunk in zip(columns, self.chunks, strict=True):
             result = reference.combine(torch.as_tensor(row, device=c.device), c)
             errors.append((result - self.task.recording.result(chunk).to(result)).flatten(1).square().mean(1).sqrt())
         error = float(torch.cat(errors).mean())
@@ -108,7 +107,7 @@ class PathSearch:
 
     def _moved(self, best: Trial, k: int, move: int) -> Trial:
         path = (*best.path[:k], best.path[k] + move, *best.path[k + 1 :])
-        if not all(a < b for a, b in zip(path, [*path[1:], self.task.recording.teacher.nfe])):
+        if np.any(np.diff([*path, self.task.recording.teacher.nfe]) <= 0):
             return best
         tried = self.trial(path, base=best, changed=k)
         return tried if tried.error < WORTH * best.error else best

@@ -6,8 +6,9 @@ student again from the changed step on: about n^2 / 2 evaluations for a coeffici
 
 Directions of row k are the columns of S_k = (R_k / sqrt(M))^-1 with R_k the triangle of the columns known there: a unit
 along any of them changes the network input by one root mean square, so that steps of one size suit all of them,
-whatever the scale and the correlation of the columns. Damping is Marquardt's, mu diag(J^T J). A parameter few samples agree on is safe: a subset of the samples carries the
-Jacobian, all fit samples carry the residual, and the validation samples say when to stop.
+whatever the scale and the correlation of the columns. Damping is Marquardt's, mu diag(J^T J). A few samples carry the
+Jacobian, a few others choose the damping, all fit samples carry the residual of the step that is taken, and the
+validation samples say when to stop.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ STATE_STEP = 1e-2  # forward-difference step, root mean square of the change of 
 LOG_SNR_STEP = 1e-2
 COLLINEAR = 1e-4  # directions that need coefficients larger than 1/COLLINEAR per unit of change are left alone
 DAMPING_FACTORS = (0.1, 1.0, 10.0)
+PATIENCE = 3  # iterations without a better validation loss that end the polish
 Progress = Callable[[int], object]
 
 
@@ -90,6 +92,12 @@ class Objective:
         validation = roll(self.task, solved, split.validation, self.progress).errors(row)
         return solved, self.loss(errors), self.loss(validation)
 
+    def loss_on(self, student: Student, samples: range) -> float:
+        """Loss on some fit samples, with the last row that is best for them."""
+        some, row = roll(self.task, student, samples, self.progress), student.rows[-1]
+        row = some.best_row(self.weights(some.errors(row)), ridge=self.ridge, prior=row)
+        return self.loss(some.errors(row))
+
     def weights(self, errors: Float64) -> Float64:
         """Derivative of the loss by e^2, up to a factor: constant for least squares, 1/e beyond the threshold."""
         return 1.0 / np.maximum(errors, self.threshold) if self.robust else np.ones_like(errors)
@@ -109,28 +117,25 @@ def polish(
     rng: np.random.Generator,
     progress: Progress = lambda samples: None,
 ) -> Polished:
-    """Improve `student` until the validation loss has not fallen for two iterations, or `iterations` are done."""
+    """Improve `student` until `PATIENCE` iterations brought no better validation loss, or `iterations` are done."""
     objective = Objective(task, ridge=ridge, robust=robust, progress=progress)
     student, loss, best_loss = objective.solve(student)
     best, history, damping, failures = student, [(loss, best_loss)], 1e-2, 0
     for _ in range(iterations):
-        samples = _subset(task, jacobian_samples, rng)
-        equations = _normal_equations(task, student, samples, objective)
-        trials = [
-            (*objective.solve(equations.step(student, damping * factor, task)), damping * factor)
-            for factor in DAMPING_FACTORS
-        ]
-        tried, tried_loss, tried_validation, used = min(trials, key=lambda trial: trial[1])
-        history.append((tried_loss, tried_validation))
+        equations = _normal_equations(task, student, _subset(task, jacobian_samples, rng), objective)
+        others = _subset(task, jacobian_samples, rng)
+        steps = {mu: equations.step(student, mu, task) for mu in damping * np.array(DAMPING_FACTORS)}
+        damping = min(steps, key=lambda mu: objective.loss_on(steps[mu], others))
+        tried, tried_loss, validation = objective.solve(steps[damping])
+        history.append((tried_loss, validation))
+        failures = 0 if tried_loss < loss and validation < best_loss else failures + 1
         if tried_loss < loss:
-            student, loss, damping = tried, tried_loss, used
+            student, loss = tried, tried_loss
         else:
-            damping *= 30.0
-        if tried_loss <= loss and tried_validation < best_loss:
-            best, best_loss, failures = tried, tried_validation, 0
-        else:
-            failures += 1
-        if failures == 2:
+            damping *= 10.0
+        if validation < best_loss:
+            best, best_loss = tried, validation
+        if failures == PATIENCE:
             break
     return Polished(best, best_loss, tuple(history))
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from olss_fast.scoring import tournament
 from olss_fast.teacher import Split, Store, fingerprint, record
 
 UNPOLISHED, SPLIT = "olss-unpolished", "olss-split"
-RIDGES = (1e-8, 1e-6, 1e-5, 1e-4)
+RIDGES = (1e-7, 1e-5)
 PUBLISHED_RIDGE = 1e-10  # as good as none, but a singular system still has an answer
 PIXELS_PER_COEFFICIENT = 10
 LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
@@ -45,15 +46,17 @@ class Effort:
     """How much a tuning may cost. `full` is the default, `light` a tenth of it and a little worse.
 
     polish_iterations     Levenberg-Marquardt iterations at most (they stop early by themselves)
-    jacobian_samples      samples that carry a Jacobian
+    jacobian_samples      samples that carry a Jacobian, down to a third of them where more would cost more than
+    jacobian_evaluations  network evaluations
     path_samples          fit samples, and as many validation samples, on which paths are compared
     node_moves            sizes of the moves tried on every node of a path, for a teacher of 100 steps
     robust                Huber loss on per-sample errors instead of least squares
     split_up_to           largest number of steps for which unconditional and conditional outputs are weighed apart too
     """
 
-    polish_iterations: int = 12
+    polish_iterations: int = 8
     jacobian_samples: int = 48
+    jacobian_evaluations: int = 3000
     path_samples: int = 32
     node_moves: tuple[int, ...] = (8, 4, 2, 1)
     robust: bool = True
@@ -61,7 +64,14 @@ class Effort:
 
     @staticmethod
     def light() -> Effort:
-        return Effort(polish_iterations=2, jacobian_samples=16, path_samples=12, node_moves=(4,), split_up_to=0)
+        return Effort(
+            polish_iterations=2,
+            jacobian_samples=16,
+            jacobian_evaluations=500,
+            path_samples=12,
+            node_moves=(4,),
+            split_up_to=0,
+        )
 
 
 @dataclass(frozen=True)
@@ -257,9 +267,11 @@ class Tuner:
 
     def _polish(self, task: Task, student: Student, ridge: float) -> Student:
         split, effort = task.recording.split, self.effort
-        samples = min(effort.jacobian_samples, len(split.fit))
-        rolls = 3 * student.nfe * (len(split.fit) + len(split.validation))
-        each = evaluations_of_jacobian(student.nfe, task.branches) * samples + rolls
+        jacobian = evaluations_of_jacobian(student.nfe, task.branches)
+        samples = min(len(split.fit), max(effort.jacobian_samples // 3, effort.jacobian_evaluations // jacobian, 1))
+        samples = min(samples, effort.jacobian_samples)
+        rolls = student.nfe * (len(split.fit) + len(split.validation) + 3 * samples)
+        each = jacobian * samples + rolls
         with self.clock.stage("polish", f"{student.nfe:>2} steps, polish", each * effort.polish_iterations) as tick:
             polished = polish(
                 task,
@@ -300,7 +312,7 @@ def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
 
 
 def _check_steps(steps: int | Sequence[int], most: int) -> list[int]:
-    wanted = list(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else [steps]
+    wanted: list[Any] = list(steps) if isinstance(steps, (list, tuple, range)) else [steps]
     if not wanted or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
         raise InputError(f"steps must be a whole number or a list of them, got {steps!r}")
     bad = [n for n in wanted if not 1 <= n <= most]
