@@ -71,5 +71,5 @@ def columns_of(task: Task, student: Student, chunk: slice, *, start: Tensor | No
 
 
 def huber(errors: npt.NDArray[np.float64], threshold: float) -> float:
-    """Mean of |e| beyond `threshold`, e^2 / (2 threshold) + threshold / 2 below it."""
-    return float(np.mean(np.where(errors > threshold, errors, errors**2 / (2 * threshold) + threshold / 2)))
+    """Mean of e^2 / (2 threshold) up to `threshold` and of e - threshold / 2 beyond it (Huber 1964, scaled)."""
+    return float(np.mean(np.where(errors > threshold, errors - threshold / 2, errors**2 / (2 * threshold))))
