@@ -1,9 +1,9 @@
-"""Record a teacher: its basis on disk in chunks, and the triangle R that all path planning needs.
+"""Record a teacher: the triangle R that all path planning needs, and its states on disk in chunks.
 
-The teacher is a Plan, so each of its states is a known combination of [x_T, f_0 .. f_{T-1}] and only this basis is
-recorded. Every chunk of samples is folded into an R factor (float64, R <- qr([R; chunk])), after which path planning
-works on a (T+1) x (T+1) triangle whatever the number of samples. R factors of several processes merge by one QR of
-their stack.
+The teacher is a Plan, so each of its states is a known combination of its basis [x_T, f_0 .. f_{T-1}]. Every chunk's
+basis is folded into an R factor (float64, R <- qr([R; chunk])), after which path planning works on a (T+1) x (T+1)
+triangle whatever the number of samples. R factors of several processes merge by one QR of their stack. What fits read
+again and again are the states that a student is to reach: they are kept in float32, the basis is not kept.
 """
 
 from __future__ import annotations
@@ -158,8 +158,7 @@ class Recording:
         if index == self.teacher.nfe:
             return self.result(chunk).to(torch.float64)
         name, place = self._place(chunk)
-        known = self.store.read(name, "basis", (slice(0, index + 1), place)).to(torch.float64)
-        return reference.combine(torch.tensor(self.teacher.rows[index, : index + 1]), known)
+        return self.store.read(name, "states", (index, place)).to(torch.float64)
 
 
 def chunk_name(chunk: slice) -> str:
@@ -183,13 +182,13 @@ def record(
     """
     triangles = []
     for part in (split.fit, split.validation, split.held_out):
-        keep_basis = part is split.fit  # of the others only the teacher's sample is ever looked at
+        keep = part is split.fit  # of the others only the teacher's sample is ever looked at
         for chunk in batches(part, batch_size):
             if store.has(chunk_name(chunk)):
                 progress((chunk.stop - chunk.start) * teacher.nfe)
             else:
-                store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, noise, chunk, keep_basis, progress))
-            if keep_basis:
+                store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, noise, chunk, keep, progress))
+            if keep:
                 triangles.append(store.read(chunk_name(chunk), "r").numpy())
     pixels = len(split.fit) * noise[0].numel()
     return Recording(teacher, store, split, batch_size, merge_triangles(triangles), pixels)
@@ -200,29 +199,50 @@ def _run_chunk(
     denoiser: Denoiser,
     noise: Tensor,
     chunk: slice,
-    keep_basis: bool,
+    keep: bool,
     progress: Callable[[int], object],
 ) -> dict[str, Tensor]:
     x = noise[chunk]
-    basis = torch.empty((teacher.columns, *x.shape), dtype=torch.float32, device=x.device)
+    dtype = network_dtype(denoiser.networks[0], noise.dtype)
+    basis = torch.empty((teacher.columns, *x.shape), dtype=torch.float64, device=x.device)
+    states = torch.empty((teacher.nfe, *x.shape), dtype=torch.float32, device=x.device)
     basis[0] = x
-
-    def keep(i: int, outputs: Tensor) -> None:
+    steps = one_step_coefficients(teacher)
+    state = _row(teacher, 0, basis)
+    for i in range(teacher.nfe):
+        states[i] = state
+        outputs = denoiser(state.to(dtype), float(teacher.timesteps[i]), chunk, model=int(teacher.models[i]))
         require_finite(outputs, step=i, first_sample=chunk.start)
         basis[1 + i] = outputs[0]
+        state = _row(teacher, i + 1, basis) if steps is None else steps[i, 0] * state + steps[i, 1] * basis[1 + i]
         progress(x.shape[0])
-
-    result = reference.run(
-        teacher,
-        lambda x, timestep, **how: denoiser(x, timestep, chunk, **how),
-        x,
-        dtype=network_dtype(denoiser.networks[0], noise.dtype),
-        on_output=keep,
-    )
-    tensors = {"result": result.to(torch.float32)}
-    if keep_basis:
-        tensors |= {"basis": basis, "r": torch.from_numpy(triangle(basis))}
+    tensors = {"result": state.to(torch.float32)}
+    if keep:
+        tensors |= {"states": states, "r": torch.from_numpy(triangle(basis))}
     return tensors
+
+
+def _row(plan: Plan, index: int, basis: Tensor) -> Tensor:
+    known = 1 + index
+    return reference.combine(torch.tensor(plan.rows[index, :known], device=basis.device), basis[:known])
+
+
+def one_step_coefficients(plan: Plan) -> Float64 | None:
+    """(a_i, b_i) with row i+1 = a_i row i + b_i f_i, shape (S, 2), or None if the plan looks further back.
+
+    DDIM and Euler do not. Their states then cost two columns instead of i, which over T = 100 steps in float64 is the
+    difference between reading the whole basis T / 2 times and once.
+    """
+    rows = plan.rows
+    found = np.array(
+        [(rows[i + 1, 0] / rows[i, 0] if rows[i, 0] else 0.0, rows[i + 1, 1 + i]) for i in range(plan.nfe)]
+    )
+    for i, (a, b) in enumerate(found):
+        expected = a * rows[i]
+        expected[1 + i] = b
+        if not np.allclose(rows[i + 1], expected, rtol=1e-12, atol=1e-12 * np.abs(rows[i + 1]).max()):
+            return None
+    return found
 
 
 def fingerprint(teacher: Plan, denoiser: Denoiser, noise: Tensor, split: Split, batch_size: int) -> str:

@@ -15,11 +15,11 @@ NULL_CLASS = -1
 
 @dataclass(frozen=True)
 class ExactMixture:
-    """The exact raw output for data that is an equal mixture of Gaussians N(m_k, s^2), one class each.
+    """The exact raw output for data that is an equal mixture of Gaussians N(m_k, s^2), dealt out to `classes`.
 
     With p_k(x) proportional to exp(-|x - alpha m_k|^2 / 2 v), v = alpha^2 s^2 + sigma^2, the denoised image is
-    E[x0 | x] = sum_k p_k (m_k + (alpha s^2 / v) (x - alpha m_k)). `y` (B,) names the class whose component alone is
-    meant, `NULL_CLASS` all of them, as in classifier-free guidance.
+    E[x0 | x] = sum_k p_k (m_k + (alpha s^2 / v) (x - alpha m_k)). Component k is of class k modulo `classes` (default: a
+    class each). `y` (B,) names the class whose components are meant, `NULL_CLASS` all, as in classifier-free guidance.
 
     Shapes: `means` (K, ...), x (B, ...), timestep (B,), all equal within a batch. epsilon and v_prediction.
     """
@@ -27,6 +27,7 @@ class ExactMixture:
     schedule: NoiseSchedule
     means: Tensor
     scale: float
+    classes: int | None = None
 
     def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
         time = timestep.double().cpu().numpy()
@@ -46,7 +47,7 @@ class ExactMixture:
         away = x[:, None] - alpha[:, None] * means[None]  # (B, K, ...)
         logits = -away.square().flatten(2).sum(2) / (2.0 * variance.flatten(1))
         if y is not None:
-            classes = torch.arange(len(means), device=x.device)
+            classes = torch.arange(len(means), device=x.device) % (self.classes or len(means))
             meant = (y[:, None] == classes[None]) | (y[:, None] == NULL_CLASS)
             logits = logits.masked_fill(~meant, -torch.inf)
         share = logits.softmax(1).view(*logits.shape, *[1] * (x.ndim - 1))

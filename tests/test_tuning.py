@@ -20,8 +20,8 @@ SCHEDULE = olss_fast.NoiseSchedule.named("scaled_linear", beta_start=0.00085, be
 
 
 def mixture(schedule: olss_fast.NoiseSchedule = SCHEDULE) -> ExactMixture:
-    means = torch.randn((6, *SHAPE), generator=torch.Generator().manual_seed(1)) * 0.8
-    return ExactMixture(schedule, means, 0.1)
+    means = torch.randn((24, *SHAPE), generator=torch.Generator().manual_seed(1)) * 0.5
+    return ExactMixture(schedule, means, 0.2, classes=6)
 
 
 def problem(samples: int = SAMPLES) -> dict[str, object]:
@@ -90,7 +90,8 @@ def test_reported_error_is_what_sampling_gives(result: olss_fast.TuneResult) -> 
 
 def test_split_guidance_is_offered_and_judged(result: olss_fast.TuneResult) -> None:
     split = result.report.best(3, "olss-split")
-    assert split.plan.branches == 2 and split.plan.rows.shape == (4, 7)
+    assert split.plan.branches == 2
+    assert split.plan.rows.shape == (4, 7)
 
 
 def test_same_seed_same_plan_bitwise(result: olss_fast.TuneResult) -> None:
