@@ -14,6 +14,7 @@ from tqdm import tqdm
 from olss_fast import solvers
 from olss_fast.errors import InputError
 from olss_fast.fitting import Task
+from olss_fast.models import check_prediction
 from olss_fast.network import Conditioning, Denoiser, Network, check_noise
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
@@ -87,16 +88,6 @@ def _check(steps: Sequence[int], plans: Sequence[Plan], schedule: NoiseSchedule)
             raise InputError(
                 f"the plan {solvers.display_name(plan)!r} draws fresh noise: no teacher's sample is its aim"
             )
-
-
-def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:
-    """Raise `InputError` if `plan` says that it is for networks that predict something else."""
-    told = plan.metadata.get("prediction_type", schedule.prediction_type)
-    if told != schedule.prediction_type:
-        raise InputError(
-            f"the plan is for networks that predict {told!r}, this model predicts {schedule.prediction_type!r}: "
-            "use a plan that was made for this model"
-        )
 
 
 def _record(

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from olss_fast._files import write_atomically
 from olss_fast.errors import InputError
+from olss_fast.report import PathLike, make_folder
 
 
 def to_uint8(images: ArrayLike, name: str = "images") -> NDArray[np.uint8]:
@@ -22,10 +23,10 @@ def to_uint8(images: ArrayLike, name: str = "images") -> NDArray[np.uint8]:
     return pixels[:, 0] if pixels.shape[1] == 1 else np.moveaxis(pixels, 1, -1)
 
 
-def save_images(images: ArrayLike, folder: Path) -> list[Path]:
+def save_images(images: ArrayLike, folder: PathLike) -> list[Path]:
     """Each image as `00000.png` and so on, and all of them in `grid.png`; returns the paths, the grid's last."""
     pixels = to_uint8(images)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     paths = [folder / f"{i:05d}.png" for i in range(len(pixels))]
     for path, image in zip(paths, pixels, strict=True):
         _write(image, path)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from olss_fast.errors import InputError
 from olss_fast.network import Network
 from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Plan
 
 DEMO = "demo"
 
@@ -102,3 +106,65 @@ def counted(network: Network, title: str, total: int, *, progress: bool = True) 
             return output
 
         yield ask
+
+
+def tuned_guidance(plans: Iterable[Plan], guidance_scale: float | None = None) -> float | None:
+    """`guidance_scale`, or if it is None the one that `plans` were tuned at; None if they do not say."""
+    told = {plan.metadata["guidance_scale"] for plan in plans if "guidance_scale" in plan.metadata}
+    if guidance_scale is not None or not told:
+        return guidance_scale
+    try:
+        (scale,) = {float(text) for text in told}
+    except ValueError as error:
+        raise InputError(f"the plans were tuned at the guidance scales {sorted(told)}: name one") from error
+    return scale
+
+
+def solver_plan(schedule: NoiseSchedule, name: str, settings: Mapping[str, Any]) -> Plan:
+    """The plan of an analytic solver by name: `settings` are `steps` and what else the solver takes."""
+    from olss_fast import solvers
+
+    if name not in solvers.SOLVERS:
+        raise InputError(f"the solver {name!r} is unknown; choose one of {', '.join(solvers.SOLVERS)}")
+    if "steps" not in settings:
+        raise InputError(f"the solver {name!r} needs steps, its number of network evaluations")
+    takes = inspect.signature(solvers.SOLVERS[name]).parameters
+    foreign = [setting for setting in settings if setting not in takes]
+    if foreign:
+        raise InputError(f"the solver {name!r} has no {foreign[0]}: leave it out")
+    return solvers.SOLVERS[name](schedule, **settings)
+
+
+def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:
+    """Raise `InputError` if `plan` says that it is for networks that predict something else."""
+    told = plan.metadata.get("prediction_type", schedule.prediction_type)
+    if told != schedule.prediction_type:
+        raise InputError(
+            f"the plan is for networks that predict {told!r}, this model predicts {schedule.prediction_type!r}: "
+            "use a plan that was made for this model"
+        )
+
+
+def sample_images(
+    plan: Plan,
+    model: Model,
+    count: int,
+    *,
+    classes: Sequence[int] = (),
+    guidance_scale: float | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> NDArray[np.float32]:
+    """(count, C, H, W) samples of `model`, labels in turn; guided as the plan was tuned if no scale is given."""
+    from olss_fast.sampling import sample
+
+    check_prediction(plan, model.schedule)
+    how = arguments(model, pick_labels(model, count, classes), tuned_guidance([plan], guidance_scale))
+    total = count * plan.nfe * (2 if "unconditional" in how else 1)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with counted(model.network, "Sampling", total, progress=progress) as network:
+        images = sample(
+            plan, network, draw_noise(model, count, seed), generator=generator, batch_size=batch_size, **how
+        )
+    return images.float().cpu().numpy()

@@ -217,8 +217,7 @@ class Report:
 
     def plot(self, folder: PathLike) -> list[Path]:
         """`error.png`, and `path.png` if there are fitted samplers, in `folder`, which is made."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         pictures = [self.plot_error(folder / "error.png")]
         if any(is_olss(candidate) for candidate in self.candidates):
             pictures.append(self.plot_path(folder / "path.png"))
@@ -279,6 +278,16 @@ class Report:
 def is_olss(candidate: Candidate) -> bool:
     """Whether a candidate is a fit of the method's own, not an analytic solver and not a baseline fit."""
     return candidate.kind.startswith(FITTED) and candidate.kind not in (UNIFORM, PUBLISHED)
+
+
+def make_folder(folder: PathLike) -> Path:
+    """The folder, made if it is not there. `InputError` if it cannot be."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made: {error.strerror or error}; name another") from error
+    return folder
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:

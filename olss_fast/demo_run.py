@@ -1,0 +1,133 @@
+"""What `olss-fast demo` does, and the files that `tune` and `demo` leave behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from olss_fast import demo, metrics
+from olss_fast.models import arguments, counted, draw_noise, pick_labels
+from olss_fast.plan import Plan
+from olss_fast.plots import plot_grid
+from olss_fast.report import ANALYTIC, Candidate, Report, make_folder
+from olss_fast.sampling import sample
+from olss_fast.tables import families
+from olss_fast.tuning import Effort, TuneResult, tune
+
+STEPS = (4, 5, 6, 8, 10)
+TEACHER_STEPS = 100
+SAMPLES = 96  # of these a quarter judge
+GRID_STEPS = 5
+GRID_CLASSES = (3, 5, 7, 8, 9, 10, 13, 15, 18, 19)
+GRID_PEERS = 3  # solver families beside OLSS
+GRID_SEED = 1  # added to the seed: noises that neither fit nor judgement have seen
+
+Say = Callable[[str], None]
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    device: str | None = None,
+    steps: Sequence[int] = STEPS,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    progress: bool = True,
+    say: Say = print,
+) -> TuneResult:
+    """Tune the embedded model, print the table through `say`, and leave plans, report and pictures in `out`.
+
+    Errors as of `tune`; `PlanFileError` if something cannot be written.
+    """
+    start = time.perf_counter()
+    out = make_folder(out)
+    model = demo.load(device)
+    where = next(model.network.parameters()).device if isinstance(model.network, torch.nn.Module) else "cpu"
+    say(
+        f"Tuning the embedded model on {where}: {samples} samples, light polish. `olss-fast tune --model demo` takes "
+        "more of both, and finds better plans."
+    )
+    result = tune(
+        model.network,
+        noise=draw_noise(model, samples, seed),
+        schedule=model.schedule,
+        steps=list(steps),
+        teacher_steps=TEACHER_STEPS,
+        effort=Effort.light(),
+        seed=seed,
+        progress=progress,
+        **arguments(model, pick_labels(model, samples)),
+    )
+    written = write_result(result, out)
+    written.append(draw_grid(result.report, model, out / "grid.png", seed=seed + GRID_SEED, progress=progress))
+    say(result.report.table())
+    say(time_spent(result.report, time.perf_counter() - start))
+    say(f"In {out}: " + ", ".join(str(path.relative_to(out)) for path in written))
+    return result
+
+
+def write_result(result: TuneResult, out: Path) -> list[Path]:
+    """`plans/olss-<n>.safetensors`, `report.json` and the report's pictures; returns their paths."""
+    plans = make_folder(out / "plans")
+    written = []
+    for nfe, plan in sorted(result.plans.items()):
+        plan.save(plans / f"olss-{nfe}.safetensors")
+        written.append(plans / f"olss-{nfe}.safetensors")
+    return [*written, result.report.to_json(out / "report.json"), *result.report.plot(out)]
+
+
+def time_spent(report: Report, total: float) -> str:
+    """One line: the whole, and each stage of the report."""
+    stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items())
+    evaluations = sum(report.evaluations.values())
+    return f"{duration(total)} in all ({stages}); {evaluations:,} network evaluations of one sample."
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "12 s", "3 min 07 s"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def draw_grid(report: Report, model: demo.DemoModel, path: Path, *, seed: int, progress: bool = True) -> Path:
+    """The same noises through the teacher, OLSS and the best others at `GRID_STEPS` NFE (the fewest, if not tuned)."""
+    nfe = GRID_STEPS if GRID_STEPS in report.nfes else report.nfes[0]
+    rows = {"teacher\n" + f"{report.teacher.nfe} NFE": report.teacher}
+    best = report.olss(nfe)
+    if best is not None:
+        rows[f"OLSS\n{nfe} NFE"] = best.plan
+    rows |= {each.name.replace(" (", "\n("): each.plan for each in peers(report, nfe, GRID_PEERS)}
+    images = _sample_rows(rows, model, seed, progress)
+    (_, reference), *others = images.items()
+    return plot_grid(
+        images,
+        path,
+        errors={name: list(metrics.rmse(each, reference)) for name, each in others},
+        titles=[model.class_names[label] for label in GRID_CLASSES],
+        heading=f"The same noises at {nfe} network evaluations; below each image its RMSE to the teacher",
+        accent=f"OLSS\n{nfe} NFE",
+    )
+
+
+def peers(report: Report, nfe: int, count: int) -> list[Candidate]:
+    """The best analytic candidate of each of the `count` best families at `nfe` evaluations, best first."""
+    found = [members[nfe] for members in families(report.at(nfe, ANALYTIC)).values() if nfe in members]
+    return sorted(found, key=lambda candidate: candidate.mean)[:count]
+
+
+def _sample_rows(
+    plans: Mapping[str, Plan], model: demo.DemoModel, seed: int, progress: bool
+) -> dict[str, NDArray[np.float64]]:
+    """Samples (K, C, H, W) of each plan from the same K noises, one for each of `GRID_CLASSES`."""
+    noise = draw_noise(model, len(GRID_CLASSES), seed)
+    how = arguments(model, pick_labels(model, len(GRID_CLASSES), GRID_CLASSES))
+    total = 2 * len(GRID_CLASSES) * sum(plan.nfe for plan in plans.values())  # a guided pair is two
+    with counted(model.network, f"{'Pictures':<26}", total, progress=progress) as network:
+        return {name: sample(plan, network, noise, **how).cpu().double().numpy() for name, plan in plans.items()}
