@@ -1,0 +1,45 @@
+"""The README's Python runs as it is written, and its two commands are there for `.ci/run` to find."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from olss_fast.noise_schedule import NoiseSchedule
+
+README = Path(__file__).parent.parent / "README.md"
+BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+SCHEDULE = NoiseSchedule.from_betas(BETAS)
+
+
+def network(x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
+    """The noise that the posterior mean expects in x for data N(y / 10, 1/4), and something that is not linear."""
+    alpha, sigma, _ = (torch.from_numpy(v).float().view(-1, 1, 1, 1) for v in SCHEDULE.levels(timestep.numpy()))
+    mean = (y / 10.0).view(-1, 1, 1, 1)
+    return sigma * (x - alpha * mean) / (alpha**2 / 4.0 + sigma**2) + 0.05 * torch.sin(3.0 * x)
+
+
+def test_calls_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "tune(" in block)
+    noise = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(32) % 10
+    names = {"network": network, "betas": BETAS, "noise": noise, "y": y, "null": torch.full_like(y, 10)}
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
+    assert names["plan"].nfe == 5
+    assert names["images"].shape == noise.shape
+    assert set(names["result"].plans) == {5, 8}
+
+
+def test_the_two_commands() -> None:
+    lines = [line.split() for line in README.read_text().splitlines() if line.strip().startswith("pip install -c")]
+    assert [" ".join(line) for line in lines] == [
+        "pip install -c constraints.txt -e . && olss-fast demo",
+        "pip install -c constraints.txt -e '.[test]' && pytest",
+    ]
