@@ -54,7 +54,7 @@ def check_range(what: str, values: FloatArray, low: float, high: float) -> Float
     bad = ~((values >= low - slack) & (values <= high + slack))
     if np.any(bad):
         raise ScheduleError(
-            f"{what} {np.atleast_1d(values)[np.atleast_1d(bad)][0]!r} is outside the schedule's range "
+            f"{what} {float(np.atleast_1d(values)[np.atleast_1d(bad)][0])!r} is outside the schedule's range "
             f"[{low:g}, {high:g}]; clip it to that range"
         )
     return np.clip(values, low, high)

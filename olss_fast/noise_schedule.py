@@ -301,7 +301,7 @@ def without_terminal_signal(alphas_cumprod: FloatArray) -> FloatArray:
 def _numbers(values: npt.ArrayLike, what: str) -> FloatArray:
     """A float64 copy of a row of at least 2 finite numbers; ScheduleError otherwise."""
     try:
-        array = np.array(values, dtype=np.float64)
+        array = np.asarray(values, dtype=np.float64).copy()
     except (TypeError, ValueError) as error:
         raise ScheduleError(f"{what} cannot be read as numbers: {error}; pass a list or an array") from error
     if array.ndim != 1 or array.size < 2 or not np.all(np.isfinite(array)):

@@ -124,14 +124,17 @@ def evaluation_times(
         raise InputError(f"got steps={steps!r} and timesteps={timesteps!r}; pass exactly one of them")
     if steps is not None:
         return schedule.timesteps(steps, spacing), spacing
-    times = np.array(timesteps, dtype=np.float64)
+    try:
+        times = np.array(timesteps, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"timesteps cannot be read as numbers: {error}; pass a list or an array") from error
     if times.ndim != 1 or times.size == 0 or not np.all(np.isfinite(times)):
         raise InputError(f"timesteps has shape {times.shape}; expected one row of at least one finite number")
     lams = schedule.lam(times)
     if np.any(np.diff(lams) <= 0.0):  # lam rises exactly where the noise falls, whatever the unit of the timestep
         i = int(np.argmax(np.diff(lams) <= 0.0))
         raise InputError(
-            f"timesteps {i} and {i + 1} are {float(times[i])!r} and {float(times[i + 1])!r}; expected strictly falling noise"
+            f"timesteps {i} and {i + 1} are {float(times[i])!r} and {float(times[i + 1])!r}; expected falling noise"
         )
     return times, None
 

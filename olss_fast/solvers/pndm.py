@@ -4,7 +4,8 @@
 
 with the classical coefficients a of equally spaced times (Liu et al., PNDM, 2022, section 3.2-3.3; Zhang & Chen,
 iPNDM, 2023, appendix: orders 1, 2, .. as history grows). On the point mass, and in the first step, this is DDIM.
-The transfer is exact for constant eps only, so the order of convergence is 2 at most, whatever the average is.
+The transfer is exact for constant eps only, so the order of convergence is 2 at most, whatever the average is. As
+published, the last step, on to the clean sample, averages too.
 """
 
 from __future__ import annotations

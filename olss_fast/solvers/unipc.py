@@ -5,13 +5,14 @@ A single further node takes the shorter weight B(h) / 2 of the paper instead, th
 
     bh1: B = h        bh2: B = 1 - e^(-h)
 
-Predictors of order p with correctors converge with order p + 1, started at order 1. The network is asked at predicted
-states; corrected ones are where the next step leaves from.
+The network is asked at predicted states; corrected ones are where the next step leaves from. Orders rise from 1 at the
+start and fall to 1 at the end, so that convergence is of order 2 for order 1, else 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -47,20 +48,21 @@ def unipc(
     times, spacing_name = evaluation_times(schedule, steps, timesteps, spacing)
     levels = levels_of(schedule, times)
     tape = Tape(schedule, len(levels), start=start)
-    sample = _predict_and_correct(tape, levels, order, _RULES[variant])
+    sample = predict_and_correct(tape, [*levels, CLEAN], order, _RULES[variant])
     return tape.plan(sample, method="unipc", order=order, spacing=spacing_name, variant=variant)
 
 
-def _predict_and_correct(tape: Tape, levels: Sequence[Level], order: int, rule: Rule) -> Vector:
+def predict_and_correct(tape: Tape, levels: Sequence[Level], order: int, rule: Rule) -> Vector:
+    """The run from levels[0] to levels[-1], where the network is not asked any more."""
     state = predicted = tape.start(levels[0])
     nodes: list[Node] = []
     used = 0  # order of the step that led here
-    for i, (level, target) in enumerate(zip(levels, [*levels[1:], CLEAN], strict=True)):
+    for i, (level, target) in enumerate(pairwise(levels)):
         new: Node = (level, tape.evaluate(predicted, level).x0)
         if nodes:
             state = _step(state, level, [nodes[0], new, *nodes[1:used]], rule)
         nodes = [new, *nodes]
-        used = min(order, i + 1, len(levels) - i)
+        used = min(order, i + 1, len(levels) - 1 - i)
         predicted = _step(state, target, nodes[:used], rule)
     return predicted
 
