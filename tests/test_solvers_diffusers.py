@@ -37,7 +37,7 @@ def with_float64_levels(scheduler: Any, schedule: NoiseSchedule) -> Any:
 
 
 def with_float64_sigmas(scheduler: Any, schedule: NoiseSchedule, times: np.ndarray) -> None:
-    """Replaces all but the last of scheduler.sigmas (noise over signal; for flow matching, sigma) by those of `times`."""
+    """Replaces all but the last of scheduler.sigmas (noise over signal; for flow, sigma) by those of `times`."""
     if not hasattr(scheduler, "sigmas"):
         return
     alpha, sigma, _ = schedule.levels(times)

@@ -6,7 +6,7 @@ A single further node takes the shorter weight B(h) / 2 of the paper instead, th
     bh1: B = h        bh2: B = 1 - e^(-h)
 
 The network is asked at predicted states; corrected ones are where the next step leaves from. Orders rise from 1 at the
-start and fall to 1 at the end, so that convergence is of order 2 for order 1, else 3.
+start and fall to 1 at the end.
 """
 
 from __future__ import annotations
