@@ -29,7 +29,15 @@ ANALYTIC = "analytic"
 FITTED = "olss"  # on-policy, planned path: the method itself
 UNIFORM = "olss-uniform"  # on-policy, evenly spaced path
 PUBLISHED = "olss-published"  # teacher-forced, as in the paper
-KIND_NAMES = {FITTED: "OLSS", UNIFORM: "OLSS, uniform path", PUBLISHED: "OLSS, as published"}
+UNPOLISHED = "olss-unpolished"  # on-policy, before the polish
+SPLIT = "olss-split"  # polished, unconditional and conditional outputs weighed apart
+KIND_NAMES = {
+    FITTED: "OLSS",
+    UNIFORM: "OLSS, uniform path",
+    PUBLISHED: "OLSS, as published",
+    UNPOLISHED: "OLSS, not polished",
+    SPLIT: "OLSS, split guidance",
+}
 
 PathLike = str | Path
 

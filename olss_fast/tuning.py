@@ -7,6 +7,7 @@ never worse than the best analytic one on held-out data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,15 +30,16 @@ from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.path_search import PathSearch, bent_paths
 from olss_fast.plan import Plan
 from olss_fast.polish import evaluations_of_jacobian, polish
-from olss_fast.report import ANALYTIC, FITTED, PUBLISHED, UNIFORM, Candidate, Report
+from olss_fast.report import ANALYTIC, FITTED, KIND_NAMES, PUBLISHED, SPLIT, UNIFORM, UNPOLISHED, Candidate, Report
 from olss_fast.rollout import roll
 from olss_fast.scoring import tournament
 from olss_fast.teacher import Split, Store, fingerprint, record
 
-UNPOLISHED, SPLIT = "olss-unpolished", "olss-split"
+VERSION = 1  # of the fits in a store; raised whenever the same effort and seed would fit otherwise
 RIDGES = (1e-7, 1e-5)
 PUBLISHED_RIDGE = 1e-10  # as good as none, but a singular system still has an answer
 PIXELS_PER_COEFFICIENT = 10
+SHORTLIST = 6  # paths that are compared on all of `Effort.path_samples`, after a look at all on a quarter of them
 LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
 
 
@@ -86,7 +88,6 @@ class TuneResult:
 class Fit:
     """A fitted plan on its way to acceptance."""
 
-    name: str
     kind: str
     path: tuple[int, ...]
     plan: Plan
@@ -198,15 +199,23 @@ class Tuner:
 
     def candidates(self, steps: int) -> list[Candidate]:
         """Every fit and every analytic solver of `steps` evaluations, scored on held-out noise, the winner marked."""
-        fits = list(self._fits(steps))
+        fits = self._finished(steps) or self._keep(steps, list(self._fits(steps)))
         analytic = solvers.candidates(self.task.schedule, steps)
         plans = [fit.plan for fit in fits] + analytic
         held_out = self.task.recording.split.held_out
         keep = range(len(fits))
         with self.clock.stage("accept", f"{steps:>2} steps, {len(plans)} samplers", 0) as tick:
-            errors = tournament(plans, self.task, held_out, keep=keep, progress=tick)
+            first = max(4, len(held_out) // 8)
+            errors = tournament(plans, self.task, held_out, keep=keep, first=first, progress=tick)
         scored = [
-            Candidate(name=fit.name, kind=fit.kind, spacing="fitted", plan=fit.plan, errors=tuple(error), path=fit.path)
+            Candidate(
+                name=KIND_NAMES[fit.kind],
+                kind=fit.kind,
+                spacing="fitted",
+                plan=fit.plan,
+                errors=tuple(error),
+                path=fit.path,
+            )
             for fit, error in zip(fits, errors, strict=False)
         ]
         for plan, error in zip(analytic, errors[len(fits) :], strict=True):
@@ -217,25 +226,49 @@ class Tuner:
         scored[winner] = replace(scored[winner], accepted=True)
         return scored
 
+    def _files(self, steps: int) -> dict[str, Path]:
+        """Where the store keeps the fits of `steps`, by kind; the name holds everything they depend on."""
+        key = hashlib.sha256(repr((VERSION, self.effort, self.seed)).encode()).hexdigest()[:16]
+        kinds = [PUBLISHED, UNIFORM, UNPOLISHED, FITTED] + ([SPLIT] if self._splits(steps) else [])
+        store = self.task.recording.store
+        return {kind: store.path(f"fit-{steps:03d}-{kind}-{key}") for kind in kinds}
+
+    def _finished(self, steps: int) -> list[Fit]:
+        """The fits of an earlier run with the same store, effort and seed, if all of them were finished."""
+        files = self._files(steps)
+        if not all(file.exists() for file in files.values()):
+            return []
+        plans = {kind: Plan.load(file) for kind, file in files.items()}
+        return [Fit(kind, tuple(json.loads(plan.metadata["path"])), plan) for kind, plan in plans.items()]
+
+    def _keep(self, steps: int, fits: list[Fit]) -> list[Fit]:
+        files = self._files(steps)
+        for fit in fits:
+            fit.plan.save(files[fit.kind])
+        return fits
+
+    def _splits(self, steps: int) -> bool:
+        return self.task.denoiser.guided and steps <= self.effort.split_up_to
+
     def _fits(self, steps: int) -> Iterator[Fit]:
         recording = self.task.recording
         planned = self._paths(steps)
         path = self._search(planned)
         samples = len(recording.split.fit) + len(recording.split.validation)
-        with self.clock.stage("fit", f"{steps:>2} steps, fit", 2 * len(RIDGES) * steps * samples) as tick:
+        with self.clock.stage("fit", f"{steps:>2} steps, fit", (1 + len(RIDGES)) * steps * samples) as tick:
             student, ridge = self._fit(self.task, path, tick)
             uniform_path = planning.uniform_path(recording.teacher.nfe, steps)
-            uniform, _ = self._fit(self.task, uniform_path, tick)
+            uniform = on_policy(self.task, uniform_path, ridge, progress=tick)
         published = teacher_forced(self.task, planned[0], PUBLISHED_RIDGE)
-        yield self._finish("OLSS, published", PUBLISHED, planned[0], published)
-        yield self._finish("OLSS, uniform path", UNIFORM, uniform_path, uniform)
-        yield self._finish("OLSS, not polished", UNPOLISHED, path, student)
-        yield self._finish("OLSS", FITTED, path, self._polish(self.task, student, ridge))
-        if self.task.denoiser.guided and steps <= self.effort.split_up_to:
+        yield self._finish(PUBLISHED, planned[0], published)
+        yield self._finish(UNIFORM, uniform_path, uniform)
+        yield self._finish(UNPOLISHED, path, student)
+        yield self._finish(FITTED, path, self._polish(self.task, student, ridge))
+        if self._splits(steps):
             apart = self.task.with_branches(2)
             with self.clock.stage("fit", f"{steps:>2} steps, fit split", steps * samples * len(RIDGES)) as tick:
                 student, ridge = self._fit(apart, path, tick)
-            yield self._finish("OLSS, split guidance", SPLIT, path, self._polish(apart, student, ridge))
+            yield self._finish(SPLIT, path, self._polish(apart, student, ridge))
 
     def _paths(self, steps: int) -> list[tuple[int, ...]]:
         """Paths to start the search from: the planned one, what the triangle makes of it, and bends of the uniform."""
@@ -249,10 +282,15 @@ class Tuner:
         """The path that does best on the student's own rollout."""
         steps, teacher_steps = len(paths[0]), self.task.recording.teacher.nfe
         scales = sorted({max(1, scale * teacher_steps // 100) for scale in self.effort.node_moves}, reverse=True)
-        trials = len(paths) + len(scales) * (steps - 1)  # two moves a node, each half a rollout on average
-        total = 2 * self.effort.path_samples * steps * trials
-        with self.clock.stage("path", f"{steps:>2} steps, path", total) as tick:
-            return PathSearch(self.task, self.effort.path_samples, tick).best(paths, scales)
+        some = self.effort.path_samples
+        few = max(2, some // 4)
+        trials = SHORTLIST + len(scales) * (steps - 1)  # two moves a node, each half a rollout on average
+        with self.clock.stage(
+            "path", f"{steps:>2} steps, path", 2 * steps * (few * len(paths) + some * trials)
+        ) as tick:
+            coarse = PathSearch(self.task, few, tick)
+            ranked = sorted(paths, key=lambda path: coarse.trial(path).error)
+            return PathSearch(self.task, some, tick).best(ranked[:SHORTLIST], scales)
 
     def _fit(self, task: Task, path: Sequence[int], tick: Callable[[int], object]) -> tuple[Student, float]:
         """On-policy rows with the ridge that does best on the validation samples."""
@@ -285,7 +323,7 @@ class Tuner:
             )
         return polished.student
 
-    def _finish(self, name: str, kind: str, path: Sequence[int], student: Student) -> Fit:
+    def _finish(self, kind: str, path: Sequence[int], student: Student) -> Fit:
         teacher = self.task.recording.teacher
         metadata = {
             "method": "olss",
@@ -294,7 +332,7 @@ class Tuner:
             "guidance_scale": repr(self.task.denoiser.guidance_scale),
             "path": json.dumps([int(i) for i in path]),
         }
-        return Fit(name, kind, tuple(path), student.plan(self.task.schedule, metadata))
+        return Fit(kind, tuple(path), student.plan(self.task.schedule, metadata))
 
 
 def _ddim(schedule: NoiseSchedule, steps: int) -> Plan:

@@ -110,6 +110,9 @@ def test_killed_run_resumes_without_repeating_a_chunk(tmp_path: Path, result: ol
     plans = olss_fast.tune(resumed, **arguments).plans  # type: ignore[arg-type]
     assert unbroken.calls - resumed.calls == 3 * 40
     assert plans[3].nfe == 3
+    finished = Counting(mixture())
+    assert olss_fast.tune(finished, **arguments).plans == plans  # type: ignore[arg-type]
+    assert finished.calls < unbroken.calls / 4  # recording and fits are kept, only acceptance runs again
 
 
 def test_store_of_another_recording_is_refused(tmp_path: Path) -> None:
