@@ -211,7 +211,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def classifier(
     data: Data,
     model: Annotated[Path, typer.Option(help="Folder to write the classifier to.")] = demo.MODEL_FOLDER,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 4000,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1800,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
     threads: Threads = 0,
 ) -> None:
