@@ -149,7 +149,7 @@ def tune(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, report and pictures.")] = Path(
         "olss-tuned"
     ),
-    samples: Annotated[int, typer.Option("--samples", "-n", min=4, help="Noises; a quarter of them judge.")] = 320,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=4, help="Noises; a quarter of them judge.")] = 256,
     teacher_steps: TeacherOption = 100,
     guidance_scale: GuidanceOption = None,
     null_class: NullClassOption = None,

@@ -56,13 +56,13 @@ class Effort:
     split_up_to           largest number of steps for which unconditional and conditional outputs are weighed apart too
     """
 
-    polish_iterations: int = 8
+    polish_iterations: int = 6
     jacobian_samples: int = 48
-    jacobian_evaluations: int = 3000
+    jacobian_evaluations: int = 2000
     path_samples: int = 32
-    node_moves: tuple[int, ...] = (8, 4, 2, 1)
+    node_moves: tuple[int, ...] = (6, 2)
     robust: bool = True
-    split_up_to: int = 5
+    split_up_to: int = 4
 
     @staticmethod
     def light() -> Effort:
@@ -70,7 +70,7 @@ class Effort:
             polish_iterations=2,
             jacobian_samples=16,
             jacobian_evaluations=500,
-            path_samples=12,
+            path_samples=8,
             node_moves=(4,),
             split_up_to=0,
         )

@@ -36,7 +36,7 @@ CLASS_NAMES = (
     *("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
 CLASSES = len(CLASS_NAMES)
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.5
 SHAPE = (1, 32, 32)
 
 __all__ = ["CLASSES", "CLASS_NAMES", "GUIDANCE_SCALE", "MODEL_FOLDER", "DemoModel", "classifier", "load"]
