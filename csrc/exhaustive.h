@@ -1,9 +1,9 @@
 // Proof that a threshold is the least feasible one, or a lesser one.
 //
-// Feasibility need not be monotone: a greedy run with a larger threshold may reach less far later on. The thresholds for
-// which a run starts with a given prefix are an interval; the next strides divide it. This tree of intervals is searched
-// from small thresholds to large ones, and cut where even the best conceivable strides end too early: what lies beyond
-// component s + 1 of a state cannot be fitted from states up to s.
+// Feasibility need not be monotone: a greedy run with a larger threshold may reach less far later on. The thresholds
+// for which a run starts with a given prefix are an interval; the next strides divide it. This tree of intervals is
+// searched from small thresholds to large ones, and cut where even the best conceivable strides end too early: what
+// lies beyond component s + 1 of a state cannot be fitted from states up to s.
 #pragma once
 
 #include "threshold.h"
@@ -12,7 +12,8 @@ namespace olss {
 
 class ExhaustiveSearch {
   public:
-    // `best` is a feasible run: only thresholds below its largest error are looked at, and at most `most_visits` prefixes.
+    // `best` is a feasible run: only thresholds below its largest error are looked at. At most `most_visits` prefixes
+    // are visited.
     ExhaustiveSearch(const Trajectory& trajectory, Index steps, Run best, Index most_visits)
         : trajectory_(trajectory), prefixes_(trajectory), steps_(steps), best_(std::move(best)),
           visits_left_(most_visits), beyond_(trajectory.size() * trajectory.size()) {
@@ -20,7 +21,7 @@ class ExhaustiveSearch {
             double square = 0;
             for (Index i = j; i >= 0; --i) {
                 square += trajectory.state(j)[i] * trajectory.state(j)[i];
-                beyond_[i * trajectory.size() + j] = std::sqrt(square) * (1 - rounding);
+                beyond_[i * trajectory.size() + j] = std::sqrt(square) - rounding * std::sqrt(trajectory.square(j));
             }
         }
     }
@@ -39,7 +40,7 @@ class ExhaustiveSearch {
         Index next;
         double low, high;  // it is taken for thresholds from `low` to below `high`
     };
-    static constexpr double rounding = 1e-12;
+    static constexpr double rounding = 2 * negligible;
 
     // Follows all runs that start with `path`, for thresholds from `low` to below `high`.
     void explore(Index prefix, Path& path, double low, double high) {
@@ -47,7 +48,8 @@ class ExhaustiveSearch {
         for (const Choice& choice : choices(prefix, low, std::min(high, best_.largest))) {
             if (choice.low >= best_.largest) return;
             if (choice.next == trajectory_.steps()) {
-                best_ = {true, choice.low, choice.high, choice.low, path};
+                best_.largest = choice.low;
+                best_.path = path;
                 return;
             }
             const Index left = steps_ - static_cast<Index>(path.size());
@@ -91,7 +93,7 @@ class ExhaustiveSearch {
     Index steps_;
     Run best_;
     Index visits_left_;
-    Vector beyond_;  // by component and state: the length from that component on, rounded down
+    Vector beyond_;  // by component and state: the length from that component on, at least
 };
 
 }  // namespace olss

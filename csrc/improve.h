@@ -1,5 +1,5 @@
-// Paths near a given one with a smaller deployed error, while every stride stays within a bound, without which the states
-// in between could not be reached.
+// Paths near a given one with a smaller deployed error, while every stride stays within a bound, without which the
+// states in between could not be reached.
 #pragma once
 
 #include "paths.h"

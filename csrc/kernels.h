@@ -1,4 +1,4 @@
-// The four loops that all the time goes into, over plain arrays of doubles.
+// The four loops that all the time goes into, over plain arrays of doubles whose sizes are multiples of eight.
 //
 // Sums run in eight lanes, which need neither leave to reorder arithmetic (-ffast-math) nor flags for one machine:
 // where the tool chain can, each loop is compiled for several instruction sets and the loader picks one.
@@ -17,6 +17,8 @@ namespace olss {
 
 using Index = std::ptrdiff_t;
 constexpr Index lanes = 8;
+
+constexpr Index padded(Index size) { return (size + lanes - 1) / lanes * lanes; }
 
 #if defined(__GNUC__)
 typedef double Lanes __attribute__((vector_size(lanes * sizeof(double))));
@@ -45,25 +47,25 @@ struct Lanes {
 
 // a . b
 OLSS_CLONES inline double dot(const double* a, const double* b, Index size) {
-    Lanes even{}, odd{}, x, y;
-    Index i = 0;
-    for (; i + 2 * lanes <= size; i += 2 * lanes) {
+    Lanes sum{}, x, y;
+    for (Index i = 0; i < size; i += lanes) {
         OLSS_LOAD(x, a + i);
         OLSS_LOAD(y, b + i);
-        even += x * y;
-        OLSS_LOAD(x, a + i + lanes);
-        OLSS_LOAD(y, b + i + lanes);
-        odd += x * y;
+        sum += x * y;
     }
-    double rest = 0;
-    for (; i < size; ++i) rest += a[i] * b[i];
-    even += odd;
-    return OLSS_SUM(even) + rest;
+    return OLSS_SUM(sum);
 }
 
-// y -= factor x
-OLSS_CLONES inline void subtract(double* y, double factor, const double* x, Index size) {
-    for (Index i = 0; i < size; ++i) y[i] -= factor * x[i];
+// v -= q (q . v): takes the part along a unit vector out.
+OLSS_CLONES inline void remove_part(double* v, const double* q, Index size) {
+    Lanes sum{}, x, y;
+    for (Index i = 0; i < size; i += lanes) {
+        OLSS_LOAD(x, v + i);
+        OLSS_LOAD(y, q + i);
+        sum += x * y;
+    }
+    const double along = OLSS_SUM(sum);
+    for (Index i = 0; i < size; ++i) v[i] -= along * q[i];
 }
 
 // For each of `count` vectors x, `stride` apart: along_a = a . x and along_b = b . x, in one pass over x.
@@ -71,21 +73,15 @@ OLSS_CLONES inline void project(const double* a, const double* b, Index size, co
                                 Index count, double* along_a, double* along_b) {
     for (Index k = 0; k < count; ++k, x += stride) {
         Lanes sum_a{}, sum_b{}, va, vb, vx;
-        Index i = 0;
-        for (; i + lanes <= size; i += lanes) {
+        for (Index i = 0; i < size; i += lanes) {
             OLSS_LOAD(vx, x + i);
             OLSS_LOAD(va, a + i);
             OLSS_LOAD(vb, b + i);
             sum_a += va * vx;
             sum_b += vb * vx;
         }
-        double rest_a = 0, rest_b = 0;
-        for (; i < size; ++i) {
-            rest_a += a[i] * x[i];
-            rest_b += b[i] * x[i];
-        }
-        along_a[k] = OLSS_SUM(sum_a) + rest_a;
-        along_b[k] = OLSS_SUM(sum_b) + rest_b;
+        along_a[k] = OLSS_SUM(sum_a);
+        along_b[k] = OLSS_SUM(sum_b);
     }
 }
 

@@ -8,7 +8,6 @@
 // a bound on its rounding error, and decides nothing that lies within the bound.
 #pragma once
 
-#include <cstdint>
 #include <deque>
 #include <limits>
 #include <unordered_map>
@@ -22,12 +21,12 @@ constexpr double unknown = -1.0;
 
 struct Prefix {
     Index parent, last, depth;  // parent is -1 at the root, depth the number of nodes
-    Index support;      // components that can be fitted
-    Vector direction;         // e_last made orthonormal to the directions before it; zero where it is collinear
-    Vector anchor;            // x_last, the same, to all directions
-    Vector remaining;         // by j - last: estimate of |x_j|^2 outside the directions; empty until asked for
-    Vector estimate;          // of error(j)^2
-    Vector exact;             // error(j), or `unknown`
+    Index support;              // components that can be fitted, padded
+    Vector direction;           // e_last made orthonormal to the directions before it; zero where it is collinear
+    Vector anchor;              // x_last, the same, to all directions
+    Vector remaining;           // by j - last: estimate of |x_j|^2 outside the directions; empty until asked for
+    Vector estimate;            // of error(j)^2
+    Vector exact;               // error(j), or `unknown`
 };
 
 // The farthest stride within a threshold: `next` is -1 if there is none. No threshold below `least_rejected` lets a
@@ -53,7 +52,7 @@ class Prefixes {
     }
 
     Index child(Index parent, Index next) {
-        const std::uint64_t key = static_cast<std::uint64_t>(parent) * trajectory_.size() + static_cast<std::uint64_t>(next);
+        const Index key = parent * trajectory_.size() + next;
         const auto found = children_.find(key);
         if (found != children_.end()) return found->second;
         return children_[key] = extend(parent, next);
@@ -62,7 +61,7 @@ class Prefixes {
     // A new prefix, which `child` does not find again; the last ones can be dropped.
     Index extend(Index parent, Index last) {
         const Index self = prefixes_.size();
-        const Index support = std::min(last + 2, trajectory_.size());
+        const Index support = padded(last + 2);
         prefixes_.push_back({parent, last, parent < 0 ? 1 : at(parent).depth + 1, support, {}, {}, {}, {}, {}});
         at(self).exact.assign(trajectory_.size() - last, unknown);
         at(self).direction = unit(trajectory_.column(last + 1, support), parent);
@@ -112,7 +111,7 @@ class Prefixes {
     void remove_directions(Vector& v, Index prefix) const {
         for (; prefix >= 0; prefix = (*this)[prefix].parent) {
             const Vector& q = (*this)[prefix].direction;
-            subtract(v.data(), dot(q.data(), v.data(), q.size()), q.data(), q.size());
+            remove_part(v.data(), q.data(), q.size());
         }
     }
 
@@ -128,11 +127,11 @@ class Prefixes {
     }
 
     double residual(Index prefix, Index j) {
-        const Index size = j + 1;
+        const Index size = padded(j + 1);
         const Vector& anchor = at(prefix).anchor;
         scratch_.assign(trajectory_.state(j), trajectory_.state(j) + size);
         remove_directions(scratch_, prefix);
-        subtract(scratch_.data(), dot(anchor.data(), scratch_.data(), anchor.size()), anchor.data(), anchor.size());
+        remove_part(scratch_.data(), anchor.data(), anchor.size());
         const double square = dot(scratch_.data(), scratch_.data(), scratch_.size());
         return square > negligible * negligible * trajectory_.square(j) ? std::sqrt(square) : 0.0;
     }
@@ -155,7 +154,7 @@ class Prefixes {
 
     const Trajectory& trajectory_;
     std::deque<Prefix> prefixes_;  // references stay valid while it grows
-    std::unordered_map<std::uint64_t, Index> children_;
+    std::unordered_map<Index, Index> children_;
     Vector scratch_;
 };
 

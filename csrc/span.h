@@ -1,5 +1,5 @@
-// The deployed error of a path. A stride starts from the teacher's state; in use a sampler has only the initial noise and
-// the outputs at its own nodes:
+// The deployed error of a path. A stride starts from the teacher's state; in use a sampler has only the initial noise
+// and the outputs at its own nodes:
 //
 //     deployed(path) = min over w of | [x_0, e_{s_1} .. e_{s_n}] w - x_T |
 #pragma once
@@ -20,7 +20,7 @@ class Span {
         const double before = square(v), after = remove_directions(v);
         if (!(after > collinear * collinear * before)) return;
         for (double& x : v) x /= std::sqrt(after);
-        remove(residual_, v);
+        remove_part(residual_.data(), v.data(), length(v));
         directions_.push_back(std::move(v));
     }
 
@@ -36,14 +36,10 @@ class Span {
   private:
     static Index length(const Vector& v) { return static_cast<Index>(v.size()); }
     static double square(const Vector& v) { return dot(v.data(), v.data(), length(v)); }
-    static void remove(Vector& v, const Vector& direction) {
-        subtract(v.data(), dot(direction.data(), v.data(), length(v)), direction.data(), length(v));
-    }
-
     // Twice is enough. Returns the square of what is left.
     double remove_directions(Vector& v) const {
         for (int pass = 0; pass < 2; ++pass)
-            for (const Vector& direction : directions_) remove(v, direction);
+            for (const Vector& direction : directions_) remove_part(v.data(), direction.data(), length(v));
         return square(v);
     }
 
@@ -53,7 +49,7 @@ class Span {
 
 inline Vector sample_of(const Trajectory& trajectory) {
     const double* sample = trajectory.state(trajectory.steps());
-    return Vector(sample, sample + trajectory.size());
+    return Vector(sample, sample + padded(trajectory.size()));
 }
 
 inline double deployed_error(const Trajectory& trajectory, const Path& path) {

@@ -13,39 +13,48 @@ struct Run {
     bool feasible;
     double largest;         // error of the worst stride taken; the same run results from every threshold down to it
     double least_rejected;  // and, below this, up
-    double final_error;     // of the n-th stride, were it to go to the end (0 if fewer strides do)
+    double strides;         // that it takes to arrive, with a fraction for the last or an estimate of those missing
+    double final_error;     // of the n-th stride, were it to go to the end; 0 if fewer do
     Path path;
 };
 
 inline Run greedy(Prefixes& prefixes, Index steps, Index end, double threshold) {
-    Run run{false, 0.0, infinity, infinity, {0}};
-    Index prefix = prefixes.root();
+    Run run{false, 0.0, infinity, infinity, infinity, {0}};
+    Index prefix = prefixes.root(), length = 0;
     for (Index stride = 1;; ++stride) {
         const Stride taken = prefixes.farthest(prefix, threshold);
         run.least_rejected = std::min(run.least_rejected, taken.least_rejected);
-        if (taken.next >= 0) run.largest = std::max(run.largest, taken.error);
+        if (taken.next < 0) return run;
+        run.largest = std::max(run.largest, taken.error);
         run.feasible = taken.next == end;
-        if (run.feasible) run.final_error = stride == steps ? taken.error : 0.0;
-        if (!run.feasible && stride == steps) run.final_error = prefixes.error(prefix, end);
-        if (run.feasible || stride == steps || taken.next < 0) return run;
+        const Index previous = length;
+        length = taken.next - run.path.back();
+        if (run.feasible) {
+            run.strides = stride - 1 + (previous > length ? static_cast<double>(length) / previous : 1.0);
+            run.final_error = stride == steps ? taken.error : 0.0;
+            return run;
+        }
+        if (stride == steps) {
+            run.strides = steps + static_cast<double>(end - taken.next) / length;
+            run.final_error = prefixes.error(prefix, end);
+            return run;
+        }
         run.path.push_back(taken.next);
         prefix = prefixes.child(prefix, taken.next);
     }
 }
 
-// Narrows thresholds down to the least feasible one. Two points guide it, one on either side: the logarithm of
-// final_error / threshold changes sign where thresholds become feasible, and falls steeply there.
+// Narrows thresholds down to the least feasible one. A line through one point on either side, in logarithms, says where
+// to try next. Far off, the number of strides falls roughly as a power of the threshold. Where it is n on both sides,
+// the error of the n-th stride to the end falls steeply, and equals the threshold where that becomes feasible.
 class ThresholdSearch {
   public:
     ThresholdSearch(Prefixes& prefixes, Index steps, Index end) : prefixes_(prefixes), steps_(steps), end_(end) {}
 
     Run least(double guess) {
         if (try_threshold(0.0)) return best_;
-        while (!have_best_) {
-            if (try_threshold(guess)) break;
-            guess = std::max(2 * guess, infeasible_);
-        }
-        // Each round halves the interval, or at least steps to the next error below the best threshold.
+        while (!try_threshold(guess)) guess = std::max(2 * guess, infeasible_);
+        // Once the interval is narrow, every other round steps to the next error below, or shows it to be infeasible.
         for (Index round = 0;; ++round) {
             const double below = std::nextafter(best_.largest, 0.0);
             if (infeasible_ >= below) return best_;
@@ -59,43 +68,48 @@ class ThresholdSearch {
     }
 
   private:
-    static constexpr double narrow_enough = 0.02, least_step = 0.05;
+    static constexpr double narrow_enough = 0.02, least_step = 0.05, widest = 4, usual_power = 3;
 
+    struct Point {  // logarithms: of the threshold, the strides over n, and the final error over the threshold
+        double at, strides, excess;
+    };
+
+    // Whether the threshold is feasible.
     bool try_threshold(double threshold) {
         if (prefixes_.count() > most_prefixes) prefixes_.clear();
-        Run run = greedy(prefixes_, steps_, end_, threshold);
-        const double height = std::log(run.final_error / threshold);
-        if (run.feasible) {
-            best_ = std::move(run);
-            have_best_ = true;
-            above_ = height;
-            at_above_ = threshold;
-        } else {
+        const Run run = greedy(prefixes_, steps_, end_, threshold);
+        const Point point{std::log(threshold), std::log(run.strides / static_cast<double>(steps_)),
+                          std::log(run.final_error / threshold)};
+        (run.feasible ? above_ : below_) = point;
+        if (run.feasible)
+            best_ = run;
+        else
             infeasible_ = std::max(infeasible_, std::max(threshold, std::nextafter(run.least_rejected, 0.0)));
-            below_ = height;
-            at_below_ = threshold;
-        }
-        return have_best_ && best_.largest <= threshold;
+        return run.feasible;
     }
 
+    // A threshold between the two sides.
     double between(bool middle) const {
-        const double low = infeasible_ > 0 ? std::log(infeasible_) : std::log(best_.largest) - 4;
-        const double high = std::log(best_.largest), width = high - low;
-        double part = 0.5;
-        if (!middle && std::isfinite(below_) && std::isfinite(above_) && below_ > above_) {
-            const double x = std::log(at_below_), y = std::log(at_above_);
-            part = (x + (y - x) * below_ / (below_ - above_) - low) / width;
+        const double high = std::log(best_.largest), low = infeasible_ > 0 ? std::log(infeasible_) : high - widest;
+        const auto crossing = [&](double below, double above) {
+            return above_.at + (below_.at - above_.at) * above / (above - below);
+        };
+        double wanted = above_.at + usual_power * above_.strides;
+        if (std::isfinite(below_.at)) {
+            wanted = crossing(below_.strides, above_.strides);
+            if (std::isfinite(above_.excess)) wanted = crossing(below_.excess, above_.excess);
+            if (middle || !std::isfinite(wanted)) wanted = (low + high) / 2;
         }
-        return std::exp(low + width * std::min(1 - least_step, std::max(least_step, part)));
+        const double margin = least_step * (high - low);
+        return std::exp(std::min(high - margin, std::max(low + margin, wanted)));
     }
 
     static constexpr Index most_prefixes = 1024;
     Prefixes& prefixes_;
     Index steps_, end_;
     Run best_{};
-    bool have_best_ = false;
     double infeasible_ = 0;  // no threshold up to it is known to be feasible
-    double below_ = infinity, above_ = -infinity, at_below_ = 0, at_above_ = 0;
+    Point below_{}, above_{};
 };
 
 }  // namespace olss

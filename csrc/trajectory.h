@@ -27,20 +27,20 @@ class Trajectory {
         : r_(r), size_(steps + 1), stride_((size_ / tile_columns + 1) * tile_columns),
           states_(size_ * stride_), squares_(size_) {
         for (Index first = 0; first < size_; first += tile_columns) multiply_panel(rows, first);
-        for (Index j = 0; j < size_; ++j) squares_[j] = dot(&states_[j * stride_], &states_[j * stride_], j + 1);
+        for (Index j = 0; j < size_; ++j) squares_[j] = dot(state(j), state(j), padded(j + 1));
     }
 
     Index steps() const { return size_ - 1; }
     Index size() const { return size_; }
     Index stride() const { return stride_; }
 
-    // State j: zero from component j + 1 on.
+    // State j: zero from component j + 1 to stride().
     const double* state(Index j) const { return &states_[j * stride_]; }
     double square(Index j) const { return squares_[j]; }
 
-    // Column c of R (0 is the initial noise, 1 + i the output of evaluation i), which has c + 1 components, in `size`.
+    // Column c of R (0 is the initial noise, 1 + i the output of evaluation i), c + 1 components, in `size` or more.
     Vector column(Index c, Index size) const {
-        Vector v(size, 0.0);
+        Vector v(padded(size), 0.0);
         for (Index i = 0; i <= c; ++i) v[i] = r_[i * size_ + c];
         return v;
     }

@@ -215,15 +215,20 @@ def _checked_arrays(r: npt.ArrayLike, rows: npt.ArrayLike) -> tuple[Matrix, Matr
     checked = _square(r, "r"), _square(rows, "rows")
     if checked[0].shape != checked[1].shape:
         raise InputError(f"r has shape {checked[0].shape} and rows {checked[1].shape}, expected the same: (T+1, T+1)")
-    if np.tril(checked[0], -1).any():
+    if _lower_nonzero(checked[0]).any():
         raise InputError("r has values below its diagonal, expected the upper triangular factor of a QR: numpy.triu(r)")
-    if np.triu(checked[1], 1).any():
-        j, column = np.argwhere(np.triu(checked[1], 1))[0]
+    if (acausal := _lower_nonzero(checked[1].T)).any():
+        column, j = np.argwhere(acausal)[0]
         raise InputError(
             f"rows[{j}, {column}] is {checked[1][j, column]:.6g}, expected 0: state {j} cannot use "
             f"output {column - 1}, which is computed from it or later"
         )
     return checked
+
+
+def _lower_nonzero(array: Matrix) -> npt.NDArray[np.bool_]:
+    below: npt.NDArray[np.bool_] = np.tri(len(array), k=-1, dtype=np.bool_) & (array != 0)
+    return below
 
 
 def _square(value: npt.ArrayLike, name: str) -> Matrix:
@@ -233,9 +238,11 @@ def _square(value: npt.ArrayLike, name: str) -> Matrix:
         raise InputError(f"{name} is not an array of numbers: {error}") from error
     if array.ndim != 2 or array.shape[0] != array.shape[1] or len(array) < 2:
         raise InputError(f"{name} has shape {array.shape}, expected (T+1, T+1), T >= 1: a column per recorded tensor")
-    if not np.isfinite(array).all():
+    if not (largest := max(array.max(), -array.min())) <= LARGEST:
+        if np.isfinite(largest):
+            raise InputError(
+                f"{name} has values up to {largest:.3g}, expected at most {LARGEST:g}: squares would overflow"
+            )
         i, j = np.argwhere(~np.isfinite(array))[0]
         raise InputError(f"{name}[{i}, {j}] is {array[i, j]}, expected finite numbers: check what was recorded")
-    if (largest := float(np.abs(array).max())) > LARGEST:
-        raise InputError(f"{name} has values up to {largest:.3g}, expected at most {LARGEST:g}: their squares overflow")
     return array

@@ -1,0 +1,83 @@
+"""Path planning in C++ against its NumPy twin, in one run: `pytest bench/bench_planning.py`.
+
+The twin searches as published (a binary search on the threshold, its residuals remembered between runs), which is far
+less work than the tall least-squares problems of the original. Every case first checks that both find the same path.
+Planning runs in one thread, and its time is that of the processor, so that other work on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from functools import cache
+from typing import Any
+
+import pytest
+from planning_twin import Problem, Twin, mixture
+
+from olss_fast import planning
+
+CASES = [(100, 5), (100, 10), (1000, 20)]
+#: Milliseconds that a plan may take, by teacher steps.
+BUDGET = {100: 2.0, 1000: 50.0}
+ROUNDS = 15
+
+
+@cache
+def problem(end: int) -> Problem:
+    return mixture(end, 0)
+
+
+def plan(end: int, steps: int) -> planning.PathPlan:
+    r, rows, count = problem(end)
+    return planning.plan_path(r, rows, steps, samples_count=count)
+
+
+@pytest.mark.benchmark(timer=time.thread_time)
+@pytest.mark.parametrize(("end", "steps"), CASES)
+def bench_plan(benchmark: Any, end: int, steps: int) -> None:
+    twin = Twin(*problem(end))
+    started = time.thread_time()
+    threshold, path = twin.least_threshold_by_halving(steps)
+    twin_seconds = time.thread_time() - started
+    found = plan(end, steps)
+    assert found.path == path
+    assert found.threshold == pytest.approx(threshold, rel=1e-9)
+    benchmark.pedantic(plan, args=(end, steps), rounds=ROUNDS, warmup_rounds=2)
+    if benchmark.disabled:
+        return
+    best = benchmark.stats.stats.min
+    benchmark.extra_info.update(
+        twin_ms=1e3 * twin_seconds, times_the_twin=twin_seconds / best, budget_ms=BUDGET[end], proven=found.proven
+    )
+    print(f"\nT = {end}, n = {steps}: {1e3 * best:.2f} ms, {twin_seconds / best:.0f} times the speed of the twin")
+    assert 1e3 * best <= BUDGET[end]
+
+
+@pytest.mark.benchmark(timer=time.thread_time)
+@pytest.mark.parametrize(("end", "steps"), CASES[:2])
+def bench_refine(benchmark: Any, end: int, steps: int) -> None:
+    r, rows, count = problem(end)
+    start = plan(end, steps)
+    found = benchmark.pedantic(
+        planning.refine, args=(r, rows, start.path), kwargs={"samples_count": count}, rounds=ROUNDS, warmup_rounds=1
+    )
+    benchmark.extra_info["deployed_error_ratio"] = found.deployed_error / start.deployed_error
+
+
+def bench_import(benchmark: Any) -> None:
+    """`import olss_fast` in a fresh interpreter, over one that imports nothing."""
+    bare = min(_interpreter("pass") for _ in range(5))
+    benchmark.pedantic(_interpreter, args=("import olss_fast",), rounds=5)
+    if benchmark.disabled:
+        return
+    seconds = benchmark.stats.stats.min - bare
+    benchmark.extra_info["import_ms"] = 1e3 * seconds
+    assert seconds <= 0.3
+
+
+def _interpreter(code: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - started
