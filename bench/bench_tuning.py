@@ -20,6 +20,7 @@ import torch
 import olss_fast
 from olss_fast.tuning import Effort
 
+pytestmark = pytest.mark.slow
 LATENT = (4, 64, 64)
 SAMPLES = 32
 TEACHER_STEPS = 100
