@@ -203,7 +203,6 @@ def _label_ends(axes: Axes, labels: Sequence[Label]) -> None:
     labels = [label for label in labels if label[1] <= axes.get_ylim()[1]]
     if not labels:
         return
-    right = max(label[0] for label in labels)
     ordered = sorted(labels, key=lambda label: label[1])
     low, high = (math.log(bound) for bound in axes.get_ylim())
     heights = spread([(math.log(label[1]) - low) / (high - low) for label in ordered], gap=0.046)
@@ -212,7 +211,8 @@ def _label_ends(axes: Axes, labels: Sequence[Label]) -> None:
         axes.annotate(
             text,
             (x, y),
-            (right * 1.05, math.exp(low + height * (high - low))),
+            (1.02, math.exp(low + height * (high - low))),
+            textcoords=axes.get_yaxis_transform(),
             color=colour,
             fontweight=weight,
             fontsize=10,
@@ -273,7 +273,7 @@ def _draw_levels(axes: Axes, teacher: Plan) -> None:
             fontsize=10,
         )
     axes.plot(lam, np.zeros_like(lam), "|", color=MUTED, markersize=6, alpha=0.6, clip_on=False)
-    axes.text(lam[0], 0.16, f"| the teacher's {teacher.nfe} steps", color=MUTED, fontsize=9, va="center")
+    axes.text(lam[0], -0.09, f"ticks: the teacher's {teacher.nfe} steps", color=MUTED, fontsize=9, va="top")
     axes.set_ylim(0.0, 1.12)
     axes.set_yticks([0.0, 0.5, 1.0])
     axes.tick_params(axis="x", bottom=False)
