@@ -20,11 +20,11 @@ from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.report import ANALYTIC, FITTED, KIND_NAMES, Candidate, Report
 from olss_fast.sampling import check_plan_fits
-from olss_fast.scoring import tournament
+from olss_fast.scoring import expected_evaluations, tournament
 from olss_fast.teacher import Recording, Split, Store, fingerprint, record
 
 BATCH = 64
-SHARE_SCORED = 0.5  # of all candidates x samples, about what is left after sharing and dropping; for time left only
+FIRST = 8  # samples on which every candidate is scored
 
 
 def compare(
@@ -93,10 +93,9 @@ def _check(steps: Sequence[int], plans: Sequence[Plan], schedule: NoiseSchedule)
 def _record(
     teacher: Plan, denoiser: Denoiser, noise: Tensor, folder: Path, batch_size: int, progress: bool
 ) -> Recording:
-    """The teacher's samples of all noise. (A recording wants something to fit on: the first chunk, which is unused.)"""
+    """The teacher's samples of all noise."""
     samples = noise.shape[0]
-    first = min(batch_size, samples)
-    split = Split(range(first), range(first, first), range(first, samples))
+    split = Split(range(0), range(0), range(samples))
     store = Store(folder, fingerprint(teacher, denoiser, noise, split, batch_size))
     with _bar(f"Teacher, {teacher.nfe} steps", samples * teacher.nfe, progress) as bar:
         return record(teacher, denoiser, noise, store=store, split=split, batch_size=batch_size, progress=bar.update)
@@ -106,9 +105,9 @@ def _score(nfe: int, plans: Sequence[Plan], task: Task, progress: bool) -> list[
     own = [plan for plan in plans if plan.nfe == nfe]
     everything = own + [plan for plan in solvers.candidates(task.schedule, nfe) if plan not in own]
     samples = range(task.noise.shape[0])
-    total = int(SHARE_SCORED * len(everything) * nfe * len(samples))
+    total = expected_evaluations(everything, len(samples), FIRST)
     with _bar(f"{nfe:>2} NFE, {len(everything)} samplers", total, progress) as bar:
-        errors = tournament(everything, task, samples, keep=range(len(own)), progress=bar.update)
+        errors = tournament(everything, task, samples, keep=range(len(own)), first=FIRST, progress=bar.update)
         bar.total = bar.n
     return [_candidate(plan, tuple(error)) for plan, error in zip(everything, errors, strict=True)]
 

@@ -20,7 +20,7 @@ class PlanFileError(OlssError, OSError):
 
 
 class ScheduleError(OlssError, ValueError):
-    """A noise schedule, or what is asked of it (time out of range, unknown spacing, prediction type), makes no sense."""
+    """A noise schedule, or what is asked of it (a time out of range, an unknown spacing), makes no sense."""
 
 
 class InputError(OlssError, ValueError):

@@ -158,10 +158,11 @@ class NormalEquations:
 
     def step(self, student: Student, damping: float, task: Task) -> Student:
         """The Levenberg-Marquardt step, last row left to `Objective.solve`."""
-        scale = np.diag(self.hessian).copy()
+        scale = np.diag(self.hessian)
+        scale = np.maximum(scale, 1e-9 * scale.max())  # a time that the network ignores has a column of zeros
         scale[len(self.directions) :] *= 1e-6  # the last row is linear: damping it would only slow the step down
         left = self.hessian + damping * np.diag(scale)
-        move = -np.linalg.solve(left, self.gradient)
+        move = -np.linalg.lstsq(left, self.gradient, rcond=None)[0]
         for direction, amount in zip(self.directions, move, strict=False):
             student = direction.apply(student, float(amount), task)
         return student

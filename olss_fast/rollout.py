@@ -38,7 +38,7 @@ class Rollout:
         """argmin_w of the weighted sum of squared errors, with the ridge toward `prior` of `fitting`."""
         total = np.einsum("p,pij->ij", weights / weights.sum(), self.gram)
         a, b = total[:-1, :-1], total[:-1, -1]
-        correction: Float64 = np.linalg.solve(a + ridge * np.diag(np.diag(a)), b - a @ prior)
+        correction: Float64 = np.linalg.lstsq(a + ridge * np.diag(np.diag(a)), b - a @ prior, rcond=None)[0]
         return prior + correction
 
 

@@ -79,6 +79,12 @@ def _same_question(plans: Sequence[Plan], group: Sequence[int], depth: int) -> M
     return questions
 
 
+def expected_evaluations(plans: Sequence[Plan], samples: int, first: int) -> int:
+    """About how many evaluations a `tournament` makes: half are shared, and a tenth of the plans go on to the end."""
+    total = sum(plan.nfe for plan in plans)
+    return int(0.5 * total * min(first, samples) + 0.1 * total * max(samples - first, 0))
+
+
 def tournament(
     plans: Sequence[Plan],
     task: Task,

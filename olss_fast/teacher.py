@@ -190,8 +190,8 @@ def record(
                 store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, noise, chunk, keep, progress))
             if keep:
                 triangles.append(store.read(chunk_name(chunk), "r").numpy())
-    pixels = len(split.fit) * noise[0].numel()
-    return Recording(teacher, store, split, batch_size, merge_triangles(triangles), pixels)
+    r = merge_triangles(triangles) if triangles else np.zeros((teacher.columns, teacher.columns))
+    return Recording(teacher, store, split, batch_size, r, len(split.fit) * noise[0].numel())
 
 
 def _run_chunk(

@@ -32,7 +32,7 @@ from olss_fast.plan import Plan
 from olss_fast.polish import evaluations_of_jacobian, polish
 from olss_fast.report import ANALYTIC, FITTED, KIND_NAMES, PUBLISHED, SPLIT, UNIFORM, UNPOLISHED, Candidate, Report
 from olss_fast.rollout import roll
-from olss_fast.scoring import tournament
+from olss_fast.scoring import expected_evaluations, tournament
 from olss_fast.teacher import Split, Store, fingerprint, record
 
 VERSION = 1  # of the fits in a store; raised whenever the same effort and seed would fit otherwise
@@ -204,8 +204,9 @@ class Tuner:
         plans = [fit.plan for fit in fits] + analytic
         held_out = self.task.recording.split.held_out
         keep = range(len(fits))
-        with self.clock.stage("accept", f"{steps:>2} steps, {len(plans)} samplers", 0) as tick:
-            first = max(4, len(held_out) // 8)
+        first = max(4, len(held_out) // 8)
+        total = expected_evaluations(plans, len(held_out), first)
+        with self.clock.stage("accept", f"{steps:>2} steps, {len(plans)} samplers", total) as tick:
             errors = tournament(plans, self.task, held_out, keep=keep, first=first, progress=tick)
         scored = [
             Candidate(
