@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, ModelError
+from ..errors import ModelError
 from ..metrics import FeatureStatistics
 
 if TYPE_CHECKING:
@@ -67,13 +67,15 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
     from ..noise_schedule import NoiseSchedule
 
     place = _device(device)
-    with _naming(MODEL_FOLDER / UNET_FILE):
-        from .network import read_network
+    with _naming(MODEL_FOLDER / UNET_FILE) as path:
+        import torch
 
-        network = read_network(MODEL_FOLDER / "unet", dtype)
+        from ..adapters.diffusers import UNetNetwork, read_unet
+
+        network = UNetNetwork(read_unet(path.parent, device=place, dtype=dtype or torch.float32))
     with _naming(MODEL_FOLDER / "scheduler" / "scheduler_config.json") as path:
         schedule = NoiseSchedule.from_diffusers(json.loads(path.read_text()))
-    return DemoModel(network=network.to(place), schedule=schedule)
+    return DemoModel(network=network.eval().requires_grad_(False), schedule=schedule)
 
 
 def classifier(device: torch.device | str | None = None) -> Classifier:
@@ -102,14 +104,9 @@ def reference_statistics() -> FeatureStatistics:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    import torch
+    from .._device import pick_device
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:
-        raise InputError(f"device is {str(device)!r}, which torch cannot use: {error}; use 'cpu' or 'cuda'") from error
+    return pick_device(device)
 
 
 @contextmanager
