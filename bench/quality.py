@@ -26,7 +26,7 @@ from olss_fast.models import arguments, draw_noise, pick_labels
 from olss_fast.tuning import tune
 
 STEPS = (4, 5, 6, 8, 10)
-MORE_STEPS = (7, 12, 14, 16, 20)
+MORE_STEPS = (7, 14, 20)
 
 
 def main(
