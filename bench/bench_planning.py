@@ -67,17 +67,14 @@ def bench_refine(benchmark: Any, end: int, steps: int) -> None:
 
 
 def bench_import(benchmark: Any) -> None:
-    """`import olss_fast` in a fresh interpreter, over one that imports nothing."""
-    bare = min(_interpreter("pass") for _ in range(5))
-    benchmark.pedantic(_interpreter, args=("import olss_fast",), rounds=5)
-    if benchmark.disabled:
-        return
-    seconds = benchmark.stats.stats.min - bare
-    benchmark.extra_info["import_ms"] = 1e3 * seconds
-    assert seconds <= 0.3
+    """`import olss_fast` in a fresh interpreter: the processor's time, as the interpreter itself measures it."""
+    seconds: list[float] = []
+    benchmark.pedantic(lambda: seconds.append(_import_seconds()), rounds=5)
+    benchmark.extra_info["import_ms"] = 1e3 * min(seconds)
+    print(f"\nimport olss_fast: {1e3 * min(seconds):.0f} ms")
+    assert min(seconds) <= 0.3
 
 
-def _interpreter(code: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return time.perf_counter() - started
+def _import_seconds() -> float:
+    code = "import time; start = time.process_time(); import olss_fast; print(time.process_time() - start)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
