@@ -70,7 +70,7 @@ class Effort:
             polish_iterations=2,
             jacobian_samples=16,
             jacobian_evaluations=500,
-            path_samples=8,
+            path_samples=6,
             node_moves=(4,),
             split_up_to=0,
         )
@@ -204,7 +204,7 @@ class Tuner:
         plans = [fit.plan for fit in fits] + analytic
         held_out = self.task.recording.split.held_out
         keep = range(len(fits))
-        first = max(4, len(held_out) // 8)
+        first = max(3, len(held_out) // 8)
         total = expected_evaluations(plans, len(held_out), first)
         with self.clock.stage("accept", f"{steps:>2} steps, {len(plans)} samplers", total) as tick:
             errors = tournament(plans, self.task, held_out, keep=keep, first=first, progress=tick)
