@@ -21,7 +21,7 @@ from olss_fast.tuning import Effort, TuneResult, tune
 
 STEPS = (4, 5, 6, 8, 10)
 TEACHER_STEPS = 100
-SAMPLES = 64  # of these a quarter judge
+SAMPLES = 80  # of these a quarter judge
 GRID_STEPS = 5
 GRID_CLASSES = (3, 5, 7, 8, 9, 10, 13, 15, 18, 19)
 GRID_PEERS = 3  # solver families beside OLSS

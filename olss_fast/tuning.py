@@ -70,7 +70,7 @@ class Effort:
             polish_iterations=2,
             jacobian_samples=16,
             jacobian_evaluations=500,
-            path_samples=6,
+            path_samples=8,
             node_moves=(4,),
             split_up_to=0,
         )
