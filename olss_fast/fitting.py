@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from olss_fast import solvers
+from olss_fast.errors import StoreError
 from olss_fast.executors import reference
 from olss_fast.network import Denoiser, require_finite
 from olss_fast.noise_schedule import NoiseSchedule
@@ -135,8 +135,8 @@ def on_policy(
     prior, rows = student.rows, np.zeros_like(student.rows)
     rows[0, 0] = recording.teacher.rows[0, 0]
     pixels = len(samples) * task.noise[0].numel()
-    with TemporaryDirectory(prefix="olss-rollout-", dir=recording.store.folder) as folder:
-        history = History(Path(folder), task, samples)
+    with recording.store.scratch() as folder:
+        history = History(folder, task, samples)
         for k, target in enumerate([*path[1:], recording.teacher.nfe]):
             triangles = []
             for chunk in recording.chunks(samples):
@@ -161,8 +161,11 @@ class History:
         return self.folder / str(chunk.start)
 
     def _append(self, chunk: slice, columns: Tensor) -> None:
-        with self._file(chunk).open("ab") as file:
-            file.write(columns.to(torch.float32).cpu().contiguous().numpy().tobytes())
+        try:
+            with self._file(chunk).open("ab") as file:
+                file.write(columns.to(torch.float32).cpu().contiguous().numpy().tobytes())
+        except OSError as error:
+            raise StoreError(f"cannot write a rollout to {self.folder}: {error}. Free some space, resume") from error
 
     def read(self, chunk: slice) -> Tensor:
         """(columns so far, B, ...) in float64, on the noise's device."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,13 +40,16 @@ class Denoiser:
         guidance_scale: float = 1.0,
         doubled: bool = True,
     ) -> None:
-        self.networks: tuple[Network, ...] = (network,) if callable(network) else tuple(network)
-        if not self.networks or not all(callable(each) for each in self.networks):
-            raise InputError(f"network must be a callable or a sequence of callables, got {network!r}")
+        listed: list[Any] = list(network) if isinstance(network, (list, tuple)) else [network]
+        if not listed or not all(callable(each) for each in listed):
+            raise InputError(f"network must be a callable or a list of callables, got {network!r}")
+        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
+            raise InputError(f"guidance_scale must be a number, got {guidance_scale!r}")
+        self.networks: tuple[Network, ...] = tuple(listed)
         self.samples = samples
         self.guidance_scale = float(guidance_scale)
-        self.conditioning = dict(conditioning or {})
-        self.unconditional = None if unconditional is None else dict(unconditional)
+        self.conditioning = _arguments(conditioning, "conditioning")
+        self.unconditional = None if unconditional is None else _arguments(unconditional, "unconditional")
         self.doubled = doubled
         self.evaluations = 0
         self._check()
@@ -95,12 +99,27 @@ class Denoiser:
             raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
         unconditional = self._slice(self.unconditional, samples, x)
         _match(unconditional, conditional)
-        joined = _join(unconditional, conditional, x.shape[0]) if self.doubled else None
-        if joined is None:
-            return _call(network, x, time, unconditional), _call(network, x, time, conditional)
+        joined = self._join(unconditional, conditional) if self.doubled else None
+        if joined is None:  # the first output is copied: a network may write the second into the same buffer
+            return _call(network, x, time, unconditional).clone(), _call(network, x, time, conditional)
         both = _call(network, torch.cat([x, x]), torch.cat([time, time]), joined)
         first, second = both.chunk(2)
         return first, second
+
+    def _join(self, unconditional: dict[str, Any], conditional: dict[str, Any]) -> dict[str, Any] | None:
+        """Arguments of one doubled batch, unconditional half first; None if some argument cannot be doubled."""
+        joined: dict[str, Any] = {}
+        for name, given in conditional.items():
+            if self._per_sample(self.conditioning[name]):
+                joined[name] = torch.cat([unconditional[name], given])
+            elif _same(given, unconditional[name]):
+                joined[name] = given
+            else:
+                return None
+        return joined
+
+    def _per_sample(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.samples
 
     def _slice(self, arguments: Conditioning, samples: slice, x: Tensor) -> dict[str, Any]:
         return {name: self._slice_one(value, samples, x) for name, value in arguments.items()}
@@ -108,9 +127,27 @@ class Denoiser:
     def _slice_one(self, value: Any, samples: slice, x: Tensor) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if value.ndim and value.shape[0] == self.samples:
+        if self._per_sample(value):
             value = value[samples]
         return value.to(x.device)
+
+
+def _arguments(given: Any, name: str) -> dict[str, Any]:
+    """A checked copy of `conditioning` or `unconditional`, numpy arrays made tensors."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise InputError(f"{name} must be a mapping of argument names to values, got {type(given).__name__}")
+    return {key: torch.as_tensor(value) if isinstance(value, np.ndarray) else value for key, value in given.items()}
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    try:
+        return first is second or bool(first == second)
+    except (RuntimeError, TypeError, ValueError):  # nested tensors and arrays have no single truth value
+        return False
 
 
 def _match(unconditional: dict[str, Any], conditional: dict[str, Any]) -> None:
@@ -119,8 +156,13 @@ def _match(unconditional: dict[str, Any], conditional: dict[str, Any]) -> None:
         without = unconditional[name]
         if not isinstance(given, Tensor):
             continue
-        if not isinstance(without, Tensor):
+        if isinstance(without, (bool, int, float)):
             unconditional[name] = torch.full_like(given, without)
+        elif not isinstance(without, Tensor):
+            raise InputError(
+                f"unconditional[{name!r}] is {type(without).__name__}, but conditioning[{name!r}] is a tensor of shape "
+                f"{tuple(given.shape)}: give a tensor that broadcasts to it, or a number"
+            )
         elif without.shape != given.shape:
             try:
                 unconditional[name] = without.expand(given.shape)
@@ -131,24 +173,10 @@ def _match(unconditional: dict[str, Any], conditional: dict[str, Any]) -> None:
                 ) from error
 
 
-def _join(unconditional: dict[str, Any], conditional: dict[str, Any], batch: int) -> dict[str, Any] | None:
-    """Arguments of one doubled batch, unconditional half first; None if some argument cannot be doubled."""
-    joined: dict[str, Any] = {}
-    for name, given in conditional.items():
-        without = unconditional[name]
-        if isinstance(given, Tensor) and given.ndim and given.shape[0] == batch:
-            joined[name] = torch.cat([without, given])
-        elif given is without or (not isinstance(given, Tensor) and bool(given == without)):
-            joined[name] = given
-        else:
-            return None
-    return joined
-
-
 def _call(network: Network, x: Tensor, time: Tensor, arguments: dict[str, Any]) -> Tensor:
     output = network(x, time, **arguments)
     if not isinstance(output, Tensor):  # diffusers models return an object with `.sample`, or a tuple
-        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        output = output[0] if isinstance(output, tuple) and output else getattr(output, "sample", output)
     if not isinstance(output, Tensor):
         raise NetworkError(f"the network returned {type(output).__name__}, expected a tensor of shape {tuple(x.shape)}")
     if output.shape != x.shape:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast.errors import NetworkError
 from olss_fast.executors import reference
 from olss_fast.fitting import Float64, Task, analytic_student, ridge_solve
 from olss_fast.teacher import merge_triangles, triangle
@@ -72,6 +73,8 @@ class PathSearch:
         for k in range(changed, n):
             timestep = float(student.timesteps[k])
             columns = [self._ask(c, rows[k], timestep, where) for c, where in zip(columns, self.chunks, strict=True)]
+            if not all(bool(torch.isfinite(c[-1]).all()) for c in columns):
+                return Trial(path, rows, tuple(columns), float("inf"))
             self._fit_row(rows, k + 1, columns, path[k + 1] if k + 1 < n else task.recording.teacher.nfe, student.rows)
         return Trial(path, rows, tuple(columns), self._error(rows[n], columns))
 
@@ -99,6 +102,8 @@ class PathSearch:
     def best(self, paths: Sequence[Path], scales: Sequence[int]) -> Path:
         """The best of `paths`, its nodes then moved by +-`scales` as long as that helps."""
         best = min((self.trial(path) for path in dict.fromkeys(paths)), key=lambda trial: trial.error)
+        if best.error == float("inf"):
+            raise NetworkError(f"the network returned NaN or infinity on every path tried, such as {best.path}")
         for scale in scales:
             for k in range(len(best.path) - 1, 0, -1):  # late nodes are cheap to move
                 for move in (scale, -scale):

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast.errors import NetworkError
 from olss_fast.executors import reference
 from olss_fast.fitting import Float64, Student, Task
 from olss_fast.rollout import columns_of, huber, roll
 from olss_fast.teacher import triangle
 
+EXACT = 1e-7  # root mean square errors below this are rounding of the float32 teacher
 STATE_STEP = 1e-2  # forward-difference step, root mean square of the change of a network input
 LOG_SNR_STEP = 1e-2
 COLLINEAR = 1e-4  # directions that need coefficients larger than 1/COLLINEAR per unit of change are left alone
@@ -84,7 +86,9 @@ class Objective:
         fit = roll(self.task, student, split.fit, self.progress)
         prior = student.rows[-1]
         row, errors = prior, fit.errors(prior)
-        self.threshold = self.threshold or 0.5 * float(np.median(errors))
+        if not np.isfinite(fit.gram).all():
+            raise NetworkError(f"the network returned NaN or infinity on a student's rollout, at {student.timesteps}")
+        self.threshold = self.threshold or max(0.5 * float(np.median(errors)), EXACT)
         for _ in range(5 if self.robust else 1):  # iteratively re-weighted least squares
             row = fit.best_row(self.weights(errors), ridge=self.ridge, prior=prior)
             errors = fit.errors(row)
@@ -95,6 +99,8 @@ class Objective:
     def loss_on(self, student: Student, samples: range) -> float:
         """Loss on some fit samples, with the last row that is best for them."""
         some, row = roll(self.task, student, samples, self.progress), student.rows[-1]
+        if not np.isfinite(some.gram).all():
+            return float("inf")
         row = some.best_row(self.weights(some.errors(row)), ridge=self.ridge, prior=row)
         return self.loss(some.errors(row))
 
@@ -121,12 +127,13 @@ def polish(
     objective = Objective(task, ridge=ridge, robust=robust, progress=progress)
     student, loss, best_loss = objective.solve(student)
     best, history, damping, failures = student, [(loss, best_loss)], 1e-2, 0
-    for _ in range(iterations):
-        equations = _normal_equations(task, student, _subset(task, jacobian_samples, rng), objective)
-        others = _subset(task, jacobian_samples, rng)
-        steps = {mu: equations.step(student, mu, task) for mu in damping * np.array(DAMPING_FACTORS)}
-        damping = min(steps, key=lambda mu: objective.loss_on(steps[mu], others))
-        tried, tried_loss, validation = objective.solve(steps[damping])
+    for _ in range(iterations if best_loss > 0.0 else 0):
+        subsets = [_subset(task, jacobian_samples, rng) for _ in range(2)]
+        try:
+            damping, step = _best_step(task, student, objective, damping, *subsets)
+            tried, tried_loss, validation = objective.solve(step)
+        except NetworkError:  # a step to where the network is not finite: what was reached before stands
+            break
         history.append((tried_loss, validation))
         failures = 0 if tried_loss < loss and validation < best_loss else failures + 1
         if tried_loss < loss:
@@ -138,6 +145,16 @@ def polish(
         if failures == PATIENCE:
             break
     return Polished(best, best_loss, tuple(history))
+
+
+def _best_step(
+    task: Task, student: Student, objective: Objective, damping: float, samples: range, others: range
+) -> tuple[float, Student]:
+    """The step of the damping, around the last one used, that does best on `others`."""
+    equations = _normal_equations(task, student, samples, objective)
+    steps = {mu: equations.step(student, mu, task) for mu in damping * np.array(DAMPING_FACTORS)}
+    best = min(steps, key=lambda mu: objective.loss_on(steps[mu], others))
+    return best, steps[best]
 
 
 def _subset(task: Task, count: int, rng: np.random.Generator) -> range:
@@ -187,6 +204,8 @@ def _normal_equations(task: Task, student: Student, samples: range, objective: O
         hessian += (weighted @ jacobian.flatten(1).T).cpu().numpy()
         gradient += (weighted @ residual.flatten()).cpu().numpy()
         mass += float(weights.sum()) * residual.shape[1]
+    if not (np.isfinite(hessian).all() and np.isfinite(gradient).all()):
+        raise NetworkError(f"the network returned NaN or infinity near a student's rollout, at {student.timesteps}")
     return NormalEquations(directions, hessian / mass, gradient / mass)
 
 

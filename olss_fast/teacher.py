@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,8 @@ from olss_fast.sampling import batches, network_dtype
 
 FORMAT = "olss-fast-recording"
 VERSION = 1
+STALE = 86400.0  # seconds
+PROBE_TOLERANCE = 1e-3  # of the norm: more than another number of threads, or another GPU kernel, makes of it
 Float64 = npt.NDArray[np.float64]
 
 
@@ -84,7 +90,7 @@ class Store:
                 write_atomically(manifest, json.dumps(wanted).encode(), error=StoreError)
                 return
             found = json.loads(manifest.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"cannot use {self.folder} as a store: {error}") from error
         if found != wanted:
             raise StoreError(
@@ -94,6 +100,35 @@ class Store:
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for one rollout, gone afterwards; those that killed runs left are removed after a day."""
+        for left in self.folder.glob("olss-rollout-*"):
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)
+        try:
+            folder = TemporaryDirectory(prefix="olss-rollout-", dir=self.folder)
+        except OSError as error:
+            raise StoreError(f"cannot make a folder in {self.folder}: {error}") from error
+        with folder as name:
+            yield Path(name)
+
+    def check_probe(self, probe: Tensor) -> None:
+        """Raise `StoreError` unless the network answers as it did when the recording was begun.
+
+        `probe` is its output for the first sample. It catches what a fingerprint cannot see: functions, and the inside
+        of objects among their arguments.
+        """
+        if not self.has("probe"):
+            self.write("probe", {"output": probe})
+            return
+        before = self.read("probe", "output").to(probe)
+        if before.shape != probe.shape or float((probe - before).norm()) > PROBE_TOLERANCE * float(before.norm()):
+            raise StoreError(
+                f"{self.folder} holds another recording: the network, or what it is conditioned on, answers otherwise "
+                "than it did. Give another folder, or delete this one"
+            )
 
     def has(self, name: str) -> bool:
         return self.path(name).exists()
@@ -180,6 +215,8 @@ def record(
     `progress(samples)` is called after every evaluation with the number of samples evaluated (or skipped).
     Raises `NetworkError` (evaluation and sample named) and `StoreError`.
     """
+    first = noise[:1].to(network_dtype(denoiser.networks[0], noise.dtype), copy=True)
+    store.check_probe(denoiser(first, float(teacher.timesteps[0]), slice(0, 1)).to(torch.float32))
     triangles = []
     for part in (split.fit, split.validation, split.held_out):
         keep = part is split.fit  # of the others only the teacher's sample is ever looked at
@@ -189,9 +226,19 @@ def record(
             else:
                 store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, noise, chunk, keep, progress))
             if keep:
-                triangles.append(store.read(chunk_name(chunk), "r").numpy())
+                triangles.append(_stored_triangle(store, chunk, teacher.columns))
     r = merge_triangles(triangles) if triangles else np.zeros((teacher.columns, teacher.columns))
     return Recording(teacher, store, split, batch_size, r, len(split.fit) * noise[0].numel())
+
+
+def _stored_triangle(store: Store, chunk: slice, columns: int) -> Float64:
+    r: Float64 = store.read(chunk_name(chunk), "r").numpy()
+    if r.shape != (columns, columns) or not np.isfinite(r).all():
+        raise StoreError(
+            f"{store.path(chunk_name(chunk))} holds no finite triangle of shape ({columns}, {columns}) but {r.shape}. "
+            "Delete this file and resume"
+        )
+    return r
 
 
 def _run_chunk(
@@ -211,7 +258,7 @@ def _run_chunk(
     state = _row(teacher, 0, basis)
     for i in range(teacher.nfe):
         states[i] = state
-        outputs = denoiser(state.to(dtype), float(teacher.timesteps[i]), chunk, model=int(teacher.models[i]))
+        outputs = denoiser(state.to(dtype, copy=True), float(teacher.timesteps[i]), chunk, model=int(teacher.models[i]))
         require_finite(outputs, step=i, first_sample=chunk.start)
         basis[1 + i] = outputs[0]
         state = _row(teacher, i + 1, basis) if steps is None else steps[i, 0] * state + steps[i, 1] * basis[1 + i]
@@ -256,7 +303,7 @@ def fingerprint(teacher: Plan, denoiser: Denoiser, noise: Tensor, split: Split, 
             digest.update(name.encode() + _content(arguments[name]))
     for network in denoiser.networks:
         if isinstance(network, torch.nn.Module):
-            for name, value in network.state_dict().items():
+            for name, value in network.named_parameters():
                 digest.update(name.encode() + _content(value))
     return digest.hexdigest()
 
@@ -265,4 +312,9 @@ def _content(value: object) -> bytes:
     if isinstance(value, Tensor):
         header = repr((tuple(value.shape), value.dtype)).encode()
         return header + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return repr(value).encode() if isinstance(value, (str, int, float, bool, type(None))) else b""
+    if isinstance(value, Mapping):
+        return b"{" + b",".join(repr(key).encode() + _content(each) for key, each in value.items()) + b"}"
+    if isinstance(value, (list, tuple)):
+        return b"[" + b",".join(_content(each) for each in value) + b"]"
+    plain = isinstance(value, (str, int, float, bool, type(None)))
+    return repr(value).encode() if plain else type(value).__name__.encode()

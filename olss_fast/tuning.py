@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from olss_fast import planning, solvers
-from olss_fast.errors import InputError
+from olss_fast.errors import InputError, PlanFileError, StoreError
 from olss_fast.fitting import Student, Task, on_policy, teacher_forced
 from olss_fast.network import Conditioning, Denoiser, Network, check_noise
 from olss_fast.noise_schedule import NoiseSchedule
@@ -125,6 +125,8 @@ def tune(
     `polish`. Raises `InputError`, `NetworkError`, `StoreError`.
     """
     check_noise(noise)
+    _check_whole(seed=seed, least=0)
+    _check_whole(batch_size=batch_size, held_out=held_out, least=1)
     teacher = teacher or _ddim(schedule, teacher_steps)
     wanted = _check_steps(steps, teacher.nfe)
     _check_teacher(teacher, schedule)
@@ -229,7 +231,9 @@ class Tuner:
 
     def _files(self, steps: int) -> dict[str, Path]:
         """Where the store keeps the fits of `steps`, by kind; the name holds everything they depend on."""
-        key = hashlib.sha256(repr((VERSION, self.effort, self.seed)).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            repr((VERSION, self.effort, self.seed, self.task.schedule.metadata())).encode()
+        ).hexdigest()[:16]
         kinds = [PUBLISHED, UNIFORM, UNPOLISHED, FITTED] + ([SPLIT] if self._splits(steps) else [])
         store = self.task.recording.store
         return {kind: store.path(f"fit-{steps:03d}-{kind}-{key}") for kind in kinds}
@@ -239,13 +243,19 @@ class Tuner:
         files = self._files(steps)
         if not all(file.exists() for file in files.values()):
             return []
-        plans = {kind: Plan.load(file) for kind, file in files.items()}
+        try:
+            plans = {kind: Plan.load(file) for kind, file in files.items()}
+        except PlanFileError:  # damaged: fitting again is cheaper than asking what to do
+            return []
         return [Fit(kind, tuple(json.loads(plan.metadata["path"])), plan) for kind, plan in plans.items()]
 
     def _keep(self, steps: int, fits: list[Fit]) -> list[Fit]:
         files = self._files(steps)
         for fit in fits:
-            fit.plan.save(files[fit.kind])
+            try:
+                fit.plan.save(files[fit.kind])
+            except PlanFileError as error:
+                raise StoreError(str(error)) from error
         return fits
 
     def _splits(self, steps: int) -> bool:
@@ -336,6 +346,13 @@ class Tuner:
         return Fit(kind, tuple(path), student.plan(self.task.schedule, metadata))
 
 
+def _check_whole(*, least: int, **values: object) -> None:
+    for name, value in values.items():
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not whole and not (value is None and name != "seed"):
+            raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
 def _ddim(schedule: NoiseSchedule, steps: int) -> Plan:
     if steps < 1:
         raise InputError(f"teacher_steps must be at least 1, got {steps}")
@@ -351,7 +368,7 @@ def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
 
 
 def _check_steps(steps: int | Sequence[int], most: int) -> list[int]:
-    wanted: list[Any] = list(steps) if isinstance(steps, (list, tuple, range)) else [steps]
+    wanted: list[Any] = list(steps) if isinstance(steps, (list, tuple, range, np.ndarray)) else [steps]
     if not wanted or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
         raise InputError(f"steps must be a whole number or a list of them, got {steps!r}")
     bad = [n for n in wanted if not 1 <= n <= most]

@@ -190,3 +190,52 @@ def test_unusable_arguments(plan: olss_fast.Plan, change: dict[str, Any], messag
 def test_unusable_noise(plan: olss_fast.Plan, bad: Any) -> None:
     with pytest.raises(InputError, match="noise"):
         olss_fast.sample(plan, Spy(), bad)
+
+
+def test_shared_arguments_are_not_taken_for_samples(plan: olss_fast.Plan) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def network(x: torch.Tensor, timestep: torch.Tensor, y: torch.Tensor, freq: torch.Tensor) -> torch.Tensor:
+        shapes.append((len(x), len(y), len(freq)))
+        return 0.1 * x * y.view(-1, 1, 1, 1)
+
+    guided = {
+        "conditioning": {"y": torch.ones(6), "freq": torch.ones(2)},
+        "unconditional": {"y": 0, "freq": torch.ones(2)},
+    }
+    olss_fast.sample(plan, network, noise(), batch_size=2, guidance_scale=3.0, **guided)
+    assert set(shapes) == {(4, 4, 2)}
+
+
+def test_network_that_reuses_its_output_buffer_keeps_its_guidance(plan: olss_fast.Plan) -> None:
+    buffer = torch.empty(SHAPE)
+
+    def reusing(x: torch.Tensor, timestep: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return buffer.copy_(0.1 * x * (1 + y.view(-1, 1, 1, 1)))
+
+    def fresh(x: torch.Tensor, timestep: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 0.1 * x * (1 + y.view(-1, 1, 1, 1))
+
+    guided: dict[str, Any] = {
+        "conditioning": {"y": torch.arange(6.0)},
+        "unconditional": {"y": 0},
+        "guidance_scale": 2.0,
+    }
+    expected = olss_fast.sample(plan, fresh, noise(), doubled=False, **guided)
+    assert torch.equal(olss_fast.sample(plan, reusing, noise(), doubled=False, **guided), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unconditional": {"y": None}},
+        {"conditioning": torch.zeros(6)},
+        {"guidance_scale": "a"},
+        {"guidance_scale": None},
+    ],
+)
+def test_wrong_types_are_named(plan: olss_fast.Plan, change: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        olss_fast.sample(plan, Spy(), noise(), **{**GUIDED, **change})
+    with pytest.raises(InputError, match="callable"):
+        olss_fast.sample(plan, 5, noise())  # type: ignore[arg-type]

@@ -171,3 +171,52 @@ def test_network_that_goes_wrong_is_named_with_step_and_sample() -> None:
     arguments = {**problem(), "guidance_scale": 1.0, "steps": 2, "teacher_steps": 10}
     with pytest.raises(NetworkError, match=r"evaluation 5 for sample\(s\) \[5\]"):
         olss_fast.tune(broken, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_exact_fits_end_well(steps: int) -> None:
+    def network(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(0.7 * x)
+
+    noise = problem(12)["noise"]
+    how = {"noise": noise, "schedule": SCHEDULE, "steps": steps, "teacher_steps": steps, "progress": False}
+    report = olss_fast.tune(network, **how).report  # type: ignore[arg-type]
+    assert report.best(steps).mean < 1e-5  # the student is the teacher, to the rounding of float32
+
+
+def test_network_that_fails_after_the_recording_is_named() -> None:
+    calls = Counting(mixture())
+    recording = 1 + 3 * 10  # the store's probe; then fit, validation and held-out samples through the teacher
+
+    def dying(x: torch.Tensor, timestep: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return calls(x, timestep, y=y) * (torch.nan if calls.calls > recording else 1.0)
+
+    how = {"guidance_scale": 1.0, "steps": 3, "teacher_steps": 10, "effort": EFFORT, "batch_size": 64}
+    with pytest.raises(NetworkError, match="NaN or infinity"):
+        olss_fast.tune(dying, **{**problem(), **how})  # type: ignore[arg-type]
+
+
+def test_store_notices_another_function_and_other_arguments(tmp_path: Path) -> None:
+    arguments = {
+        "noise": problem()["noise"],
+        "schedule": SCHEDULE,
+        "steps": 2,
+        "teacher_steps": 10,
+        "effort": EFFORT,
+        "progress": False,
+        "store": tmp_path,
+    }
+    olss_fast.tune(lambda x, t, level: level[0] * torch.tanh(x), conditioning={"level": [1.0]}, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="another recording"):
+        olss_fast.tune(lambda x, t, level: torch.sin(2 * x), conditioning={"level": [1.0]}, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="another recording"):
+        olss_fast.tune(lambda x, t, level: level[0] * torch.tanh(x), conditioning={"level": [0.5]}, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": -1}, {"seed": None}, {"batch_size": 0}, {"held_out": 0}, {"held_out": 2.5}]
+)
+def test_numbers_are_checked_before_any_work(change: dict[str, object]) -> None:
+    network = Counting(mixture(), limit=0)
+    with pytest.raises(InputError, match=f"{next(iter(change))} must be a whole number"):
+        olss_fast.tune(network, **{**problem(), "steps": 2, **change})  # type: ignore[arg-type]
