@@ -12,7 +12,9 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
+        probe = torch.empty(1, device=device)
+        probe.cpu()  # refuses 'meta', whose tensors hold no numbers
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"device is {str(device)!r}, which torch cannot use: {reason}; use 'cpu' or 'cuda'") from error
+    return probe.device

@@ -21,7 +21,7 @@ _ADVICE = {
     errno.EACCES: "permission denied; choose a place you may use, or change its permissions",
     errno.EPERM: "permission denied; choose a place you may use, or change its permissions",
     errno.EROFS: "the file system is read-only; choose another folder",
-    errno.ENOENT: "no such file or folder; check the path, and create the folder first",
+    errno.ENOENT: "no such file or folder; check the path",
     errno.ENOTDIR: "a part of the path is a file, not a folder; check the path",
     errno.EISDIR: "it is a folder; give the path of a file",
     errno.ELOOP: "the path is a loop of symbolic links; give the path of the file itself",
@@ -46,7 +46,8 @@ def write_atomically(path: AnyPath, data: bytes, *, error: type[OlssError] = Pla
         _write_new(temporary, target, data)
         _flush_folder(target.parent)
     except (OSError, ValueError, TypeError) as cause:
-        raise error(f"cannot write {len(data)} bytes to {_shown(path)}: {_reason(cause)}") from cause
+        hint = ", and create the folder first" if isinstance(cause, FileNotFoundError) else ""
+        raise error(f"cannot write {len(data)} bytes to {_shown(path)}: {_reason(cause)}{hint}") from cause
 
 
 def read_bounded(path: AnyPath, limit: int, *, error: type[OlssError] = PlanFileError) -> bytes:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from olss_fast.plan import Plan
 
 BAD_INPUT = 2
+LARGEST_SEED = 2**63 - 1
+MOST_SAMPLES = 1_000_000
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,7 +53,7 @@ GuidanceOption = Annotated[
 NullClassOption = Annotated[
     int | None, typer.Option("--null-class", help="The label for 'no class' that a model was trained with.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the noise.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples at once.")]
 TeacherOption = Annotated[int, typer.Option("--teacher-steps", min=1, help="NFE of the DDIM teacher.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
@@ -66,12 +68,18 @@ def named_errors(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except (OlssError, OSError) as error:
             fail(str(error))
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported for this
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
-            fail("the device ran out of memory: lower --batch-size or --samples, or use --device cpu")
+            fail("out of memory: lower --batch-size, --samples or --count, or use another --device")
 
     return run
+
+
+def out_of_memory(error: Exception) -> bool:
+    """NumPy's, or torch's of a GPU (by name, so that torch is not imported for this) or of the CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def fail(message: str) -> NoReturn:
@@ -112,7 +120,9 @@ def demo(
         "olss-demo"
     ),
     steps: Annotated[str, typer.Option("--steps", "-s", metavar="LIST", help="NFE to tune for.")] = "4,5,6,8,10",
-    samples: Annotated[int | None, typer.Option("--samples", min=4, help="Noises to fit and judge on.")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=4, max=MOST_SAMPLES, help="Noises to fit and judge on.")
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     quiet: QuietOption = False,
@@ -149,7 +159,9 @@ def tune(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, report and pictures.")] = Path(
         "olss-tuned"
     ),
-    samples: Annotated[int, typer.Option("--samples", "-n", min=4, help="Noises; a quarter of them judge.")] = 256,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=4, max=MOST_SAMPLES, help="Noises; a quarter of them judge.")
+    ] = 256,
     teacher_steps: TeacherOption = 100,
     guidance_scale: GuidanceOption = None,
     null_class: NullClassOption = None,
@@ -175,10 +187,9 @@ def tune(
     import time
 
     from olss_fast import demo_run, models, tuning
-    from olss_fast.report import make_folder
 
     start = time.perf_counter()
-    folder = make_folder(out)
+    folder = demo_run.make_folders(out)
     loaded = models.load_model(model, device=device, null_class=null_class)
     result = tuning.tune(
         loaded.network,
@@ -215,7 +226,7 @@ def sample(
         float | None, typer.Option("--eta", min=0.0, help="Fresh noise of ddim and euler_ancestral.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the images.")] = Path("olss-images"),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many images.")] = 16,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=MOST_SAMPLES, help="How many images.")] = 16,
     classes: Annotated[
         str | None, typer.Option("--classes", "-c", metavar="LIST", help="Labels, in turn. Default: all.")
     ] = None,
@@ -279,12 +290,14 @@ def compare(
         list[Path] | None, typer.Option("--plan", "-p", metavar="FILE", help="Plans of your own; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report and plot.")] = Path("olss-compare"),
-    samples: Annotated[int, typer.Option("--samples", "-n", min=2, help="Noises to judge on.")] = 64,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=2, max=MOST_SAMPLES, help="Noises to judge on.")] = 64,
     teacher_steps: TeacherOption = 100,
     guidance_scale: GuidanceOption = None,
     null_class: NullClassOption = None,
     batch_size: BatchOption = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise; not the one that was tuned on.")] = 1000,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the noise; not the one that was tuned on.")
+    ] = 1000,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:

@@ -21,6 +21,7 @@ from olss_fast.tuning import Effort, TuneResult, tune
 
 STEPS = (4, 5, 6, 8, 10)
 TEACHER_STEPS = 100
+PLANS = "plans"  # folder within the output folder
 SAMPLES = 80  # of these a quarter judge
 GRID_STEPS = 5
 GRID_CLASSES = (3, 5, 7, 8, 9, 10, 13, 15, 18, 19)
@@ -45,7 +46,7 @@ def run_demo(
     Errors as of `tune`; `PlanFileError` if something cannot be written.
     """
     start = time.perf_counter()
-    out = make_folder(out)
+    out = make_folders(out)
     model = demo.load(device)
     where = next(model.network.parameters()).device if isinstance(model.network, torch.nn.Module) else "cpu"
     say(
@@ -71,9 +72,16 @@ def run_demo(
     return result
 
 
+def make_folders(out: str | Path) -> Path:
+    """`out`, with its `plans`: made and tried before any work whose result could not be written."""
+    folder = make_folder(out)
+    make_folder(folder / PLANS)
+    return folder
+
+
 def write_result(result: TuneResult, out: Path) -> list[Path]:
     """`plans/olss-<n>.safetensors`, `report.json` and the report's pictures; returns their paths."""
-    plans = make_folder(out / "plans")
+    plans = make_folder(out / PLANS)
     written = []
     for nfe, plan in sorted(result.plans.items()):
         plan.save(plans / f"olss-{nfe}.safetensors")

@@ -31,6 +31,8 @@ from olss_fast.errors import PlanError
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+LARGEST_TIME = float(np.finfo(np.float32).max)  # networks are handed their times as float32
+
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Plan:
@@ -38,6 +40,7 @@ class Plan:
 
     Args (keyword only; anything `numpy.asarray` takes; copied, cast to float64, made read-only):
         timesteps: (S,) what the network is handed as time at evaluation i, in the network's own unit. S >= 1.
+            Within float32, which networks are handed.
         rows: (S+1, 1 + S·branches + Z) coefficients over the basis. Strictly causal: row i is exactly 0 at every
             output of evaluation j >= i, because that output does not exist yet when row i is formed.
         alphas, sigmas: (S+1,) signal and noise level of each row, >= 0 and not both 0. For diagnosis and plots.
@@ -84,6 +87,7 @@ class Plan:
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the only place where a frozen plan is written
         _check_shapes(self)
+        _check_times(self)
         _check_levels(self)
         _check_causality(self)
 
@@ -260,6 +264,15 @@ def _check_shapes(plan: Plan) -> None:
         raise PlanError(
             f"rows has shape {(height, width)}; expected {steps + 1} rows and at least {least} columns for "
             f"{steps} timesteps and branches={plan.branches} (x_T, the outputs, then any noises)"
+        )
+
+
+def _check_times(plan: Plan) -> None:
+    large = np.flatnonzero(np.abs(plan.timesteps) > LARGEST_TIME)
+    if large.size:
+        raise PlanError(
+            f"timesteps[{large[0]}] is {plan.timesteps[large[0]]}; expected at most {LARGEST_TIME} in size, the "
+            "largest float32, which networks are handed"
         )
 
 

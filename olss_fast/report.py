@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -289,12 +290,18 @@ def is_olss(candidate: Candidate) -> bool:
 
 
 def make_folder(folder: PathLike) -> Path:
-    """The folder, made if it is not there. `InputError` if it cannot be."""
+    """The folder, made if it is not there. `InputError` if it cannot be, or if no file can be written in it."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be made: {error.strerror or error}; name another") from error
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be written: {error.strerror or error}; name another") from error
     return folder
 
 

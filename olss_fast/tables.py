@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from olss_fast.report import ANALYTIC, PUBLISHED, UNIFORM, is_olss
@@ -89,7 +90,7 @@ def _summary_row(report: Report, nfe: int) -> list[str]:
         str(nfe),
         f"[bold]{number(fitted)}[/]" if fitted else "-",
         number(analytic),
-        analytic.name if analytic else "-",
+        escape(analytic.name) if analytic else "-",
         "-" if math.isnan(ratio) else f"{ratio:.2f}",
         equivalent(report, fitted),
         number(report.find(nfe, UNIFORM)),
@@ -107,7 +108,7 @@ def solver_table(report: Report) -> Table:
     best = {nfe: min(each.mean for each in report.at(nfe, partial=True)) for nfe in report.nfes}
     rows = [*families(report.candidates).items(), *_fitted_rows(report)]
     for name, members in rows:
-        table.add_row(name, *(_cell(members.get(nfe), report, best[nfe]) for nfe in report.nfes))
+        table.add_row(escape(name), *(_cell(members.get(nfe), report, best[nfe]) for nfe in report.nfes))
     if any(is_olss(candidate) for candidate in report.candidates):
         table.add_section()
         table.add_row(

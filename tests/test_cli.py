@@ -154,6 +154,9 @@ def test_sample_is_the_same_for_the_same_seed(folder: Path, plan_file: Path, tmp
         (["--solver", "ddim", "--steps", "3", "-g", "2"], "--null-class"),
         (["--solver", "ddim", "--steps", "3", "--null-class", "9"], "null_class is 9"),
         (["--solver", "ddim", "--steps", "3", "--device", "abacus"], "device is 'abacus'"),
+        (["--solver", "ddim", "--steps", "3", "--device", "meta"], "device is 'meta', which torch cannot use"),
+        (["--solver", "ddim", "--steps", "3", "--seed", str(2**63)], "--seed"),
+        (["--solver", "ddim", "--steps", "3", "--count", "1000001"], "--count"),
         (["--solver", "ddim", "--steps", "zero"], "--steps"),
         (["--solver", "ddim", "--steps", "0"], "--steps"),
     ],
@@ -169,6 +172,36 @@ def test_model_folder_that_is_none(tmp_path: Path) -> None:
 def test_out_that_is_a_file(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be made" in refusal("tune", "--model", folder, "--out", tmp_path / "file")
+
+
+@pytest.mark.parametrize("command", ["demo", "tune", "sample", "compare"])
+def test_output_folder_is_tried_before_the_model(command: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if command in ("demo", "tune"):
+        (out / "plans").write_text("")
+    else:
+        out = Path("/proc")  # there, but no file can be made in it
+        if not out.is_dir():
+            pytest.skip("no /proc here")
+    words: dict[str, list[object]] = {"demo": [], "sample": ["--solver", "ddim", "--steps", 3]}
+    model = [] if command == "demo" else ["--model", tmp_path / "none"]
+    assert "cannot be " in refusal(command, *model, *words.get(command, []), "--out", out, "--quiet")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_out_of_memory_is_one_message(error: Exception, plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path) -> Plan:
+        raise error
+
+    monkeypatch.setattr(Plan, "load", load)
+    assert "out of memory: lower --batch-size" in refusal("inspect", plan_file)
+
+
+def test_missing_plan_is_not_asked_to_be_created(tmp_path: Path) -> None:
+    message = refusal("inspect", tmp_path / "none.safetensors")
+    assert "check the path" in message
+    assert "create" not in message
 
 
 def test_plan_for_another_prediction(folder: Path, tmp_path: Path) -> None:
@@ -203,7 +236,10 @@ def test_tune_then_sample_then_compare(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "compare" / "error.png").exists()
 
 
-@pytest.mark.parametrize("words", [["--steps", "5,x"], ["--steps", ""], ["--steps", "0"], ["--samples", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--steps", "5,x"], ["--steps", ""], ["--steps", "0"], ["--samples", "1"], ["--samples", "1000001"]],
+)
 def test_compare_refuses(words: list[str], folder: Path, tmp_path: Path) -> None:
     assert words[0] in refusal("compare", "--model", folder, "--out", tmp_path / "out", *words)
 

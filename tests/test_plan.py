@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from olss_fast.errors import PlanError
-from olss_fast.plan import Plan
+from olss_fast.plan import LARGEST_TIME, Plan
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
+TIMES = st.floats(min_value=-LARGEST_TIME, max_value=LARGEST_TIME)
 LEVELS = st.floats(min_value=1e-300, max_value=1e300)
 # No deadline: the machine that runs the tests may be busy.
 PROPERTY = settings(deadline=None, max_examples=50)
@@ -32,7 +33,7 @@ def plans(draw: st.DrawFn) -> Plan:
     for row in range(steps + 1):
         rows[row, 1 + row * branches : 1 + steps * branches] = 0
     return Plan(
-        timesteps=draw(arrays(np.float64, steps, elements=FINITE)),
+        timesteps=draw(arrays(np.float64, steps, elements=TIMES)),
         rows=rows,
         alphas=draw(arrays(np.float64, steps + 1, elements=LEVELS)),
         sigmas=draw(arrays(np.float64, steps + 1, elements=LEVELS)),
@@ -146,6 +147,7 @@ def test_value_that_is_not_finite_is_refused_with_its_place(
         ({"rows": np.eye(3, 3, dtype=bool)}, "rows has dtype bool"),
         ({"rows": [["1", "0", "0"]] * 3}, "rows has dtype <U1"),
         ({"rows": None}, "rows has dtype object"),
+        ({"timesteps": [1.0, -3.5e38]}, r"timesteps\[1\] is -3.5e\+38; expected at most .* largest float32"),
         ({"alphas": [0.1, -0.5, 1]}, r"alphas\[1\] is -0.5; signal and noise levels are never negative"),
         ({"sigmas": [0.9, 0.5, -1e-9]}, r"sigmas\[2\] is -1e-09"),
         ({"alphas": [0.1, 0.5, 0]}, r"alphas\[2\] and sigmas\[2\] are both 0"),

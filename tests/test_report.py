@@ -13,7 +13,7 @@ from olss_fast.errors import InputError
 from olss_fast.images import save_images, tile, to_uint8
 from olss_fast.plan import Plan
 from olss_fast.plots import log_snr, plot_grid, spread
-from olss_fast.report import Candidate, Report
+from olss_fast.report import Candidate, Report, make_folder
 from olss_fast.tables import families
 
 HELD_OUT = 24
@@ -184,6 +184,23 @@ def test_solver_table_says_when_analytic_solvers_catch_up(report: Report) -> Non
     (line,) = (line for line in text.splitlines() if "equals OLSS" in line)
     assert f"{report.matching_nfe(report.best(4, 'olss').mean):.1f}" in line
     assert "> 10" in line
+
+
+def test_names_are_no_markup() -> None:
+    plan = make_plan(uniform_times(4), "[/bold]")
+    odd = [Candidate("[/dim]", kind, "trailing", plan, (0.1, 0.2)) for kind in ("analytic", "olss")]
+    report = Report(tuple(odd), make_plan(uniform_times(9), "ddim"), 2)
+    assert "[/bold]" in report.solver_table()
+    assert "[/dim]" in report.solver_table()
+    assert "[/dim]" in report.table()
+
+
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
+    assert list(make_folder(tmp_path / "a" / "b").iterdir()) == []  # the trial leaves nothing
+    if not Path("/proc").is_dir():
+        pytest.skip("no /proc here")
+    with pytest.raises(InputError, match="the folder /proc cannot be written"):
+        make_folder("/proc")
 
 
 def test_families_prefer_full_scores() -> None:
