@@ -1,6 +1,6 @@
 """How close tuned samplers come to their teacher, on the embedded model with `tune`'s defaults.
 
-    python bench/quality.py                # about an hour on 2 cores; writes bench/results/quality.{json,md}
+    python bench/quality.py                # about an hour on 2 cores; writes bench/results/quality.{json,md} and pictures
 
 Every figure of the README's quality table comes from this file's output. The same held-out noise judges everything:
 `tune` at 4, 5, 6, 8 and 10 evaluations, then all analytic solvers at more evaluations, to see when they catch up.
@@ -46,6 +46,8 @@ def main(
     print(result.report.table())
     out.parent.mkdir(parents=True, exist_ok=True)
     result.report.to_json(out.with_name(out.name + "-report.json"))
+    result.report.plot_error(out.with_name(out.name + "-error.png"))  # the README's pictures are copies of these
+    result.report.plot_path(out.with_name(out.name + "-path.png"))
     judged = slice(samples - result.report.held_out, samples)
     later = _later(model, noise[judged], labels[judged], store)
     best = {n: result.report.best(n, "analytic") for n in STEPS} | {n: later.best(n, "analytic") for n in MORE_STEPS}
