@@ -1,6 +1,6 @@
 """How close tuned samplers come to their teacher, on the embedded model with `tune`'s defaults.
 
-    python bench/quality.py                # about an hour on 2 cores; writes bench/results/quality.{json,md} and pictures
+    python bench/quality.py        # about an hour on 2 cores; writes bench/results/quality.{json,md} and pictures
 
 Every figure of the README's quality table comes from this file's output. The same held-out noise judges everything:
 `tune` at 4, 5, 6, 8 and 10 evaluations, then all analytic solvers at more evaluations, to see when they catch up.
