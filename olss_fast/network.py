@@ -43,7 +43,7 @@ class Denoiser:
         listed: list[Any] = list(network) if isinstance(network, (list, tuple)) else [network]
         if not listed or not all(callable(each) for each in listed):
             raise InputError(f"network must be a callable or a list of callables, got {network!r}")
-        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
+        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float, np.floating)):
             raise InputError(f"guidance_scale must be a number, got {guidance_scale!r}")
         self.networks: tuple[Network, ...] = tuple(listed)
         self.samples = samples

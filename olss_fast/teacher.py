@@ -134,14 +134,11 @@ class Store:
         return self.path(name).exists()
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        content = save({key: t.contiguous().cpu() for key, t in tensors.items()})
         try:
-            content = save({key: t.contiguous().cpu() for key, t in tensors.items()})
             write_atomically(self.path(name), content, error=StoreError)
-        except OSError as error:
-            raise StoreError(
-                f"cannot write {self.path(name)}: {error}. Free some space and start again with the same store: "
-                "finished chunks are kept"
-            ) from error
+        except StoreError as error:
+            raise StoreError(f"{error}. Then start again with the same store: finished chunks are kept") from error
 
     def read(self, name: str, key: str, index: Any = slice(None)) -> Tensor:
         try:

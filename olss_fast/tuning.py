@@ -45,7 +45,7 @@ LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a tuning may cost. `full` is the default, `light` a tenth of it and a little worse.
+    """How much a tuning may cost: `Effort()` is the default, `Effort.light()` is for trying things out, and worse.
 
     polish_iterations     Levenberg-Marquardt iterations at most (they stop early by themselves)
     jacobian_samples      samples that carry a Jacobian, down to a third of them where more would cost more than
@@ -118,8 +118,8 @@ def tune(
     unit Gaussian, one sample a row, and arguments of the conditioning whose first dimension is P belong to the
     samples. The last `held_out` samples (default: a quarter) judge, an eighth stops the polish, all others are fitted
     on. The teacher is DDIM with `teacher_steps` evaluations unless a `teacher` plan is given. `store` is a folder for
-    the recording: a killed run that is started again with the same folder resumes. The same `seed` gives bitwise the
-    same plans on the same machine.
+    the recording and the finished fits: a killed run that is started again with the same folder resumes. The same
+    `seed` gives bitwise the same plans on the same machine.
 
     Source: Duan et al., Optimal Linear Subspace Search, CIKM 2023; on-policy fit and polish as in `fitting` and
     `polish`. Raises `InputError`, `NetworkError`, `StoreError`.
@@ -153,15 +153,7 @@ def tune(
         candidates=tuple(candidates),
         teacher=teacher,
         held_out=len(split.held_out),
-        settings={
-            "samples": {"fit": len(split.fit), "validation": len(split.validation), "held_out": len(split.held_out)},
-            "steps": wanted,
-            "teacher_steps": teacher.nfe,
-            "guidance_scale": denoiser.guidance_scale,
-            "schedule": schedule.metadata(),
-            "effort": asdict(effort),
-            "seed": seed,
-        },
+        settings=tuner.settings() | {"steps": wanted},
         evaluations=dict(clock.evaluations),
         seconds=dict(clock.seconds),
     )
@@ -198,6 +190,18 @@ class Tuner:
     effort: Effort
     clock: Clock
     seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was asked to do, for the report."""
+        recording = self.task.recording
+        return {
+            "samples": {name: len(part) for name, part in vars(recording.split).items()},
+            "teacher_steps": recording.teacher.nfe,
+            "guidance_scale": self.task.denoiser.guidance_scale,
+            "schedule": self.task.schedule.metadata(),
+            "effort": asdict(self.effort),
+            "seed": self.seed,
+        }
 
     def candidates(self, steps: int) -> list[Candidate]:
         """Every fit and every analytic solver of `steps` evaluations, scored on held-out noise, the winner marked."""

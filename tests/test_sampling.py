@@ -64,6 +64,13 @@ def test_two_calls_give_the_same_as_one_doubled_batch(plan: olss_fast.Plan) -> N
     torch.testing.assert_close(apart, together, rtol=1e-12, atol=1e-12)  # float64; only batched sums may round apart
 
 
+def test_guidance_may_be_a_numpy_number(plan: olss_fast.Plan) -> None:
+    expected = olss_fast.sample(plan, Spy(), noise(), **GUIDED)
+    assert torch.equal(
+        olss_fast.sample(plan, Spy(), noise(), **{**GUIDED, "guidance_scale": np.float32(2.5)}), expected
+    )
+
+
 def test_guidance_one_needs_no_unconditional_call(plan: olss_fast.Plan) -> None:
     spy = Spy()
     olss_fast.sample(plan, spy, noise(), conditioning=GUIDED["conditioning"], unconditional=GUIDED["unconditional"])
