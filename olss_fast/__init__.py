@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olss_fast import demo, errors, metrics, solvers
+    from olss_fast.adapters.pipeline_tuning import tune_pipeline
+    from olss_fast.adapters.plan_scheduler import PlanScheduler
+    from olss_fast.capturing import capture
     from olss_fast.noise_schedule import NoiseSchedule
     from olss_fast.plan import Plan
     from olss_fast.report import Candidate, Report
@@ -26,15 +29,18 @@ __all__ = [
     "Candidate",
     "NoiseSchedule",
     "Plan",
+    "PlanScheduler",
     "Report",
     "TuneResult",
     "__version__",
+    "capture",
     "demo",
     "errors",
     "metrics",
     "sample",
     "solvers",
     "tune",
+    "tune_pipeline",
 ]
 
 _SUBMODULES = {"demo", "errors", "metrics", "solvers"}
@@ -42,10 +48,13 @@ _HOME = {
     "Candidate": "report",
     "NoiseSchedule": "noise_schedule",
     "Plan": "plan",
+    "PlanScheduler": "adapters.plan_scheduler",
     "Report": "report",
     "TuneResult": "tuning",
+    "capture": "capturing",
     "sample": "sampling",
     "tune": "tuning",
+    "tune_pipeline": "adapters.pipeline_tuning",
 }
 
 
