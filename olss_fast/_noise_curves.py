@@ -13,7 +13,7 @@ Where alpha is exactly 0, `lam` is floored so that differences of it stay finite
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +46,9 @@ class Curve(Protocol):
     def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]: ...
     def timestep_of_lam(self, lam: FloatArray) -> FloatArray: ...
     def describe(self) -> str: ...
+    def begun_at(self, timestep: float) -> Curve:
+        """The part of the curve from `timestep` (inside it) to the data end."""
+        ...
 
 
 def check_range(what: str, values: FloatArray, low: float, high: float) -> FloatArray:
@@ -120,6 +123,14 @@ class TableCurve:
         low = "-inf" if self.zero_terminal else f"{self.lams[-1]:.3f}"
         return f"{kind} {self.label}, {self.lams.size} timesteps, log-SNR {low} to {self.lams[0]:.3f}"
 
+    def begun_at(self, timestep: float) -> TableCurve:
+        whole = round(timestep)
+        if whole != timestep or whole < 1:
+            raise ScheduleError(f"a table begins at one of its timesteps 1 to {self.lams.size - 1}, got {timestep!r}")
+        if timestep == self.first:
+            return self
+        return replace(self, lams=self.lams[: whole + 1], zero_terminal=False)
+
 
 def _variance_preserving(lam: FloatArray) -> tuple[FloatArray, FloatArray]:
     """alpha, sigma with alpha^2 + sigma^2 = 1 and alpha / sigma = exp(lam), without cancellation at either end."""
@@ -180,13 +191,20 @@ class ExplodingCurve:
     def describe(self) -> str:
         return f"{self.label}, sigma {self.sigma_max:g} to {self.sigma_min:g}"
 
+    def begun_at(self, timestep: float) -> ExplodingCurve:
+        return replace(self, sigma_max=float(self.levels(np.asarray(timestep))[1]))
+
 
 @dataclass(frozen=True)
 class FlowCurve:
-    """alpha = 1 - sigma, timestep = N sigma. `shift` bends the spacings only: u -> shift u / (1 + (shift - 1) u)."""
+    """alpha = 1 - sigma, timestep = N sigma. `shift` bends the spacings only: u -> shift u / (1 + (shift - 1) u).
+
+    `noisiest` is the timestep it begins at, N if None.
+    """
 
     shift: float
     num_train_timesteps: int
+    noisiest: float | None = None
 
     def __post_init__(self) -> None:
         if not (0.0 < self.shift < np.inf and self.num_train_timesteps >= 2):
@@ -197,7 +215,7 @@ class FlowCurve:
 
     @property
     def first(self) -> float:
-        return float(self.num_train_timesteps)
+        return float(self.num_train_timesteps) if self.noisiest is None else self.noisiest
 
     @property
     def last(self) -> float:
@@ -212,8 +230,9 @@ class FlowCurve:
         return False
 
     def bend(self, timestep: FloatArray) -> FloatArray:
-        """The shifted timestep."""
-        u = timestep / self.num_train_timesteps
+        """The shifted timestep; 0 and `first` stay where they are."""
+        start = self.first / self.num_train_timesteps
+        u = timestep / self.first * start / (self.shift - (self.shift - 1.0) * start)
         return np.asarray(self.num_train_timesteps * self.shift * u / (1.0 + (self.shift - 1.0) * u))
 
     def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -229,4 +248,9 @@ class FlowCurve:
         return np.where(lam <= lowest, self.first, self.num_train_timesteps / (1.0 + np.exp(lam)))
 
     def describe(self) -> str:
-        return f"flow matching, shift {self.shift:g}, {self.num_train_timesteps} timesteps"
+        part = "" if self.noisiest is None else f" from {self.noisiest:g}"
+        return f"flow matching, shift {self.shift:g}, {self.num_train_timesteps} timesteps{part}"
+
+    def begun_at(self, timestep: float) -> FlowCurve:
+        self.levels(np.asarray(timestep))  # refuses what is out of range
+        return replace(self, noisiest=None if timestep == self.num_train_timesteps else float(timestep))

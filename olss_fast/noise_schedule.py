@@ -18,7 +18,7 @@ Each is linear in (x, f), so x0 = a x + b f and eps = c x + d f: `prediction_map
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ class NoiseSchedule:
     sigma_data: float = 0.5  # standard deviation of the data; edm only
     unit_input: bool = False  # the network is handed x / sqrt(1 + sigma^2); variance exploding only
     leading_offset: int = 0  # added to "leading" timesteps (diffusers' steps_offset)
+    from_sample: bool = False  # x_T is the network input of the first evaluation, not unit noise
 
     def __post_init__(self) -> None:
         """ScheduleError where the prediction type does not fit the curve."""
@@ -189,6 +190,19 @@ class NoiseSchedule:
 
         return schedule_from_diffusers(scheduler)
 
+    def begun_at(self, timestep: float) -> NoiseSchedule:
+        """The rest of the schedule from `timestep` on, for sampling that begins with a noisy image (image-to-image).
+
+        x_T of its plans is what the network is handed first: input_scale (alpha x0 + sigma eps) at `timestep`, so that
+        rows[0, 0] = 1. ScheduleError outside the schedule, and between the timesteps of a table.
+        """
+        if not self.last < timestep <= self.first:
+            raise ScheduleError(
+                f"a schedule from {self.first:g} to {self.last:g} cannot begin at {timestep!r}; expected a timestep in "
+                "between"
+            )
+        return replace(self, curve=self.curve.begun_at(timestep), from_sample=True, leading_offset=0)
+
     # --- functions of the timestep ------------------------------------------------------------------------------
 
     @property
@@ -227,6 +241,12 @@ class NoiseSchedule:
         if self.prediction_type == "edm":
             return np.asarray(1.0 / np.hypot(sigma, self.sigma_data))
         return np.asarray(1.0 / np.hypot(sigma, 1.0)) if self.unit_input else np.ones_like(sigma)
+
+    def start_amplitude(self, timestep: npt.ArrayLike) -> FloatArray:
+        """What x_T is multiplied by in a first state at `timestep`: sqrt(alpha^2 + sigma^2), the spread of the state
+        for data of unit variance; with `from_sample` what `input_scale` takes back."""
+        alpha, sigma, _ = self.levels(timestep)
+        return np.asarray(1.0 / self.input_scale(timestep)) if self.from_sample else np.hypot(alpha, sigma)
 
     def prediction_maps(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """(a, b, c, d) with x0 = a x + b f and eps = c x + d f, for the *state* x (before `input_scale`)."""

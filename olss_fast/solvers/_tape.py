@@ -61,8 +61,8 @@ def levels_of(schedule: NoiseSchedule, timesteps: Sequence[float] | Vector) -> l
 class Tape:
     """Records one run of a solver with `nfe` evaluations and `noises` fresh noises.
 
-    `start` is the amplitude of x_T in the first state; by default sqrt(alpha^2 + sigma^2), the spread of the state for
-    data of unit variance (1 for variance-preserving schedules).
+    `start` is the amplitude of x_T in the first state; by default `schedule.start_amplitude`, the spread of the state
+    for data of unit variance (1 for variance-preserving schedules).
     """
 
     def __init__(self, schedule: NoiseSchedule, nfe: int, *, noises: int = 0, start: float | None = None) -> None:
@@ -83,7 +83,7 @@ class Tape:
 
     def start(self, level: Level) -> Vector:
         """The first state: scaled initial noise."""
-        amplitude = np.hypot(level.alpha, level.sigma) if self._start is None else self._start
+        amplitude = self._schedule.start_amplitude(level.timestep) if self._start is None else self._start
         return np.asarray(amplitude * self._identity[0])
 
     def evaluate(self, state: Vector, level: Level) -> Output:
