@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from olss_fast import __version__
-from olss_fast.errors import InputError, OlssError
+from olss_fast._cli_options import (
+    LARGEST_SEED,
+    MOST_SAMPLES,
+    BatchOption,
+    DeviceOption,
+    DtypeOption,
+    GuidanceOption,
+    ModelOption,
+    NullClassOption,
+    PromptsOption,
+    QuietOption,
+    SeedOption,
+    TeacherOption,
+    named_errors,
+    parse_numbers,
+    parse_scales,
+)
+from olss_fast.errors import InputError
 
 if TYPE_CHECKING:
     from olss_fast.plan import Plan
-
-BAD_INPUT = 2
-LARGEST_SEED = 2**63 - 1
-MOST_SAMPLES = 1_000_000
-P = ParamSpec("P")
-R = TypeVar("R")
 
 app = typer.Typer(
     name="olss-fast",
@@ -36,66 +45,6 @@ app = typer.Typer(
     - `olss-fast sample --model path/to/ddpm-folder --plan tuned/plans/olss-5.safetensors --out images`
     """,
 )
-
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="FOLDER", help="A local diffusers folder (UNet2DModel), or 'demo'.")
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", metavar="NAME", help="'cpu', 'cuda', 'cuda:1'. Default: a GPU if there is one."),
-]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance-scale", "-g", help="1 is none. Default: the plan's, else the model's own (demo: its own)."
-    ),
-]
-NullClassOption = Annotated[
-    int | None, typer.Option("--null-class", help="The label for 'no class' that a model was trained with.")
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the noise.")]
-BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples at once.")]
-TeacherOption = Annotated[int, typer.Option("--teacher-steps", min=1, help="NFE of the DDIM teacher.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-
-
-def named_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Bad input ends in one clear message and exit code 2, never in a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (OlssError, OSError) as error:
-            fail(str(error))
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            fail("out of memory: lower --batch-size, --samples or --count, or use another --device")
-
-    return run
-
-
-def out_of_memory(error: Exception) -> bool:
-    """NumPy's, or torch's of a GPU (by name, so that torch is not imported for this) or of the CPU."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
-
-
-def fail(message: str) -> NoReturn:
-    typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(BAD_INPUT)
-
-
-def parse_numbers(text: str, option: str, *, least: int) -> list[int]:
-    """ "4,5,6" or "4 5 6" as numbers of at least `least`."""
-    try:
-        numbers = [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < least:
-        raise InputError(f"{option} is {text!r}: expected whole numbers of at least {least}, such as 5 or 4,5,8")
-    return numbers
 
 
 def show_version(wanted: bool) -> None:
@@ -159,11 +108,21 @@ def tune(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, report and pictures.")] = Path(
         "olss-tuned"
     ),
+    prompts: PromptsOption = None,
     samples: Annotated[
-        int, typer.Option("--samples", "-n", min=4, max=MOST_SAMPLES, help="Noises; a quarter of them judge.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            "--samples", "-n", min=4, max=MOST_SAMPLES, help="A quarter judge. Default: 256, with --prompts 64."
+        ),
+    ] = None,
     teacher_steps: TeacherOption = 100,
     guidance_scale: GuidanceOption = None,
+    guidance_range: Annotated[
+        str | None,
+        typer.Option(
+            "--guidance-range", metavar="LIST", help="With --prompts: scales to tune across, such as 5,7.5,10."
+        ),
+    ] = None,
     null_class: NullClassOption = None,
     light: Annotated[bool, typer.Option("--light", help="A tenth of the polish, a little worse.")] = False,
     store: Annotated[
@@ -172,6 +131,7 @@ def tune(
     batch_size: BatchOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Fit samplers to a model: record its teacher, plan, fit, polish, and accept on held-out noise.
@@ -182,27 +142,24 @@ def tune(
 
     - `olss-fast tune --model demo --steps 5,8 --out tuned`
     - `olss-fast tune --model path/to/class-conditional-folder --null-class 1000 --guidance-scale 2 --store recording`
+    - `olss-fast tune --model path/to/stable-diffusion --prompts prompts.txt --guidance-range 5,7.5,10`
     """
     wanted = parse_numbers(steps, "--steps", least=1)
+    scales = None if guidance_range is None else parse_scales(guidance_range)
     import time
 
-    from olss_fast import demo_run, models, tuning
+    from olss_fast import demo_run, runs
 
     start = time.perf_counter()
     folder = demo_run.make_folders(out)
-    loaded = models.load_model(model, device=device, null_class=null_class)
-    result = tuning.tune(
-        loaded.network,
-        noise=models.draw_noise(loaded, samples, seed),
-        schedule=loaded.schedule,
-        steps=wanted,
-        teacher_steps=teacher_steps,
-        effort=tuning.Effort.light() if light else None,
-        batch_size=batch_size,
+    result = runs.tune(
+        runs.Subject(model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet),
+        wanted,
+        teacher_steps,
+        samples=samples,
+        guidance_scales=scales,
+        light=light,
         store=store,
-        seed=seed,
-        progress=not quiet,
-        **models.arguments(loaded, models.pick_labels(loaded, samples), guidance_scale),
     )
     demo_run.write_result(result, folder)
     typer.echo(result.report.table())
@@ -214,6 +171,7 @@ def tune(
 @named_errors
 def sample(
     model: ModelOption,
+    prompts: PromptsOption = None,
     plan: Annotated[Path | None, typer.Option("--plan", "-p", metavar="FILE", help="A plan file.")] = None,
     solver: Annotated[str | None, typer.Option("--solver", metavar="NAME", help="An analytic solver instead.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-s", min=1, help="NFE of the solver.")] = None,
@@ -232,9 +190,10 @@ def sample(
     ] = None,
     guidance_scale: GuidanceOption = None,
     null_class: NullClassOption = None,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Sample images with a plan, or with an analytic solver. Writes `00000.png` and so on, and `grid.png`.
@@ -243,34 +202,27 @@ def sample(
 
     - `olss-fast sample --model demo --plan olss-demo/plans/olss-5.safetensors --count 20`
     - `olss-fast sample --model demo --solver dpm_solver_pp --steps 8 --order 2 --spacing logsnr --classes 3,7`
+    - `olss-fast sample --model path/to/stable-diffusion --prompts prompts.txt --plan olss-5.safetensors --count 4`
     """
     labels = [] if classes is None else parse_numbers(classes, "--classes", least=0)
     if (plan is None) == (solver is None):
         raise InputError("give either --plan FILE, or --solver NAME with --steps N")
-    settings = {"steps": steps, "order": order, "spacing": spacing, "variant": variant, "eta": eta}
+    settings = {"solver": solver, "steps": steps, "order": order, "spacing": spacing, "variant": variant, "eta": eta}
     given = {name: value for name, value in settings.items() if value is not None}
     if plan is not None and given:
         raise InputError(f"--{next(iter(given))} belongs to --solver: a plan has its own")
     chosen = None if plan is None else load_plan(plan)
-    from olss_fast import models
+    from olss_fast import runs
     from olss_fast.images import save_images
     from olss_fast.report import make_folder
 
     folder = make_folder(out)
-    loaded = models.load_model(model, device=device, null_class=null_class)
-    chosen = chosen or models.solver_plan(loaded.schedule, str(solver), given)
-    images = models.sample_images(
-        chosen,
-        loaded,
-        count,
-        classes=labels,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        seed=seed,
-        progress=not quiet,
+    subject = runs.Subject(
+        model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
     )
+    images, nfe = runs.sample(subject, chosen, given, count, labels)
     written = save_images(images, folder)
-    typer.echo(f"{count} images at {chosen.nfe} NFE are in {folder}, all of them in {written[-1]}")
+    typer.echo(f"{count} images at {nfe} NFE are in {folder}, all of them in {written[-1]}")
 
 
 def load_plan(path: Path) -> Plan:
@@ -283,6 +235,7 @@ def load_plan(path: Path) -> Plan:
 @named_errors
 def compare(
     model: ModelOption,
+    prompts: PromptsOption = None,
     steps: Annotated[
         str, typer.Option("--steps", "-s", metavar="LIST", help="NFE to compare at.")
     ] = "4,5,6,8,10,12,16,20",
@@ -299,6 +252,7 @@ def compare(
         int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the noise; not the one that was tuned on.")
     ] = 1000,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Compare every analytic solver, and plans of your own, with the teacher at many numbers of evaluations.
@@ -310,28 +264,18 @@ def compare(
 
     - `olss-fast compare --model demo --plan tuned/plans/olss-5.safetensors --plan tuned/plans/olss-8.safetensors`
     - `olss-fast compare --model path/to/ddpm-folder --steps 5,10,20 --samples 128`
+    - `olss-fast compare --model path/to/stable-diffusion --prompts prompts.txt --steps 5,8,20 --samples 16`
     """
     wanted = parse_numbers(steps, "--steps", least=1)
     loaded_plans = [load_plan(path) for path in plans or []]
-    from olss_fast import compare as comparison
-    from olss_fast import models
+    from olss_fast import runs
     from olss_fast.report import make_folder
 
     folder = make_folder(out)
-    loaded = models.load_model(model, device=device, null_class=null_class)
-    report = comparison.compare(
-        loaded.network,
-        noise=models.draw_noise(loaded, samples, seed),
-        schedule=loaded.schedule,
-        steps=wanted,
-        plans=loaded_plans,
-        teacher_steps=teacher_steps,
-        batch_size=batch_size,
-        progress=not quiet,
-        **models.arguments(
-            loaded, models.pick_labels(loaded, samples), models.tuned_guidance(loaded_plans, guidance_scale)
-        ),
+    subject = runs.Subject(
+        model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
     )
+    report = runs.compare_with(subject, wanted, teacher_steps, samples=samples, plans=loaded_plans)
     report.to_json(folder / "report.json")
     report.plot(folder)
     typer.echo(report.solver_table())

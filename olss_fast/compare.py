@@ -22,6 +22,7 @@ from olss_fast.report import ANALYTIC, FITTED, KIND_NAMES, Candidate, Report
 from olss_fast.sampling import check_plan_fits
 from olss_fast.scoring import expected_evaluations, tournament
 from olss_fast.teacher import Recording, Split, Store, fingerprint, record
+from olss_fast.tuner import with_rivals
 
 BATCH = 64
 FIRST = 8  # samples on which every candidate is scored
@@ -57,18 +58,42 @@ def compare(
         unconditional=unconditional,
         guidance_scale=guidance_scale,
     )
+    return compare_denoiser(
+        denoiser,
+        noise=noise,
+        schedule=schedule,
+        steps=wanted,
+        plans=plans,
+        teacher=solvers.ddim(schedule, teacher_steps),
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def compare_denoiser(
+    denoiser: Denoiser,
+    *,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: Sequence[int],
+    plans: Sequence[Plan],
+    teacher: Plan,
+    rivals: Sequence[Plan] = (),
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """`compare` for a network that already has its conditioning; `rivals` are judged beside the analytic solvers."""
     for plan in plans:
         check_plan_fits(plan, denoiser)
-    teacher = solvers.ddim(schedule, teacher_steps)
     start = time.perf_counter()
     with torch.no_grad(), TemporaryDirectory(prefix="olss-") as folder:
         recording = _record(teacher, denoiser, noise, Path(folder), batch_size or BATCH, progress)
         seconds, evaluations = {"record": time.perf_counter() - start}, {"record": denoiser.evaluations}
         task = Task(recording, denoiser, noise, schedule)
-        candidates = [each for nfe in wanted for each in _score(nfe, plans, task, progress)]
+        candidates = [each for nfe in steps for each in _score(nfe, plans, rivals, task, progress)]
     seconds["score"] = time.perf_counter() - start - seconds["record"]
     evaluations["score"] = denoiser.evaluations - evaluations["record"]
-    settings = {"steps": wanted, "teacher_steps": teacher_steps, "guidance_scale": float(guidance_scale)}
+    settings = {"steps": list(steps), "teacher_steps": teacher.nfe, "guidance_scale": denoiser.guidance_scale}
     return Report(tuple(candidates), teacher, noise.shape[0], settings, evaluations, seconds)
 
 
@@ -101,9 +126,10 @@ def _record(
         return record(teacher, denoiser, noise, store=store, split=split, batch_size=batch_size, progress=bar.update)
 
 
-def _score(nfe: int, plans: Sequence[Plan], task: Task, progress: bool) -> list[Candidate]:
+def _score(nfe: int, plans: Sequence[Plan], rivals: Sequence[Plan], task: Task, progress: bool) -> list[Candidate]:
     own = [plan for plan in plans if plan.nfe == nfe]
-    everything = own + [plan for plan in solvers.candidates(task.schedule, nfe) if plan not in own]
+    analytic = with_rivals(solvers.candidates(task.schedule, nfe), rivals)
+    everything = own + [plan for plan in analytic if plan not in own]
     samples = range(task.noise.shape[0])
     total = expected_evaluations(everything, len(samples), FIRST)
     with _bar(f"{nfe:>2} NFE, {len(everything)} samplers", total, progress) as bar:

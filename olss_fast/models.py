@@ -120,10 +120,12 @@ def tuned_guidance(plans: Iterable[Plan], guidance_scale: float | None = None) -
     return scale
 
 
-def solver_plan(schedule: NoiseSchedule, name: str, settings: Mapping[str, Any]) -> Plan:
-    """The plan of an analytic solver by name: `settings` are `steps` and what else the solver takes."""
+def solver_plan(schedule: NoiseSchedule, settings: Mapping[str, Any]) -> Plan:
+    """The plan of an analytic solver: `settings` are `solver`, its name, `steps`, and what else it takes."""
     from olss_fast import solvers
 
+    settings = dict(settings)
+    name = settings.pop("solver")
     if name not in solvers.SOLVERS:
         raise InputError(f"the solver {name!r} is unknown; choose one of {', '.join(solvers.SOLVERS)}")
     if "steps" not in settings:

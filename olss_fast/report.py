@@ -127,11 +127,22 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class GuidanceRow:
+    """Mean errors at one guidance scale, of the plan accepted for `nfe` and of the analytic one that was best."""
+
+    scale: float
+    nfe: int
+    tuned: float
+    analytic: float
+
+
+@dataclass(frozen=True)
 class Report:
     """All candidates of a tuning or a comparison.
 
     `held_out` is the number of samples of a full score, `settings` what the run was asked to do (JSON values),
-    `evaluations` the network evaluations of each stage (record, fit, polish, accept), `seconds` its times.
+    `evaluations` the network evaluations of each stage (record, fit, polish, accept), `seconds` its times; `guidance`
+    the errors at guidance scales around the tuned one, where that was measured.
     """
 
     candidates: tuple[Candidate, ...]
@@ -140,6 +151,7 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     evaluations: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    guidance: tuple[GuidanceRow, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "candidates", tuple(self.candidates))
@@ -201,10 +213,14 @@ class Report:
         return math.inf
 
     def table(self, *, width: int | None = None) -> str:
-        """One line an NFE: OLSS against the best analytic solver. Coloured only where standard output is a terminal."""
-        from olss_fast.tables import render, summary_table
+        """One line an NFE: OLSS against the best analytic solver, and the errors at other guidance scales if there are.
 
-        return render(summary_table(self), width=width)
+        Coloured only where standard output is a terminal.
+        """
+        from olss_fast.tables import guidance_table, render, summary_table
+
+        parts = [summary_table(self)] + ([guidance_table(self)] if self.guidance else [])
+        return "\n\n".join(render(part, width=width) for part in parts)
 
     def solver_table(self, *, width: int | None = None) -> str:
         """One line a solver family, one column an NFE, and at how many NFE the best of them reaches OLSS."""
@@ -240,6 +256,9 @@ class Report:
             "settings": dict(self.settings),
             "evaluations": dict(self.evaluations),
             "seconds": dict(self.seconds),
+            "guidance": [
+                vars(row) | {"tuned": _finite(row.tuned), "analytic": _finite(row.analytic)} for row in self.guidance
+            ],
             "teacher": plan_to_dict(self.teacher),
             "candidates": [candidate.to_dict() for candidate in self.candidates],
         }
@@ -269,6 +288,7 @@ class Report:
                 settings=dict(data["settings"]),
                 evaluations=dict(data["evaluations"]),
                 seconds=dict(data["seconds"]),
+                guidance=tuple(_guidance_row(row) for row in data.get("guidance", [])),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"the report is damaged: {type(error).__name__}: {error}; tune again") from error
@@ -324,6 +344,11 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
     arrays = {name: np.asarray(data[name], dtype=np.float64) for name in ("timesteps", "rows", "alphas", "sigmas")}
     models = np.asarray(data["models"], dtype=np.int64)
     return Plan(**arrays, models=models, branches=int(data["branches"]), metadata=dict(data["metadata"]))
+
+
+def _guidance_row(data: Mapping[str, Any]) -> GuidanceRow:
+    tuned, analytic = (math.inf if data[key] is None else float(data[key]) for key in ("tuned", "analytic"))
+    return GuidanceRow(float(data["scale"]), int(data["nfe"]), tuned, analytic)
 
 
 def _finite(value: float) -> float | None:

@@ -31,6 +31,7 @@ FAMILY_NAMES: Mapping[str, str] = {
     "pndm": "PNDM",
     "plms": "PLMS",
     "ipndm": "iPNDM",
+    "captured": "diffusers' schedulers",
 }
 
 
@@ -97,6 +98,21 @@ def _summary_row(report: Report, nfe: int) -> list[str]:
         number(report.find(nfe, PUBLISHED)),
         f"{sum(each.samples == report.held_out for each in tried)}/{len(tried)}",
     ]
+
+
+def guidance_table(report: Report) -> Table:
+    """Guidance scales down; for each NFE the error of the accepted plan and its ratio to the best analytic one's."""
+    title = "RMSE to the teacher at other guidance scales, on some of the held-out samples (ratio to the best analytic)"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table.add_column("guidance", justify="right")
+    rows = {(row.scale, row.nfe): row for row in report.guidance}
+    nfes = sorted({row.nfe for row in report.guidance})
+    for nfe in nfes:
+        table.add_column(f"{nfe} NFE", justify="right")
+    for scale in sorted({row.scale for row in report.guidance}):
+        cells = [rows.get((scale, nfe)) for nfe in nfes]
+        table.add_row(f"{scale:g}", *(f"{c.tuned:.4f} ({c.tuned / c.analytic:.2f})" if c else "-" for c in cells))
+    return table
 
 
 def solver_table(report: Report) -> Table:

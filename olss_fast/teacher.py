@@ -297,21 +297,21 @@ def fingerprint(teacher: Plan, denoiser: Denoiser, noise: Tensor, split: Split, 
     digest.update(noise.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for arguments in (denoiser.conditioning, denoiser.unconditional or {}):
         for name in sorted(arguments):
-            digest.update(name.encode() + _content(arguments[name]))
+            digest.update(name.encode() + content(arguments[name]))
     for network in denoiser.networks:
         if isinstance(network, torch.nn.Module):
             for name, value in network.named_parameters():
-                digest.update(name.encode() + _content(value))
+                digest.update(name.encode() + content(value))
     return digest.hexdigest()
 
 
-def _content(value: object) -> bytes:
+def content(value: object) -> bytes:
     if isinstance(value, Tensor):
         header = repr((tuple(value.shape), value.dtype)).encode()
         return header + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     if isinstance(value, Mapping):
-        return b"{" + b",".join(repr(key).encode() + _content(each) for key, each in value.items()) + b"}"
+        return b"{" + b",".join(repr(key).encode() + content(each) for key, each in value.items()) + b"}"
     if isinstance(value, (list, tuple)):
-        return b"[" + b",".join(_content(each) for each in value) + b"]"
+        return b"[" + b",".join(content(each) for each in value) + b"]"
     plain = isinstance(value, (str, int, float, bool, type(None)))
     return repr(value).encode() if plain else type(value).__name__.encode()

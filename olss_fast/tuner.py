@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -103,7 +103,7 @@ class Clock:
 class Tuner:
     """Fits, polishes and judges the students of one recording.
 
-    `rivals` are judged beside the analytic solvers, `facts` go into the metadata of the fits.
+    `rivals` are judged beside the analytic solvers.
     """
 
     task: Task
@@ -111,7 +111,6 @@ class Tuner:
     clock: Clock
     seed: int
     rivals: tuple[Plan, ...] = ()
-    facts: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What the run was asked to do, for the report."""
@@ -269,7 +268,7 @@ class Tuner:
             "guidance_scale": repr(self.task.denoiser.guidance_scale),
             "path": json.dumps([int(i) for i in path]),
         }
-        return Fit(kind, tuple(path), student.plan(self.task.schedule, {**metadata, **self.facts}))
+        return Fit(kind, tuple(path), student.plan(self.task.schedule, metadata))
 
 
 def with_rivals(analytic: Sequence[Plan], rivals: Sequence[Plan]) -> list[Plan]:

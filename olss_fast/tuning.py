@@ -7,7 +7,7 @@ never worse than the best analytic one on held-out data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,6 @@ def tune_denoiser(
     steps: int | Sequence[int],
     teacher: Plan,
     rivals: Sequence[Plan] = (),
-    facts: Mapping[str, str] | None = None,
     effort: Effort | None = None,
     held_out: int | None = None,
     batch_size: int | None = None,
@@ -116,7 +115,7 @@ def tune_denoiser(
     seed: int = 0,
     progress: bool = True,
 ) -> TuneResult:
-    """`tune` for a network that already has its conditioning; `facts` go into the metadata of the fitted plans."""
+    """`tune` for a network that already has its conditioning and guidance."""
     check_whole(seed=seed, least=0)
     check_whole(batch_size=batch_size, held_out=held_out, least=1)
     wanted = check_steps(steps, teacher.nfe)
@@ -130,7 +129,7 @@ def tune_denoiser(
         with clock.stage("record", f"Teacher, {teacher.nfe} steps", noise.shape[0] * teacher.nfe) as tick:
             recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=size, progress=tick)
         task = Task(recording, denoiser, noise, schedule)
-        tuner = Tuner(task, effort or Effort(), clock, seed, tuple(rivals), dict(facts or {}))
+        tuner = Tuner(task, effort or Effort(), clock, seed, tuple(rivals))
         candidates = [each for n in wanted for each in tuner.candidates(n)]
     report = Report(
         candidates=tuple(candidates),

@@ -101,7 +101,7 @@ def read_unet(
     folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
     """The UNet2DModel of a component folder (config.json beside safetensors weights). Errors as in `load_pipeline`."""
-    variant, place = _weights_variant(folder), pick_device(device)
+    variant, place = weights_variant(folder), pick_device(device)
     try:
         import diffusers
     except ImportError as error:
@@ -119,7 +119,7 @@ def read_unet(
             output_loading_info=True,
         )
     except Exception as error:  # whatever diffusers, safetensors or torch made of a damaged folder
-        raise ModelError(f"the weights in {folder} cannot be loaded: {_first_lines(error)}") from error
+        raise ModelError(f"the weights in {folder} cannot be loaded: {first_lines(error)}") from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise ModelError(f"the weights in {folder} lack {len(absent)} tensors of its config.json, first {absent[0]!r}")
@@ -128,21 +128,30 @@ def read_unet(
 
 def _check_pipeline(folder: Path) -> None:
     """A model_index.json that names a UNet2DModel and a scheduler, and nothing that changes what is sampled."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is no folder: give a local diffusers pipeline folder, or 'demo'")
-    index = _read_config(folder / "model_index.json")
+    index = check_index(folder)
     parts = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
     unet = parts.pop("unet", None)
     kind = index.get("_class_name", "unnamed")
     if unet is None or unet[-1:] != ["UNet2DModel"]:
-        raise ModelError(f"{folder} holds a {kind} with unet {unet}: only pipelines of a UNet2DModel can be used")
+        raise ModelError(
+            f"{folder} holds a {kind} with unet {unet}: only pipelines of a UNet2DModel can be used, and with --prompts "
+            "FILE those that take a prompt"
+        )
     if "scheduler" not in parts:
         raise ModelError(f"{folder} holds a {kind} without a scheduler: its noise schedule is unknown")
     others = sorted(set(parts) - {"scheduler"})
     if others:
         raise ModelError(
-            f"{folder} holds a {kind} with {', '.join(others)}: only pixel pipelines of a UNet2DModel work"
+            f"{folder} holds a {kind} with {', '.join(others)}: only pixel pipelines of a UNet2DModel work without "
+            "--prompts FILE"
         )
+
+
+def check_index(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline folder. Raises `ModelError`."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is no folder: give a local diffusers pipeline folder, or 'demo'")
+    return _read_config(folder / "model_index.json")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -177,7 +186,7 @@ def _count_classes(config: Mapping[str, Any], folder: Path) -> int:
     return 0 if count is None else int(count)
 
 
-def _weights_variant(folder: Path) -> str | None:
+def weights_variant(folder: Path) -> str | None:
     """Which weights to load: the plain ones if there, else the only variant there is, such as "fp16"."""
     found = sorted(path.name for path in folder.glob(f"{WEIGHTS}*.safetensors*"))
     if f"{WEIGHTS}.safetensors" in found or f"{WEIGHTS}.safetensors.index.json" in found:
@@ -194,6 +203,6 @@ def _weights_variant(folder: Path) -> str | None:
     raise ModelError(f"{folder} has no weights: expected {WEIGHTS}.safetensors beside config.json")
 
 
-def _first_lines(error: Exception, most: int = 300) -> str:
+def first_lines(error: Exception, most: int = 300) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= most else text[:most] + "…"

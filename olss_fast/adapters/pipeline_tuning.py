@@ -1,0 +1,255 @@
+"""`olss_fast.tune_pipeline`: tune samplers for a whole diffusers pipeline, whatever it is conditioned on.
+
+    calls = [{"prompt": prompt} for prompt in prompts]
+    result = olss_fast.tune_pipeline(pipe, calls, steps=[5, 8])
+    pipe.scheduler = olss_fast.PlanScheduler.from_pipe(pipe, result.plans.values())
+    image = pipe("a red fox", num_inference_steps=5).images[0]
+
+The pipeline is asked through its scheduler slot (`pipeline_network`), so guidance, ControlNets, image conditioning and
+video are what they are in use; the job itself is that of `tuning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from olss_fast import solvers
+from olss_fast.adapters.pipeline_calls import (
+    Call,
+    argument,
+    check_calls,
+    digest,
+    guidance_scales_of,
+    with_guidance,
+)
+from olss_fast.adapters.pipeline_network import PipelineNetwork, open_pipeline
+from olss_fast.capturing import capture
+from olss_fast.compare import compare_denoiser
+from olss_fast.errors import OlssError
+from olss_fast.fitting import Float64, Task
+from olss_fast.models import check_prediction
+from olss_fast.network import Denoiser
+from olss_fast.plan import Plan
+from olss_fast.report import ANALYTIC, GuidanceRow, Report
+from olss_fast.scoring import score
+from olss_fast.teacher import Split, Store, fingerprint, record
+from olss_fast.tuning import Effort, TuneResult, check_steps, check_whole, tune_denoiser
+
+SWEEP_SAMPLES = 8  # held-out samples on which other guidance scales are tried
+SWEEP = (2 / 3, 1.0, 4 / 3)  # of the tuned scale
+NONLINEAR = ("clip_sample", "thresholding")  # switched off in the schedulers that are captured to compare with
+
+
+def tune_pipeline(
+    pipe: Any,
+    calls: Sequence[Call],
+    steps: int | Sequence[int] = (5, 8),
+    teacher_steps: int = 100,
+    *,
+    guidance_scales: Sequence[float] | None = None,
+    effort: Effort | None = None,
+    held_out: int | None = None,
+    store: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> TuneResult:
+    """Search the best sampler of each number of `steps` for `pipe`, a diffusers pipeline with a scheduler.
+
+    `calls` are keyword arguments of `pipe(...)`: prompt, image, generator, guidance_scale, …; a call of several images
+    counts as so many samples, and evaluates them together. Give a few dozen, of the kind that is wanted later; the last
+    quarter of the samples judges. With `guidance_scales` the calls take these in turn, and the plans are tuned across
+    them. The teacher is DDIM with `teacher_steps` evaluations from where the calls begin: with a `strength` below 1
+    (image-to-image) plans for that strength come out. Rivals are all analytic solvers, and the pipeline's own scheduler
+    and its `compatibles`, captured. `store` is a folder for the recording: a killed run that is started again with the
+    same folder resumes. The pipeline is left as it was, also after an error; nothing is decoded.
+
+    The result's report says how the error moves for guidance scales around the tuned ones (`report.guidance`).
+
+    Cannot be tuned: pipelines whose guidance changes with the number of the step (it is noticed where the second step
+    differs), and such as change the latents' shape on the way.
+
+    Raises `InputError` (calls that fail, or differ in size, strength or shift), `NetworkError`, `ScheduleError` (the
+    scheduler's noise levels are of no known kind), `StoreError`.
+    """
+    calls = check_calls(pipe, calls)
+    check_whole(seed=seed, teacher_steps=teacher_steps, least=0)
+    wanted = check_steps(steps, teacher_steps)
+    if guidance_scales is not None:
+        calls = with_guidance(pipe, calls, guidance_scales)
+    with _opened(pipe, calls, teacher_steps, seed, progress) as (network, denoiser):
+        result = tune_denoiser(
+            denoiser,
+            noise=network.start,
+            schedule=network.schedule,
+            steps=wanted,
+            teacher=teacher_of(network),
+            rivals=[] if network.begin else captured_rivals(pipe.scheduler, wanted),
+            effort=effort,
+            held_out=held_out,
+            store=store,
+            seed=seed,
+            progress=progress,
+        )
+        result = _labelled(result, pipe, calls, network)
+        places = [network.places[i][0] for i in range(len(network.places))[-result.report.held_out :]]
+    judges = sorted(set(places))[-SWEEP_SAMPLES:]
+    rows = sweep_guidance(pipe, calls, judges, result.report, store=store, seed=seed, progress=progress)
+    return replace(result, report=replace(result.report, guidance=tuple(rows)))
+
+
+def compare_pipeline(
+    pipe: Any,
+    calls: Sequence[Call],
+    steps: Sequence[int],
+    *,
+    plans: Iterable[Plan] = (),
+    teacher_steps: int = 100,
+    seed: int = 1000,
+    progress: bool = True,
+) -> Report:
+    """All analytic solvers, the pipeline's own scheduler and its `compatibles`, and `plans`, on the samples of `calls`.
+
+    Arguments and errors as of `tune_pipeline`; `plans` are scored at their own number of evaluations.
+    """
+    calls, plans = check_calls(pipe, calls), list(plans)
+    check_whole(seed=seed, teacher_steps=teacher_steps, least=0)
+    wanted = sorted({*check_steps(list(steps), teacher_steps), *(plan.nfe for plan in plans)})
+    with _opened(pipe, calls, teacher_steps, seed, progress) as (network, denoiser):
+        for plan in plans:
+            check_prediction(plan, network.schedule)
+        return compare_denoiser(
+            denoiser,
+            noise=network.start,
+            schedule=network.schedule,
+            steps=wanted,
+            plans=plans,
+            teacher=teacher_of(network),
+            rivals=[] if network.begin else captured_rivals(pipe.scheduler, wanted),
+            progress=progress,
+        )
+
+
+def teacher_of(network: PipelineNetwork) -> Plan:
+    """DDIM on the teacher's grid, from where the calls begin."""
+    times = network.sessions[0].slot.times.double().numpy()
+    plan = solvers.ddim(network.schedule, timesteps=times[network.begin :])
+    return plan.replace(metadata={**plan.metadata, "num_inference_steps": str(len(times))})
+
+
+@contextmanager
+def _opened(
+    pipe: Any, calls: Sequence[Call], teacher_steps: int, seed: int, progress: bool
+) -> Iterator[tuple[PipelineNetwork, Denoiser]]:
+    """The pipeline as a network, and as a denoiser whose conditioning is the number of the sample."""
+    bar = tqdm(desc=f"{'Calls':<26}", unit="eval", delay=0.5, disable=not progress)
+    with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
+        bar.close()
+        count = network.start.shape[0]
+        conditioning = {"sample": torch.arange(count), "calls": digest(pipe, calls)}
+        yield network, Denoiser(network, samples=count, conditioning=conditioning)
+
+
+def captured_rivals(scheduler: Any, steps: Sequence[int]) -> list[Plan]:
+    """Plans of `scheduler` and of its `compatibles` with its settings, at each number of evaluations of `steps`.
+
+    What cannot be captured, or draws fresh noise, is no rival; clipping is switched off.
+    """
+    classes = dict.fromkeys([type(scheduler), *getattr(scheduler, "compatibles", [])])
+    off = {name: False for name in NONLINEAR if scheduler.config.get(name)}
+    plans = []
+    for kind in classes:
+        for nfe in steps:
+            for asked in dict.fromkeys([nfe, nfe - 1, (nfe + 1) // 2]):  # PNDM takes one more, Heun twice as many
+                plan = _captured(kind, scheduler, off, asked)
+                if plan is not None and plan.nfe == nfe and not plan.noises:
+                    plans.append(plan)
+    return plans
+
+
+def _captured(kind: Any, scheduler: Any, off: Mapping[str, bool], steps: int) -> Plan | None:
+    try:
+        return capture(kind.from_config(scheduler.config, **off), steps) if steps else None
+    except (OlssError, TypeError, ValueError, ImportError, IndexError):  # settings that this class does not take
+        return None
+
+
+def _labelled(result: TuneResult, pipe: Any, calls: Sequence[Call], network: PipelineNetwork) -> TuneResult:
+    """The result with plans that know their pipeline, their guidance, and where they begin."""
+    scales = guidance_scales_of(pipe, calls)
+    facts = {"pipeline": type(pipe).__name__, **network.full_schedule.metadata()}
+    if scales:
+        facts["guidance_scale"] = " to ".join(dict.fromkeys(repr(scale) for scale in (scales[0], scales[-1])))
+    share = 1.0 - network.begin / network.sessions[0].slot.teacher_steps
+    strength = argument(pipe, calls[0], "strength") if network.begin else None
+
+    def label(plan: Plan) -> Plan:
+        begin = begins_at(plan.nfe, share if strength is None else float(strength)) if network.begin else {}
+        return plan.replace(metadata={**plan.metadata, **facts, **begin})
+
+    candidates = tuple(replace(each, plan=label(each.plan)) for each in result.report.candidates)
+    settings = {**result.report.settings, "guidance_scale": list(scales), "pipeline": type(pipe).__name__}
+    report = replace(result.report, candidates=candidates, settings=settings)
+    return TuneResult({nfe: label(plan) for nfe, plan in result.plans.items()}, report)
+
+
+def begins_at(nfe: int, strength: float) -> dict[str, str]:
+    """At which `num_inference_steps` a pipeline of this `strength` makes `nfe` steps, and the index it begins at."""
+    steps = nfe
+    while int(steps * strength) < nfe:
+        steps += 1
+    return {"num_inference_steps": str(steps), "begin": str(steps - nfe), "strength": repr(strength)}
+
+
+def sweep_guidance(
+    pipe: Any,
+    calls: Sequence[Call],
+    judges: Sequence[int],
+    report: Report,
+    *,
+    store: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[GuidanceRow]:
+    """Errors of the accepted plans and of the best analytic ones at guidance scales around the tuned, on some calls.
+
+    Each scale has its own teacher. Empty if the pipeline is not guided.
+    """
+    tuned = guidance_scales_of(pipe, calls)
+    if not tuned or tuned[-1] <= 1.0:
+        return []
+    scales = sorted({round(tuned[0] * SWEEP[0], 3), *tuned, round(tuned[-1] * SWEEP[-1], 3)})
+    plans = [plan for nfe in report.nfes for plan in (report.best(nfe).plan, report.best(nfe, ANALYTIC).plan)]
+    rows = []
+    for scale in tqdm(scales, desc=f"{'Guidance scales':<26}", disable=not progress):
+        chosen = with_guidance(pipe, [calls[i] for i in judges], [scale])
+        folder = None if store is None else Path(store) / f"guidance-{scale:g}"
+        errors = _errors(pipe, chosen, plans, report.teacher, folder, seed + len(calls))
+        means = [float(each.mean()) for each in errors]
+        rows += [
+            GuidanceRow(scale, nfe, *pair)
+            for nfe, pair in zip(report.nfes, zip(means[::2], means[1::2], strict=True), strict=True)
+        ]
+    return rows
+
+
+def _errors(
+    pipe: Any, calls: Sequence[Call], plans: Sequence[Plan], teacher: Plan, store: Path | None, seed: int
+) -> list[Float64]:
+    """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator of their own."""
+    steps = int(teacher.metadata.get("num_inference_steps", teacher.nfe))
+    with ExitStack() as stack:
+        network, denoiser = stack.enter_context(_opened(pipe, calls, steps, seed, progress=False))
+        folder = store or Path(stack.enter_context(TemporaryDirectory(prefix="olss-")))
+        noise, samples = network.start, range(network.start.shape[0])
+        split = Split(range(0), range(0), samples)
+        opened = Store(folder, fingerprint(teacher, denoiser, noise, split, len(samples)))
+        recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=len(samples))
+        return score(plans, Task(recording, denoiser, noise, network.schedule), samples)

@@ -1,0 +1,162 @@
+"""What `olss-fast tune`, `compare` and `sample` do, for a model by name and for a pipeline with a file of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from olss_fast import compare, models, tuning
+from olss_fast.errors import InputError
+from olss_fast.plan import Plan
+from olss_fast.report import Report
+
+PROMPTED_SAMPLES = 64  # of a pipeline; its latents have many values each
+SAMPLES = 256
+BATCH = 64  # images of a model that are sampled at once
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Which model a command is about, and how it is asked: `prompts` makes it a pipeline that takes prompts."""
+
+    model: str
+    prompts: Path | None = None
+    device: str | None = None
+    dtype: str | None = None
+    null_class: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    progress: bool = True
+
+    def pipeline(self, samples: int, plans: Sequence[Plan] = ()) -> tuple[Any, list[dict[str, Any]]]:
+        """The pipeline and its calls. The prompts are read first: they cost nothing to get wrong."""
+        from olss_fast.adapters import pipeline_files
+
+        if self.prompts is None:
+            raise InputError("a pipeline needs --prompts FILE")
+        if self.model == models.DEMO or self.null_class is not None:
+            raise InputError("--prompts is for pipelines that take a prompt: leave it out for the demo and for classes")
+        texts = pipeline_files.read_prompts(self.prompts)
+        pipe = pipeline_files.load_any_pipeline(self.model, device=self.device, dtype=self.dtype)
+        scale = self._scale(plans)
+        calls = pipeline_files.prompt_calls(
+            pipe, texts, samples, guidance_scale=scale, batch_size=self.batch_size, seed=self.seed
+        )
+        return pipe, calls
+
+    def _scale(self, plans: Sequence[Plan]) -> float | None:
+        return models.tuned_guidance(plans, self.guidance_scale)
+
+    def load(self) -> models.Model:
+        if self.dtype is not None:
+            raise InputError("--dtype belongs to --prompts: other models run in float32")
+        return models.load_model(self.model, device=self.device, null_class=self.null_class)
+
+    def arguments(self, loaded: models.Model, samples: int, plans: Sequence[Plan] = ()) -> dict[str, Any]:
+        """Noise, conditioning and guidance of `samples` samples, for `tune` and `compare`."""
+        return {
+            "noise": models.draw_noise(loaded, samples, self.seed),
+            "schedule": loaded.schedule,
+            "batch_size": self.batch_size,
+            "progress": self.progress,
+            **models.arguments(loaded, models.pick_labels(loaded, samples), self._scale(plans)),
+        }
+
+
+def tune(
+    subject: Subject,
+    steps: Sequence[int],
+    teacher_steps: int,
+    *,
+    samples: int | None,
+    guidance_scales: Sequence[float] | None,
+    light: bool,
+    store: Path | None,
+) -> tuning.TuneResult:
+    """`olss_fast.tune`, or `tune_pipeline` where there are prompts."""
+    effort = tuning.Effort.light() if light else tuning.Effort()
+    if subject.prompts is None:
+        if guidance_scales is not None:
+            raise InputError("--guidance-range belongs to --prompts: give one --guidance-scale")
+        loaded = subject.load()
+        return tuning.tune(
+            loaded.network,
+            steps=steps,
+            teacher_steps=teacher_steps,
+            effort=effort,
+            store=store,
+            seed=subject.seed,
+            **subject.arguments(loaded, samples or SAMPLES),
+        )
+    from olss_fast.adapters.pipeline_tuning import tune_pipeline
+
+    pipe, calls = subject.pipeline(samples or PROMPTED_SAMPLES)
+    return tune_pipeline(
+        pipe,
+        calls,
+        steps,
+        teacher_steps,
+        guidance_scales=guidance_scales,
+        effort=effort,
+        store=store,
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+
+
+def compare_with(
+    subject: Subject, steps: Sequence[int], teacher_steps: int, *, samples: int, plans: Sequence[Plan]
+) -> Report:
+    """`olss_fast.compare`, or `compare_pipeline` where there are prompts."""
+    if subject.prompts is None:
+        loaded = subject.load()
+        return compare.compare(
+            loaded.network,
+            steps=steps,
+            plans=plans,
+            teacher_steps=teacher_steps,
+            **subject.arguments(loaded, samples, plans),
+        )
+    from olss_fast.adapters.pipeline_tuning import compare_pipeline
+
+    pipe, calls = subject.pipeline(samples, plans)
+    return compare_pipeline(
+        pipe, calls, steps, plans=plans, teacher_steps=teacher_steps, seed=subject.seed, progress=subject.progress
+    )
+
+
+def sample(
+    subject: Subject, plan: Plan | None, solver: Mapping[str, Any], count: int, classes: Sequence[int]
+) -> tuple[NDArray[np.float32], int]:
+    """(P, C, H, W) images in [-1, 1] by `plan`, or by the analytic solver with these settings; and their NFE."""
+    if subject.prompts is None:
+        loaded = subject.load()
+        chosen = plan or models.solver_plan(loaded.schedule, solver)
+        images = models.sample_images(
+            chosen,
+            loaded,
+            count,
+            classes=classes,
+            guidance_scale=subject.guidance_scale,
+            batch_size=subject.batch_size or BATCH,
+            seed=subject.seed,
+            progress=subject.progress,
+        )
+        return images, chosen.nfe
+    if classes:
+        raise InputError("--classes are for class-conditional models: leave them out with --prompts")
+    from olss_fast.adapters.pipeline_files import pipeline_images
+    from olss_fast.adapters.pipeline_network import schedule_of
+    from olss_fast.adapters.plan_scheduler import PlanScheduler
+
+    pipe, calls = subject.pipeline(count, [] if plan is None else [plan])
+    chosen = plan or models.solver_plan(schedule_of(pipe.scheduler), solver)
+    pipe.scheduler = PlanScheduler.from_pipe(pipe, chosen)
+    pipe.set_progress_bar_config(disable=not subject.progress)
+    return pipeline_images(pipe, calls, chosen.nfe), chosen.nfe
