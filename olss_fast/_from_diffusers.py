@@ -12,6 +12,7 @@ from olss_fast.errors import ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule, beta_schedule, without_terminal_signal
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow_prediction": "flow"}
+FLOW_CLASSES = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")  # beginnings of names
 
 
 def schedule_from_diffusers(scheduler: object) -> NoiseSchedule:
@@ -19,7 +20,7 @@ def schedule_from_diffusers(scheduler: object) -> NoiseSchedule:
     config = _config(scheduler)
     name = str(config.get("_class_name") or type(scheduler).__name__)
     prediction = str(config.get("prediction_type", "epsilon"))
-    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction":
+    if name.startswith(FLOW_CLASSES) or config.get("use_flow_sigmas") or prediction == "flow_prediction":
         return _flow(config, name)
     if prediction not in _PREDICTIONS:
         raise ScheduleError(f"{name} has prediction_type {prediction!r}; expected one of {', '.join(_PREDICTIONS)}")

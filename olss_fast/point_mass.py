@@ -19,7 +19,7 @@ compared with sigmas[i].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,18 +39,27 @@ def point_mass_residual(plan: Plan) -> Floats:
     rows[0, 0] is 0, because the scale of the initial noise is read from there.
     """
     exact_output = _exact_output(plan)
+    outputs = [exact_output(*levels) for levels in zip(plan.alphas.tolist(), plan.sigmas.tolist(), strict=True)]
+    return levels_of_rows(plan, outputs[: plan.nfe]) - np.stack([plan.alphas, plan.sigmas], axis=1)
+
+
+def levels_of_rows(plan: Plan, outputs: Sequence[tuple[float, float]]) -> Floats:
+    """(signal, noise) that each row really has, (S+1, 2), if evaluation i answers `outputs[i]` = (signal, noise).
+
+    The first row starts from (alphas[0], sigmas[0]). PlanError where rows[0, 0] is 0.
+    """
     if plan.rows[0, 0] == 0:
         raise PlanError("rows[0, 0] is 0; the first network input must contain the initial noise x_T")
     basis = _initial_basis(plan)
     found = np.empty((plan.nfe + 1, 2))
-    for row, (alpha, sigma) in enumerate(zip(plan.alphas.tolist(), plan.sigmas.tolist(), strict=True)):
+    for row in range(plan.nfe + 1):
         state = plan.rows[row] @ basis
         found[row] = state[0], _noise_level(state[1:])
         if row < plan.nfe:
-            signal, noise = exact_output(alpha, sigma)
+            signal, noise = outputs[row]
             basis[plan.output_slice(row), 0] = signal
             basis[plan.output_slice(row), 1:] = noise * _unit_noise(state[1:])
-    return found - np.stack([plan.alphas, plan.sigmas], axis=1)
+    return found
 
 
 def _initial_basis(plan: Plan) -> Floats:
@@ -78,13 +87,13 @@ def _unit_noise(noise: Floats) -> Floats:
 def _exact_output(plan: Plan) -> ExactOutput:
     prediction = plan.metadata.get("prediction_type")
     if prediction == "edm":
-        return _edm(_sigma_data(plan))
-    if prediction not in _EXACT:
+        return edm_output(_sigma_data(plan))
+    if prediction not in EXACT_OUTPUTS:
         raise PlanError(
-            f"metadata['prediction_type'] is {prediction!r}; expected one of {', '.join([*_EXACT, 'edm'])}: "
+            f"metadata['prediction_type'] is {prediction!r}; expected one of {', '.join([*EXACT_OUTPUTS, 'edm'])}: "
             "set it with plan.replace(metadata={...})"
         )
-    return _EXACT[prediction]
+    return EXACT_OUTPUTS[prediction]
 
 
 def _v_prediction(alpha: float, sigma: float) -> tuple[float, float]:
@@ -92,7 +101,9 @@ def _v_prediction(alpha: float, sigma: float) -> tuple[float, float]:
     return -sigma / length, alpha / length
 
 
-def _edm(sigma_data: float) -> ExactOutput:
+def edm_output(sigma_data: float) -> ExactOutput:
+    """F of Karras et al. 2022 for data of standard deviation `sigma_data`."""
+
     def exact(alpha: float, sigma: float) -> tuple[float, float]:
         length = math.hypot(sigma, alpha * sigma_data)
         return sigma / (sigma_data * length), -alpha * sigma_data / length
@@ -100,7 +111,7 @@ def _edm(sigma_data: float) -> ExactOutput:
     return exact
 
 
-_EXACT: dict[str, ExactOutput] = {
+EXACT_OUTPUTS: dict[str, ExactOutput] = {
     "epsilon": lambda alpha, sigma: (0.0, 1.0),
     "sample": lambda alpha, sigma: (1.0, 0.0),
     "v_prediction": _v_prediction,

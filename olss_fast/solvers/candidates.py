@@ -69,8 +69,11 @@ _USUAL_VARIANTS = ("midpoint", "runge_kutta")  # go without saying
 
 
 def display_name(plan: Plan) -> str:
-    """What to call a plan in tables: "DPM-Solver++ 2M (logsnr)". Unknown methods go by their own name."""
+    """What to call a plan in tables: "DPM-Solver++ 2M (logsnr)". A captured plan has its own title,
+    unknown methods go by their own name."""
     facts = plan.metadata
+    if "title" in facts:
+        return facts["title"]
     method, variant = facts.get("method", "plan"), facts.get("variant", "midpoint")
     title = _TITLES[method].format(order=facts.get("order", "?")) if method in _TITLES else method
     if variant == "plms":

@@ -1,0 +1,215 @@
+"""Signal and noise level of every row of a captured plan, and what its network predicts.
+
+A row that begins a step has the levels at which the scheduler itself noises an image to that step (its add_noise or
+scale_noise, times the factor of scale_model_input): an image-to-image run starts exactly there. Evaluations inside a
+step, and schedulers without such a method, take the levels of `NoiseSchedule` at the timestep. The sample has the
+levels that the rows really reach on point-mass data, whose exact network outputs are known (`olss_fast.point_mass`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from olss_fast._capture_run import Driver
+from olss_fast._from_diffusers import FLOW_CLASSES
+from olss_fast.errors import ScheduleError
+from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Floats, Plan
+from olss_fast.point_mass import EXACT_OUTPUTS, edm_output, levels_of_rows
+
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """alphas, sigmas (S,) of the network inputs, the exact point-mass output of each, and facts for the metadata."""
+
+    alphas: Floats
+    sigmas: Floats
+    outputs: list[Pair]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def levels_of(driver: Driver, scales: list[float]) -> Levels:
+    """See the module's docstring. ScheduleError where levels or prediction are not known."""
+    scheduler = driver.scheduler
+    schedule = _schedule(scheduler)
+    indices = range(driver.begin, len(driver.timesteps))
+    pairs = [_input_levels(driver, schedule, i, scale) for i, scale in zip(indices, scales, strict=True)]
+    alphas, sigmas = np.maximum(pairs, 0.0).T  # cos(1.5708) is -4e-6
+    if _config(scheduler).get("invert_sigmas"):  # time runs up to the data: what is called noise level is the signal's
+        alphas, sigmas = sigmas, alphas
+    metadata = _metadata(scheduler, schedule)
+    exact = _exact_output(driver, metadata.get("prediction_type"))
+    rows = zip(indices, alphas.tolist(), sigmas.tolist(), scales, strict=True)
+    return Levels(alphas, sigmas, [exact(*row) for row in rows], metadata)
+
+
+def with_final_levels(plan: Plan, levels: Levels, name: str) -> Plan:
+    """The plan with the levels that its last row reaches. ScheduleError where that is no less noisy than the first."""
+    signal, noise = np.maximum(levels_of_rows(plan, levels.outputs)[-1], 0.0).tolist()  # -1e-7 is rounding
+    if noise * plan.alphas[0] >= signal * plan.sigmas[0]:
+        raise ScheduleError(
+            f"{name} runs from data to noise (its sample has signal {signal:.3g} and noise {noise:.3g}); a plan "
+            "samples: take the scheduler without Inverse"
+        )
+    return plan.replace(alphas=[*plan.alphas[:-1], signal], sigmas=[*plan.sigmas[:-1], noise])
+
+
+def _config(scheduler: Any) -> Mapping[str, Any]:
+    config = getattr(scheduler, "config", {})
+    return config if isinstance(config, Mapping) else {}
+
+
+def _schedule(scheduler: Any) -> NoiseSchedule | None:
+    try:
+        return NoiseSchedule.from_diffusers(scheduler)
+    except ScheduleError:
+        return None
+
+
+# --- levels of the network inputs -------------------------------------------------------------------------------------
+
+
+def _input_levels(driver: Driver, schedule: NoiseSchedule | None, index: int, scale: float) -> Pair:
+    timestep = float(driver.timesteps[index])
+    if index % driver.order and schedule is not None:
+        return _scheduled(schedule, timestep)
+    state = _noised(driver, index)
+    if state is None and driver.name in _LEVELS_OF_CLASS:
+        state = _LEVELS_OF_CLASS[driver.name](driver.scheduler, index)
+    if state is not None:
+        return scale * state[0], scale * state[1]
+    if schedule is None:
+        raise ScheduleError(
+            f"the noise levels of {driver.name} are not known: it has neither add_noise nor scale_noise, and its "
+            "config has no betas or sigmas that are understood"
+        )
+    return _scheduled(schedule, timestep)
+
+
+def _scheduled(schedule: NoiseSchedule, timestep: float) -> Pair:
+    low, high = sorted((schedule.first, schedule.last))
+    time = min(max(timestep, low), high)  # timesteps are float32: 1000.0001
+    scale = float(schedule.input_scale(time))
+    return scale * float(schedule.alpha(time)), scale * float(schedule.sigma(time))
+
+
+def _noised(driver: Driver, index: int) -> Pair | None:
+    """(alpha, sigma) that the scheduler mixes image and noise with at a timestep; None where it cannot tell."""
+    scheduler = copy.copy(driver.scheduler)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(index)
+    image, noise = torch.eye(2, dtype=torch.float64).view(2, 1, 1, 1, 2)
+    timestep = driver.timesteps[index : index + 1]
+    if hasattr(scheduler, "add_noise"):
+        mixed = scheduler.add_noise(image, noise, timestep)
+    elif hasattr(scheduler, "scale_noise"):
+        mixed = scheduler.scale_noise(sample=image, timestep=timestep, noise=noise)
+    else:
+        return None
+    alpha, sigma = mixed.flatten().tolist()
+    return alpha, sigma
+
+
+def _ipndm(scheduler: Any, index: int) -> Pair:
+    return float(scheduler.alphas[index]), float(scheduler.betas[index])
+
+
+def _trigonometric(scheduler: Any, index: int) -> Pair:
+    # Noise is that of the data's spread, which pipelines multiply the initial noise by.
+    timestep, spread = float(scheduler.timesteps[index]), float(scheduler.config.sigma_data)
+    return math.cos(timestep), spread * math.sin(timestep)
+
+
+def _consistency_decoder(scheduler: Any, index: int) -> Pair:
+    timestep = scheduler.timesteps[index]
+    return float(scheduler.sqrt_alphas_cumprod[timestep]), float(scheduler.sqrt_one_minus_alphas_cumprod[timestep])
+
+
+_LEVELS_OF_CLASS: dict[str, Callable[[Any, int], Pair]] = {
+    "IPNDMScheduler": _ipndm,
+    "SCMScheduler": _trigonometric,
+    "ConsistencyDecoderScheduler": _consistency_decoder,
+}
+
+# --- what the network predicts ----------------------------------------------------------------------------------------
+
+_PREDICTIONS = {
+    "IPNDMScheduler": ("v_prediction", "diffusers' IPNDM: noise level sin^2"),
+    "DDPMWuerstchenScheduler": ("epsilon", "cosine in continuous time"),
+}
+
+
+def _metadata(scheduler: Any, schedule: NoiseSchedule | None) -> dict[str, str]:
+    """prediction_type and schedule, as `NoiseSchedule.metadata` has them; less where they have no name of ours."""
+    name, config = type(scheduler).__name__, _config(scheduler)
+    if schedule is not None:
+        return schedule.metadata()
+    if name in _PREDICTIONS:
+        prediction, text = _PREDICTIONS[name]
+        return {"prediction_type": prediction, "schedule": f"{text}, {prediction}"}
+    if _is_flow(name, config) and not config.get("invert_sigmas"):
+        count = config.get("num_train_timesteps", 1000)
+        return {"prediction_type": "flow", "schedule": f"flow matching, {count} timesteps, flow"}
+    prediction = str(config.get("prediction_type"))
+    return {"prediction_type": prediction} if prediction in EXACT_OUTPUTS and not name.startswith("EDM") else {}
+
+
+def _is_flow(name: str, config: Mapping[str, Any]) -> bool:
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(flow or name.startswith(FLOW_CLASSES))
+
+
+def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, float, float, float], Pair]:
+    """(index, alpha, sigma of the network input, input scale) -> (signal, noise) of the exact point-mass output."""
+    scheduler, config = driver.scheduler, _config(driver.scheduler)
+    if prediction is not None:
+        known = EXACT_OUTPUTS.get(prediction) or edm_output(float(config.get("sigma_data", 0.5)))
+        return lambda _, alpha, sigma, __: known(alpha, sigma)
+    if driver.name == "MiniMaxH3Scheduler" or config.get("invert_sigmas"):
+        return lambda *_: (1.0, -1.0)  # the velocity toward the data
+    if driver.name.startswith("EDM"):  # v_prediction here is F with the sign turned
+        edm = edm_output(float(config.get("sigma_data", 0.5)))
+        return lambda _, alpha, sigma, __: tuple(-part for part in edm(alpha, sigma))  # type: ignore[return-value]
+    if driver.name == "SCMScheduler":  # x0 = cos(t) x - sin(t) f
+        return lambda index, *_: _trigonometric_output(scheduler, index)
+    if driver.name in _BOUNDARIES:
+        return _consistency(scheduler, _BOUNDARIES[driver.name])
+    raise ScheduleError(
+        f"what the network of {driver.name} predicts is not known; expected a config with prediction_type, one of "
+        f"{', '.join(EXACT_OUTPUTS)}"
+    )
+
+
+def _trigonometric_output(scheduler: Any, index: int) -> Pair:
+    timestep = float(scheduler.timesteps[index])
+    return -math.sin(timestep), float(scheduler.config.sigma_data) * math.cos(timestep)
+
+
+def _consistency(scheduler: Any, boundary: Callable[[Any, int], Any]) -> Callable[[int, float, float, float], Pair]:
+    """f = (m - c_skip x) / c_out of a consistency model (Song et al. 2023, eq. 5); x = alpha m + sigma eps."""
+
+    def exact(index: int, alpha: float, sigma: float, scale: float) -> Pair:
+        c_skip, c_out = map(float, boundary(scheduler, index))
+        return (1.0 - c_skip * alpha / scale) / c_out, -c_skip * sigma / scale / c_out
+
+    return exact
+
+
+_BOUNDARIES: dict[str, Callable[[Any, int], Any]] = {
+    "CMStochasticIterativeScheduler": lambda scheduler, i: scheduler.get_scalings_for_boundary_condition(
+        scheduler.sigmas[i]
+    ),
+    "ConsistencyDecoderScheduler": lambda scheduler, i: (
+        scheduler.c_skip[scheduler.timesteps[i]],
+        scheduler.c_out[scheduler.timesteps[i]],
+    ),
+}

@@ -1,0 +1,238 @@
+"""Any linear diffusers scheduler as a Plan.
+
+A linear scheduler turns [x_T | f_0 … f_{S-1} | z_1 … z_Z] into network inputs and a sample by fixed coefficients. So it
+is run with unit vectors in place of these tensors (METHODS: a tensor whose last axis enumerates the basis, in float64):
+what then reaches the network *is* the row of its coefficients. A second run on random tensors must agree with
+rows · basis to `LINEARITY`; a scheduler that clips, mixes pixels or looks at the values fails it and is refused.
+
+Noise columns stand in the order in which the scheduler draws. Draws after the last one that any row uses are dropped;
+unused ones before it keep their column, so that a generator's stream falls on the same columns as in the original.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast._capture_levels import levels_of, with_final_levels
+from olss_fast._capture_refusals import check_protocol, linear_advice, refuse_known
+from olss_fast._capture_run import Driver, Trace
+from olss_fast.errors import InputError, ScheduleError
+from olss_fast.plan import Floats, Plan
+from olss_fast.solvers._tape import check_steps
+
+LINEARITY = 1e-9
+"""Largest deviation of a run on random tensors from rows · basis, relative to the sum of the magnitudes of the terms.
+
+Both sides are float64 with at most a few hundred operations an element: honest rounding stays below 1e-13, even where a
+scheduler divides by a signal level of 1e-3; the least clipping is of order 1."""
+
+MAGNITUDE = 100.0  # of the random tensors: far beyond every usual clipping range
+PROBE_SHAPE = (2, 3, 4, 5)
+
+
+def capture(
+    scheduler: Any,
+    steps: int | None = None,
+    *,
+    begin: int = 0,
+    step_arguments: Mapping[str, Any] | None = None,
+    **set_timesteps_arguments: Any,
+) -> Plan:
+    """The plan that equals `scheduler` after `set_timesteps(steps, **set_timesteps_arguments)`.
+
+    Args:
+        scheduler: any object with the interface of a diffusers scheduler. It is copied, never touched.
+        steps: num_inference_steps; None where `timesteps=` or `sigmas=` are given. NFE may be larger (Heun).
+        begin: leave out the timesteps before this one, as image-to-image pipelines do. The column x_T then stands for
+            the first *network input*, alphas[0] image + sigmas[0] noise, and rows[0, 0] = 1.
+        step_arguments: further arguments of every `step`, such as {"eta": 0.5}.
+        set_timesteps_arguments: further arguments of `set_timesteps`: timesteps, sigmas, mu, …
+
+    Returns:
+        A plan with metadata "scheduler": JSON of class, config, steps, arguments, step_arguments, begin and order, from
+        which `recapture` derives it anew; "method", "title", and where known "prediction_type" and "schedule".
+
+    Raises:
+        InputError: `steps` below 1, arguments that the scheduler's methods do not take, a `begin` beyond the timesteps.
+        ScheduleError: no scheduler, or not one that a Plan can hold; the message says why and what to switch off.
+    """
+    check_protocol(scheduler)
+    arguments, stepping = dict(set_timesteps_arguments), dict(step_arguments or {})
+    if steps is not None:
+        steps = check_steps(steps)
+    elif not {"timesteps", "sigmas"} & set(arguments):
+        raise InputError("steps is None; pass a whole number of at least 1, or timesteps= or sigmas=")
+    refuse_known(scheduler, stepping)
+    driver = Driver(scheduler, steps, begin, arguments, stepping)
+    record = _record(driver, scheduler, steps, arguments, stepping)
+    rows, trace = _rows(driver)
+    levels = levels_of(driver, trace.scales)
+    metadata = {"method": "captured", "title": _title(scheduler), "scheduler": record, **levels.metadata}
+    plan = Plan(
+        timesteps=driver.timesteps[driver.begin :].double().numpy(),
+        rows=rows,
+        alphas=[*levels.alphas, 1.0],
+        sigmas=[*levels.sigmas, 0.0],
+        metadata=metadata,
+    )
+    return with_final_levels(plan, levels, driver.name)
+
+
+def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None, **changed_arguments: Any) -> Plan:
+    """A captured plan again, with another `begin`, number of steps or arguments of `set_timesteps` (mu, sigmas, …).
+
+    The scheduler is made from the class and config in the plan's metadata. An argument that is None is dropped; new
+    `timesteps` or `sigmas` replace `steps`, and the other way round.
+
+    Raises:
+        InputError: the plan was not captured, diffusers has no such class, or the class makes another plan of the
+            stored config, because the scheduler was altered by hand or diffusers is another version.
+    """
+    facts = _facts(plan)
+    scheduler = _scheduler(facts)
+    stored = {"begin": facts["begin"], "steps": facts["steps"], **facts["arguments"]}
+    again = capture(scheduler, step_arguments=facts["step_arguments"], **stored)
+    if again.rows.shape != plan.rows.shape or not np.allclose(again.rows, plan.rows, rtol=1e-6, atol=1e-6):
+        raise InputError(
+            f"{facts['class']} with the config of this plan makes other rows than the plan has; capture the scheduler "
+            "itself again"
+        )
+    wanted = stored | changed_arguments | ({} if begin is None else {"begin": begin})
+    if {"timesteps", "sigmas"} & set(changed_arguments):
+        wanted["steps"] = None
+    if steps is not None:
+        wanted = {key: value for key, value in wanted.items() if key not in ("timesteps", "sigmas")} | {"steps": steps}
+    explicit = {key: value for key, value in wanted.items() if value is not None or key in facts["arguments"]}
+    return capture(scheduler, step_arguments=facts["step_arguments"], **explicit)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(driver: Driver) -> tuple[Floats, Trace]:
+    """(S+1, columns) and the run they come from; the run on random tensors also tells how many noises there are."""
+    start, outputs, noises, probe = _probe(driver)
+    width = 1 + driver.nfe + len(noises)
+    identity = torch.eye(width, dtype=torch.float64).view(width, 1, 1, 1, width)
+    trace = driver.run(identity[0], lambda i: identity[1 + i], lambda k: identity[1 + driver.nfe + k])
+    rows = torch.stack([*trace.inputs, trace.sample]).reshape(-1, width).numpy().copy()
+    if driver.begin:
+        rows[0] = identity[0].flatten().numpy()
+    _check_finite(driver, rows)
+    basis = torch.stack([start, *outputs, *noises]).reshape(width, -1).numpy()
+    found = torch.stack([*probe.inputs, probe.sample]).reshape(len(rows), -1).numpy()
+    _check_linear(driver, rows, basis, found)
+    used = np.flatnonzero(np.any(rows[:, 1 + driver.nfe :] != 0, axis=0))
+    return rows[:, : 1 + driver.nfe + (int(used[-1]) + 1 if used.size else 0)], trace
+
+
+def _probe(driver: Driver) -> tuple[Tensor, list[Tensor], list[Tensor], Trace]:
+    """A run on random tensors: x_T, outputs, noises and what came of them."""
+    generator = np.random.default_rng(0)
+
+    def draw(_: int = 0) -> Tensor:
+        return torch.from_numpy(MAGNITUDE * generator.standard_normal(PROBE_SHAPE))
+
+    start, outputs = draw(), [draw() for _ in range(driver.nfe)]
+    trace = driver.run(start, outputs.__getitem__, draw)
+    return start, outputs, trace.noises, trace
+
+
+def _check_finite(driver: Driver, rows: Floats) -> None:
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if bad.size:
+        what = f"the input of evaluation {bad[0]}" if bad[0] < driver.nfe else "the sample"
+        raise ScheduleError(
+            f"{driver.name} computes coefficients that are not finite for {what}; it divides by a signal or noise "
+            "level of 0 there: try another final_sigmas_type, solver_type or prediction_type, or no zero terminal SNR"
+        )
+
+
+def _check_linear(driver: Driver, rows: Floats, basis: Floats, found: Floats) -> None:
+    terms = (np.abs(rows) @ np.abs(basis)).max(axis=1)
+    error = np.abs(rows @ basis - found).max(axis=1) / terms
+    bad = np.flatnonzero(~(error <= LINEARITY))
+    if bad.size:
+        what = f"the input of evaluation {bad[0]}" if bad[0] < driver.nfe else "the sample"
+        raise ScheduleError(
+            f"{driver.name} is not linear: on random tensors {what} differs by {error[bad[0]]:.2g} (relative; at most "
+            f"{LINEARITY:g} was expected) from its combination of x_T, network outputs and noises. "
+            + linear_advice(driver.scheduler)
+        )
+
+
+# --- what a captured plan remembers -----------------------------------------------------------------------------------
+
+
+def _title(scheduler: Any) -> str:
+    """ "EulerDiscreteScheduler (linspace)": class and how its timesteps are spaced."""
+    config = getattr(scheduler, "config", {})
+    kinds = ("karras", "exponential", "beta", "flow")
+    notes = [str(config["timestep_spacing"])] if config.get("timestep_spacing") else []
+    notes += [kind for kind in kinds if config.get(f"use_{kind}_sigmas")]
+    notes += ["lu"] if config.get("use_lu_lambdas") else []
+    return type(scheduler).__name__ + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _record(
+    driver: Driver, scheduler: Any, steps: int | None, arguments: Mapping[str, Any], stepping: Mapping[str, Any]
+) -> str:
+    config = {key: value for key, value in getattr(scheduler, "config", {}).items() if not key.startswith("_")}
+    facts = {
+        "class": driver.name,
+        "config": config,
+        "steps": steps,
+        "arguments": arguments,
+        "step_arguments": stepping,
+        "begin": driver.begin,
+        "order": driver.order,
+    }
+    try:
+        return json.dumps(facts, default=_plain, separators=(",", ":"))
+    except (TypeError, ValueError) as cause:
+        raise InputError(
+            f"{driver.name} cannot be written down: {cause}; expected numbers, text and lists of them in its config "
+            "and arguments"
+        ) from cause
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"there is a {type(value).__name__} among config and arguments")
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    if plan.metadata.get("method") != "captured" or "scheduler" not in plan.metadata:
+        raise InputError(
+            f"this plan's method is {plan.metadata.get('method')!r}; only captured plans can be derived again: capture "
+            "the scheduler, or make the analytic plan anew"
+        )
+    try:
+        facts = json.loads(plan.metadata["scheduler"])
+        expected = {"class": str, "config": dict, "arguments": dict, "step_arguments": dict, "begin": int}
+        for key, kind in expected.items():
+            if not isinstance(facts[key], kind):
+                raise TypeError(f"{key} is {facts[key]!r}")
+        facts["steps"]
+    except (ValueError, TypeError, KeyError) as cause:
+        raise InputError(f"metadata['scheduler'] of this plan is not what capture writes: {cause!r}") from cause
+    return dict(facts)
+
+
+def _scheduler(facts: Mapping[str, Any]) -> Any:
+    import diffusers
+
+    homes = (diffusers, diffusers.schedulers)
+    kind = next((getattr(home, facts["class"]) for home in homes if hasattr(home, facts["class"])), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise InputError(
+            f"diffusers {diffusers.__version__} has no class {facts['class']}; capture the scheduler itself"
+        )
+    return kind.from_config(facts["config"])  # type: ignore[no-untyped-call]
