@@ -102,9 +102,9 @@ def _summary_row(report: Report, nfe: int) -> list[str]:
 
 def guidance_table(report: Report) -> Table:
     """Guidance scales down; for each NFE the error of the accepted plan and its ratio to the best analytic one's."""
-    title = "RMSE to the teacher at other guidance scales, on some of the held-out samples (ratio to the best analytic)"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, title="RMSE at guidance scales", title_justify="left", title_style="bold")
     table.add_column("guidance", justify="right")
+    table.caption, table.caption_justify = "(ratio to the best analytic plan)", "left"
     rows = {(row.scale, row.nfe): row for row in report.guidance}
     nfes = sorted({row.nfe for row in report.guidance})
     for nfe in nfes:

@@ -168,6 +168,7 @@ class Session:
         self.pipe, self.call, self.name = pipe, call, name
         self.scheduler, self.teacher_steps = scheduler, teacher_steps
         self.run: greenlet | None = None
+        self.asked = 0  # evaluations of the whole call
         self._open()
 
     def _open(self) -> None:
@@ -190,6 +191,7 @@ class Session:
         if self.slot.sample is None:
             raise InputError(f"{self.name} of {type(self.pipe).__name__} never came to a step of its scheduler")
         self.start = self.slot.sample
+        self.asked += 1
 
     def _switch(self, *question: Any) -> Tensor:
         """Goes on in the pipeline, with the attributes it had when it was left: calls share the object."""
@@ -210,6 +212,7 @@ class Session:
             self.close()
             self._open()
         output = self._switch((x, timestep))
+        self.asked += 1
         if self.run is None or self.run.dead:
             raise NetworkError(f"{self.name} of {type(self.pipe).__name__} ended after {self.slot.index} evaluations")
         return output
@@ -320,9 +323,10 @@ class PipelineNetwork:
             return session.output[within]  # what every student asks first was answered when the call began
         return session.ask(whole, timestep)[within]
 
-    def close(self) -> None:
-        for session in self.sessions:
-            session.close()
+    @property
+    def evaluations(self) -> int:
+        """Samples times evaluations of the network that were really made."""
+        return sum(session.asked * session.start.shape[0] for session in self.sessions)
 
 
 def _left_alone(session: Session) -> Tensor:

@@ -11,6 +11,7 @@ video are what they are in use; the job itself is that of `tuning`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -85,13 +86,14 @@ def tune_pipeline(
     if guidance_scales is not None:
         calls = with_guidance(pipe, calls, guidance_scales)
     with _opened(pipe, calls, teacher_steps, seed, progress) as (network, denoiser):
+        begun = network.evaluations
         result = tune_denoiser(
             denoiser,
             noise=network.start,
             schedule=network.schedule,
             steps=wanted,
             teacher=teacher_of(network),
-            rivals=[] if network.begin else captured_rivals(pipe.scheduler, wanted),
+            rivals=captured_rivals(pipe.scheduler, wanted, network),
             effort=effort,
             held_out=held_out,
             store=store,
@@ -101,8 +103,15 @@ def tune_pipeline(
         result = _labelled(result, pipe, calls, network)
         places = [network.places[i][0] for i in range(len(network.places))[-result.report.held_out :]]
     judges = sorted(set(places))[-SWEEP_SAMPLES:]
-    rows = sweep_guidance(pipe, calls, judges, result.report, store=store, seed=seed, progress=progress)
-    return replace(result, report=replace(result.report, guidance=tuple(rows)))
+    start = time.perf_counter()
+    rows, asked = sweep_guidance(pipe, calls, judges, result.report, store=store, seed=seed, progress=progress)
+    report = replace(
+        result.report,
+        guidance=tuple(rows),
+        evaluations={"calls": begun, **result.report.evaluations, "guidance": asked},
+        seconds={**result.report.seconds, "guidance": time.perf_counter() - start},
+    )
+    return replace(result, report=report)
 
 
 def compare_pipeline(
@@ -132,7 +141,7 @@ def compare_pipeline(
             steps=wanted,
             plans=plans,
             teacher=teacher_of(network),
-            rivals=[] if network.begin else captured_rivals(pipe.scheduler, wanted),
+            rivals=captured_rivals(pipe.scheduler, wanted, network),
             progress=progress,
         )
 
@@ -157,11 +166,15 @@ def _opened(
         yield network, Denoiser(network, samples=count, conditioning=conditioning)
 
 
-def captured_rivals(scheduler: Any, steps: Sequence[int]) -> list[Plan]:
+def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwork) -> list[Plan]:
     """Plans of `scheduler` and of its `compatibles` with its settings, at each number of evaluations of `steps`.
 
-    What cannot be captured, or draws fresh noise, is no rival; clipping is switched off.
+    What cannot be captured, draws fresh noise, or is for another noise schedule is no rival; clipping is switched off.
+    None where the calls begin with noisy images: schedulers begin at times of their own.
     """
+    if network.begin:
+        return []
+    schedule = network.schedule.metadata()["schedule"]
     classes = dict.fromkeys([type(scheduler), *getattr(scheduler, "compatibles", [])])
     off = {name: False for name in NONLINEAR if scheduler.config.get(name)}
     plans = []
@@ -169,7 +182,7 @@ def captured_rivals(scheduler: Any, steps: Sequence[int]) -> list[Plan]:
         for nfe in steps:
             for asked in dict.fromkeys([nfe, nfe - 1, (nfe + 1) // 2]):  # PNDM takes one more, Heun twice as many
                 plan = _captured(kind, scheduler, off, asked)
-                if plan is not None and plan.nfe == nfe and not plan.noises:
+                if plan and plan.nfe == nfe and not plan.noises and plan.metadata.get("schedule") == schedule:
                     plans.append(plan)
     return plans
 
@@ -217,33 +230,34 @@ def sweep_guidance(
     store: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> list[GuidanceRow]:
+) -> tuple[list[GuidanceRow], int]:
     """Errors of the accepted plans and of the best analytic ones at guidance scales around the tuned, on some calls.
 
-    Each scale has its own teacher. Empty if the pipeline is not guided.
+    Each scale has its own teacher. Empty if the pipeline is not guided. Also says how many evaluations that took.
     """
     tuned = guidance_scales_of(pipe, calls)
     if not tuned or tuned[-1] <= 1.0:
-        return []
+        return [], 0
     scales = sorted({round(tuned[0] * SWEEP[0], 3), *tuned, round(tuned[-1] * SWEEP[-1], 3)})
     plans = [plan for nfe in report.nfes for plan in (report.best(nfe).plan, report.best(nfe, ANALYTIC).plan)]
-    rows = []
+    rows, asked = [], 0
     for scale in tqdm(scales, desc=f"{'Guidance scales':<26}", disable=not progress):
         chosen = with_guidance(pipe, [calls[i] for i in judges], [scale])
         folder = None if store is None else Path(store) / f"guidance-{scale:g}"
-        errors = _errors(pipe, chosen, plans, report.teacher, folder, seed + len(calls))
+        errors, evaluations = _errors(pipe, chosen, plans, report.teacher, folder, seed + len(calls))
+        asked += evaluations
         means = [float(each.mean()) for each in errors]
         rows += [
             GuidanceRow(scale, nfe, *pair)
             for nfe, pair in zip(report.nfes, zip(means[::2], means[1::2], strict=True), strict=True)
         ]
-    return rows
+    return rows, asked
 
 
 def _errors(
     pipe: Any, calls: Sequence[Call], plans: Sequence[Plan], teacher: Plan, store: Path | None, seed: int
-) -> list[Float64]:
-    """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator of their own."""
+) -> tuple[list[Float64], int]:
+    """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator; and evaluations."""
     steps = int(teacher.metadata.get("num_inference_steps", teacher.nfe))
     with ExitStack() as stack:
         network, denoiser = stack.enter_context(_opened(pipe, calls, steps, seed, progress=False))
@@ -252,4 +266,4 @@ def _errors(
         split = Split(range(0), range(0), samples)
         opened = Store(folder, fingerprint(teacher, denoiser, noise, split, len(samples)))
         recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=len(samples))
-        return score(plans, Task(recording, denoiser, noise, network.schedule), samples)
+        return score(plans, Task(recording, denoiser, noise, network.schedule), samples), network.evaluations
