@@ -34,9 +34,8 @@ def check_calls(pipe: Any, calls: Any) -> list[Call]:
 
 
 def takes(pipe: Any, name: str) -> bool:
-    """Whether the pipeline can be called with the argument `name`."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    """Whether the pipeline names the argument `name`; what goes by **kwargs is deprecated in diffusers."""
+    return name in inspect.signature(pipe.__call__).parameters
 
 
 def argument(pipe: Any, call: Call, name: str) -> Any:
@@ -78,6 +77,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
-    if hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
+    array = hasattr(value, "__array__") or hasattr(value, "__array_interface__")  # pictures have only the latter
+    if array and not isinstance(value, torch.Tensor):
         return torch.as_tensor(np.array(value))
     return value

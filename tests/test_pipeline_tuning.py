@@ -1,0 +1,254 @@
+"""Tuning whole pipelines: the report is what the pipeline then does, and a killed run resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers")
+
+import tiny_pipelines  # noqa: E402
+from PIL import Image  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import olss_fast  # noqa: E402
+from olss_fast import cli  # noqa: E402
+from olss_fast.adapters import pipeline_tuning  # noqa: E402
+from olss_fast.adapters.pipeline_network import open_pipeline  # noqa: E402
+from olss_fast.errors import InputError  # noqa: E402
+from olss_fast.report import Report  # noqa: E402
+from olss_fast.sampling import sample  # noqa: E402
+from olss_fast.tuning import Effort  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LEAST = Effort(
+    polish_iterations=1, jacobian_samples=1, jacobian_evaluations=1, path_samples=1, node_moves=(), split_up_to=0
+)
+TEACHER = 8
+PROMPTS = "abcdefgh"
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {"steps": [2], "teacher_steps": TEACHER, "effort": LEAST, "progress": False, **changes}
+
+
+def calls_of(prompts: str = PROMPTS, **arguments: Any) -> list[dict[str, Any]]:
+    return [
+        {"prompt": prompt, "generator": torch.Generator().manual_seed(i), **arguments}
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def fresh(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same calls with generators of their own."""
+    return [{**call, "generator": torch.Generator().set_state(call["generator"].get_state())} for call in calls]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipelines.stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def tuned(pipe: Any) -> Any:
+    return olss_fast.tune_pipeline(pipe, calls_of(guidance_scale=4.0), **settings())
+
+
+def latents(pipe: Any, scheduler: Any, call: dict[str, Any], steps: int) -> Any:
+    original, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        return pipe(**call, num_inference_steps=steps, output_type="latent").images
+    finally:
+        pipe.scheduler = original
+
+
+def test_the_report_is_what_the_pipeline_does(pipe: Any, tuned: Any) -> None:
+    """Errors of the report = RMSE between the latents of the pipeline with the plan and with the teacher's plan."""
+    held_out = calls_of(guidance_scale=4.0)[-tuned.report.held_out :]
+    best = tuned.report.best(2)
+    assert best.plan == tuned.plans[2]
+    for call, error in zip(held_out, best.errors, strict=True):
+        (one,) = fresh([call])
+        (two,) = fresh([call])
+        few = latents(pipe, olss_fast.PlanScheduler.from_pipe(pipe, tuned.plans[2]), one, 2)
+        many = latents(pipe, olss_fast.PlanScheduler.from_pipe(pipe, tuned.report.teacher), two, TEACHER)
+        assert float((few - many).square().mean().sqrt()) == pytest.approx(error, rel=1e-3, abs=1e-5)  # float32 loops
+
+
+def test_the_plans_say_what_they_are_for(tuned: Any) -> None:
+    facts = tuned.plans[2].metadata
+    assert facts["pipeline"] == "StableDiffusionPipeline"
+    assert float(facts["guidance_scale"]) == 4.0
+    assert tuned.report.best(2).accepted
+    assert tuned.report.best(2).mean <= tuned.report.best(2, "analytic").mean
+
+
+def test_captured_schedulers_are_rivals(pipe: Any, tuned: Any) -> None:
+    rivals = [each for each in tuned.report.candidates if each.plan.metadata["method"] == "captured"]
+    names = " ".join(each.name for each in rivals)
+    assert "DPMSolverMultistepScheduler" in names
+    assert "UniPCMultistepScheduler" in names
+    assert "EDM" not in names  # another preconditioning: not this network's
+    assert "Ancestral" not in names  # fresh noise
+    assert all(each.nfe == 2 for each in rivals)
+
+
+def test_guidance_around_the_tuned_scale_is_measured(tuned: Any, tmp_path: Path) -> None:
+    rows = tuned.report.guidance
+    assert [row.scale for row in rows] == pytest.approx([2.667, 4.0, 5.333])
+    assert all(row.nfe == 2 and row.tuned > 0 and row.analytic > 0 for row in rows)
+    assert "guidance scales" in tuned.report.table()
+    assert Report.from_json(tuned.report.to_json(tmp_path / "report.json")).guidance == rows
+
+
+def test_tuning_across_guidance_scales(pipe: Any) -> None:
+    result = olss_fast.tune_pipeline(pipe, calls_of(), guidance_scales=[3.0, 6.0], **settings())
+    assert result.plans[2].metadata["guidance_scale"] == "3.0 to 6.0"
+    assert [row.scale for row in result.report.guidance] == pytest.approx([2.0, 3.0, 6.0, 8.0])
+
+
+def test_a_killed_run_resumes(pipe: Any, tmp_path: Path) -> None:
+    calls, count = calls_of(guidance_scale=4.0), 0
+
+    def counted(module: Any, arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == limit:
+            raise KeyboardInterrupt
+
+    hook = pipe.unet.register_forward_pre_hook(counted)
+    before = dict(vars(pipe))
+    try:
+        limit = 60  # in the middle of the fits, the teacher being recorded
+        with pytest.raises(KeyboardInterrupt):
+            olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
+        assert list(vars(pipe).items()) == list(before.items())
+        limit, count = -1, 0
+        resumed = olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
+        first, count = count, 0
+        again = olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
+        whole, count = count, 0
+        straight = olss_fast.tune_pipeline(pipe, calls, **settings())
+    finally:
+        hook.remove()
+    assert resumed.plans == again.plans == straight.plans
+    assert whole < first < count  # each run made fewer evaluations of the network than one that starts from nothing
+
+
+def test_image_to_image_plans_are_for_their_strength(pipe: Any) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    image_to_image = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    calls = calls_of(image=picture, strength=0.5, guidance_scale=4.0)
+    result = olss_fast.tune_pipeline(image_to_image, calls, **settings())
+    plan, report = result.plans[2], result.report
+    assert plan.rows[0, 0] == 1.0
+    assert (plan.metadata["num_inference_steps"], plan.metadata["begin"]) == ("4", "2")  # int(4 x 0.5) = 2 steps
+    (call,) = fresh([calls[-1]])
+    (other,) = fresh([calls[-1]])
+    few = latents(image_to_image, olss_fast.PlanScheduler.from_pipe(image_to_image, plan), call, 4)
+    with open_pipeline(image_to_image, [other], teacher_steps=TEACHER) as network:
+        expected = sample(plan, network, network.start, conditioning={"sample": torch.arange(1)})
+        target = sample(report.teacher, network, network.start, conditioning={"sample": torch.arange(1)})
+    torch.testing.assert_close(few, expected, rtol=1e-4, atol=1e-5)
+    error = float((few - target).square().mean().sqrt())
+    assert error == pytest.approx(report.best(2).errors[-1], rel=1e-3, abs=1e-5)
+    with pytest.raises(olss_fast.errors.OlssError, match="tune_pipeline"):
+        latents(image_to_image, olss_fast.PlanScheduler.from_pipe(image_to_image, plan), {**call, "strength": 0.75}, 4)
+
+
+def test_a_flow_pipeline(tmp_path: Path) -> None:
+    flux = tiny_pipelines.flux()
+    call = {**tiny_pipelines.embeddings(flux), "height": 16, "width": 16, "guidance_scale": 3.5}
+    result = olss_fast.tune_pipeline(flux, [dict(call) for _ in range(8)], **settings())
+    assert result.report.best(2).mean <= result.report.best(2, "analytic").mean
+    flux.scheduler = olss_fast.PlanScheduler.from_pipe(flux, result.plans[2])
+    assert torch.isfinite(flux(**call, num_inference_steps=2, output_type="latent").images).all()
+
+
+def test_comparing_with_plans_of_ones_own(pipe: Any, tuned: Any) -> None:
+    report = pipeline_tuning.compare_pipeline(
+        pipe, calls_of(guidance_scale=4.0)[-2:], [2], plans=tuned.plans.values(), teacher_steps=TEACHER, progress=False
+    )
+    assert report.olss(2) is not None
+    assert report.olss(2).errors == pytest.approx(tuned.report.best(2).errors[-2:], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": [9]}, "between 1 and the teacher's 8"),
+        ({"guidance_scales": []}, "guidance_scales are"),
+        ({"guidance_scales": [-1.0]}, "expected positive numbers"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"held_out": 8}, "are too few"),
+    ],
+)
+def test_unusable_settings(pipe: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        olss_fast.tune_pipeline(pipe, calls_of(), **settings(**changes))
+
+
+def test_guidance_scales_need_a_guided_pipeline() -> None:
+    with pytest.raises(InputError, match="takes no guidance_scale"):
+        olss_fast.tune_pipeline(tiny_pipelines.unet2d(), [{}] * 8, guidance_scales=[2.0], **settings())
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(path)
+    (path / "prompts.txt").write_text("# animals\na fox\n\n  a hen\n", encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(each) for each in arguments])
+
+
+def test_tune_compare_and_sample_from_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Effort, "light", staticmethod(lambda: LEAST))
+    prompts = folder / "prompts.txt"
+    model = ["--model", folder, "--prompts", prompts, "--quiet"]
+    teacher = ["--teacher-steps", TEACHER]
+    result = run("tune", *model, *teacher, "--steps", 2, "--samples", 8, "--light", "--out", tmp_path / "tuned")
+    assert result.exit_code == 0, result.output
+    plan = tmp_path / "tuned" / "plans" / "olss-2.safetensors"
+    result = run("compare", *model, *teacher, "--steps", 2, "--samples", 2, "--plan", plan, "--out", tmp_path / "c")
+    assert result.exit_code == 0, result.output
+    assert "OLSS" in result.output
+    result = run("sample", *model, "--plan", plan, "--count", 3, "--out", tmp_path / "images")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "images").glob("0*.png")) == [f"0000{i}.png" for i in range(3)]
+    result = run("sample", *model, "--solver", "unipc", "--steps", 2, "--count", 1, "--out", tmp_path / "images")
+    assert result.exit_code == 0, result.output
+
+
+def test_bad_input_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("\n# nothing\n", encoding="utf-8")
+    binary.write_bytes(b"\xff\xfe\x00")
+    prompts = folder / "prompts.txt"
+    cases = [
+        (["--model", folder], "--prompts FILE"),
+        (["--model", folder, "--prompts", tmp_path / "absent.txt"], "absent.txt"),
+        (["--model", folder, "--prompts", empty], "holds no prompts"),
+        (["--model", folder, "--prompts", binary], "not UTF-8"),
+        (["--model", "demo", "--prompts", prompts], "leave it out for the demo"),
+        (["--model", tmp_path, "--prompts", prompts], "model_index.json"),
+        (["--model", folder, "--prompts", prompts, "--dtype", "int8"], "dtype 'int8' is unknown"),
+        (["--model", folder, "--prompts", prompts, "--guidance-range", "5,x"], "--guidance-range is '5,x'"),
+        (["--model", "demo", "--guidance-range", "5"], "--guidance-range belongs to --prompts"),
+    ]
+    for arguments, message in cases:
+        result = run("tune", *arguments, "--out", tmp_path / "out")
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.output.split()), result.output
