@@ -351,7 +351,8 @@ def open_pipeline(
     before, sessions = dict(vars(pipe)), []
     scheduler = copy.deepcopy(pipe.scheduler)
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    devices = [pipe.device] if getattr(pipe.device, "type", "") == "cuda" else []
+    device = getattr(pipe, "device", None)  # a pipeline of modules that do not say has none
+    devices = [device] if getattr(device, "type", "cpu") == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             pipe._progress_bar_config = {**bar, "disable": True}
