@@ -51,6 +51,7 @@ _HOME = {
     "PlanScheduler": "adapters.plan_scheduler",
     "Report": "report",
     "TuneResult": "tuning",
+    "SchedulerMixin": "adapters.plan_scheduler",  # diffusers looks here for the base class of what it loads from here
     "capture": "capturing",
     "sample": "sampling",
     "tune": "tuning",

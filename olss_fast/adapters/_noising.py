@@ -1,0 +1,87 @@
+"""Signal and noise levels at any timestep, looked up on the device: for add_noise and for `sigmas`.
+
+A table of (timestep, alpha, sigma) in network-input units: the rows of the plan, and between them the training
+schedule. It is interpolated linearly, so its own timesteps come out exactly; those of a network trained on betas are
+all in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast.adapters._plan_book import Entry
+from olss_fast.errors import InputError
+from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Floats
+
+POINTS = 1001  # of a training schedule that is not a table itself
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """`table` is (3, n): timesteps rising, alphas, sigmas. `complete`: it covers the whole training schedule."""
+
+    table: Floats
+    complete: bool
+    row_alphas: Floats
+    row_sigmas: Floats
+    _on_device: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def table_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The rows of `table`, float32, moved once."""
+        if device not in self._on_device:
+            with torch.inference_mode(False):
+                self._on_device[device] = torch.from_numpy(self.table).float().to(device).unbind(0)
+        return self._on_device[device]
+
+    def at(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma (float32) at (B,) timesteps, shaped to multiply `like` (B, …).
+
+        InputError where only the plan's own timesteps are known, and it can be seen (on the CPU) that this is another.
+        """
+        times = torch.as_tensor(timesteps).to(device=like.device, dtype=torch.float32).reshape(-1)
+        grid, alphas, sigmas = self.table_on(like.device)
+        if not self.complete and times.device.type == "cpu" and not torch.isin(times, grid).all():
+            raise InputError(
+                f"the noise level at timestep {times.tolist()[:4]} is not known, only those of the plan, "
+                f"{grid.tolist()[:4]}…; make it PlanScheduler(plan, scheduler=…) with the network's own scheduler"
+            )
+        left = (torch.searchsorted(grid, times, right=True) - 1).clamp(0, max(0, len(grid) - 2))
+        right = (left + 1).clamp(max=len(grid) - 1)
+        start = grid.gather(0, left)
+        share = ((times - start) / (grid.gather(0, right) - start).clamp(min=1e-30)).clamp(0.0, 1.0)
+        shape = (-1, *([1] * (like.ndim - 1)))
+        alpha, sigma = (
+            torch.lerp(levels.gather(0, left), levels.gather(0, right), share).view(shape)
+            for levels in (alphas, sigmas)
+        )
+        return alpha, sigma
+
+    def sigmas(self) -> Tensor:
+        """(S+1,) float32 on the CPU: sigma / alpha of every row, or sigma of flow matching, as diffusers counts "
+        "them."""
+        flow = np.allclose(self.row_alphas + self.row_sigmas, 1.0)
+        with np.errstate(divide="ignore"):
+            return torch.tensor(self.row_sigmas if flow else self.row_sigmas / self.row_alphas, dtype=torch.float32)
+
+
+def noise_levels(entry: Entry, schedule: NoiseSchedule | None) -> NoiseLevels:
+    """Of the plan's rows, of the training schedule where it is known, and of the fillers before a later start."""
+    plan = entry.plan
+    times, alphas, sigmas = plan.timesteps, plan.alphas[:-1], plan.sigmas[:-1]
+    if schedule is not None:
+        other = np.linspace(schedule.last, schedule.first, POINTS)
+        if schedule.first == np.round(schedule.first) and schedule.first < 1e6:
+            other = np.arange(np.ceil(schedule.last), schedule.first + 1.0)
+        alpha, sigma, _ = schedule.levels(other)
+        scale = schedule.input_scale(other)
+        times = np.concatenate([times, other])
+        alphas, sigmas = np.concatenate([alphas, scale * alpha]), np.concatenate([sigmas, scale * sigma])
+    times, first = np.unique(times.astype(np.float32).astype(np.float64), return_index=True)  # the plan's rows win
+    table = np.stack([times, alphas[first], sigmas[first]])
+    return NoiseLevels(table, schedule is not None, plan.alphas, plan.sigmas)

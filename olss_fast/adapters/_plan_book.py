@@ -1,0 +1,241 @@
+"""The plans of one PlanScheduler: which of them answers to a call, and how it changes for other grids and starts.
+
+A captured plan is captured anew (its metadata holds the scheduler), an analytic one is derived anew, and a learned one
+stays as it is: its times are absolute, so it takes any `mu` and the plain grid of `sigmas` that flow pipelines always
+pass, and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from olss_fast.adapters._layout import check_runnable
+from olss_fast.errors import InputError, ScheduleError
+from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Floats, Plan
+from olss_fast.truncation import is_analytic, rederive, truncate
+
+REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plan and what it answers to: `steps` as pipelines count them, its only start if that is not 0, its `order`."""
+
+    plan: Plan
+    steps: int
+    begin: int
+    order: int
+    timesteps: Floats  # of the whole run: `begin` fillers, then the plan's
+
+
+@dataclass
+class PlanBook:
+    """Entries by number of steps; `network` is the config of the scheduler that the network was trained with."""
+
+    plans: tuple[Plan, ...]
+    network: Mapping[str, Any] | None
+    _derived: dict[str, Plan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.plans:
+            raise InputError("no plan was given; a PlanScheduler needs at least one")
+        self._by_steps: dict[int, Plan] = {}
+        for plan in self.plans:
+            check_runnable(plan)
+            if (other := self._by_steps.setdefault(steps_of(plan), plan)) is not plan:
+                raise InputError(
+                    f"two plans answer to {steps_of(plan)} steps, {name_of(other)} and {name_of(plan)}; give one a "
+                    "number of steps, or make a PlanScheduler of each"
+                )
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._by_steps)
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule | None:
+        """The network's training schedule; None where no config was given or its noise levels are of no known kind."""
+        return None if self.network is None else training_schedule(self.network)
+
+    def choose(self, steps: int | None, asked: Mapping[str, Any]) -> Entry:
+        """The entry for `set_timesteps(steps, **asked)`. InputError where there is none."""
+        steps = _count(asked) if steps is None else steps
+        if steps not in self._by_steps:
+            have = "; ".join(f"{count}: {name_of(self._by_steps[count])}" for count in self.steps)
+            raise InputError(
+                f"there is no plan for num_inference_steps={steps!r}; this PlanScheduler has {have}. Ask for one of "
+                "these, or make a PlanScheduler with a plan for that number of steps as well"
+            )
+        return self._entry(self._grid(self._by_steps[steps], steps, asked), steps)
+
+    def begun_at(self, entry: Entry, begin: int) -> Plan:
+        """The plan of a run that begins at evaluation `begin` of the entry. InputError where there is none."""
+        plan = entry.plan
+        if not isinstance(begin, int) or not 0 <= begin < len(entry.timesteps):
+            raise InputError(f"a run of {len(entry.timesteps)} timesteps cannot begin at index {begin!r}")
+        if begin == entry.begin:
+            return plan
+        if entry.begin == 0 and is_captured(plan):
+            from olss_fast.capturing import recapture
+
+            return self._remember(f"{_key(plan)} {begin}", lambda: recapture(plan, begin=begin))
+        if entry.begin == 0 and is_analytic(plan):
+            schedule = self._known_schedule(plan)
+            return self._remember(f"{_key(plan)} {begin}", lambda: truncate(plan, schedule, begin))
+        raise InputError(
+            f"{name_of(plan)} was fitted for runs that begin at index {entry.begin} of {entry.steps} steps, and this "
+            f"one begins at {begin}, of strength about {1 - begin / len(entry.timesteps):.2g}; fit one with "
+            "olss_fast.tune_pipeline and calls of that strength, or take a captured or analytic plan"
+        )
+
+    def _grid(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
+        """The plan on the timesteps, sigmas or mu that are asked for."""
+        if is_captured(plan):
+            return self._captured(plan, steps, asked)
+        unknown = sorted(set(asked) - {"timesteps", "sigmas", "mu"})
+        if unknown or not _is_plain(asked.get("sigmas"), steps):
+            what = ", ".join(unknown) or "sigmas"
+            raise InputError(
+                f"set_timesteps was asked for {what}, but {name_of(plan)} has times of its own; call the pipeline "
+                f"without {what}, or capture a scheduler with them"
+            )
+        times = asked.get("timesteps")
+        if times is None or _equal(times, plan.timesteps):
+            return plan
+        if not is_analytic(plan):
+            raise InputError(
+                f"{name_of(plan)} is fitted to its times {_text(plan.timesteps)}, and {_text(times)} were asked for; "
+                "call the pipeline without timesteps"
+            )
+        schedule = self._known_schedule(plan)
+        return self._remember(f"{_key(plan)} {np.asarray(times).tolist()}", lambda: rederive(plan, schedule, times))
+
+    def _captured(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
+        facts = captured_facts(plan)
+        changed = {name: _plain(value) for name, value in asked.items() if not _is_met(name, value, steps, facts)}
+        if not changed and not facts["begin"]:
+            return plan
+        from olss_fast.capturing import recapture
+
+        key = f"{_key(plan)} {json.dumps(changed, sort_keys=True, default=str)}"
+        return self._remember(key, lambda: recapture(plan, begin=0, **changed))
+
+    def _entry(self, plan: Plan, steps: int) -> Entry:
+        begin = 0 if is_captured(plan) else int(plan.metadata.get("begin", 0))
+        schedule = self.schedule if begin else None
+        first, second = plan.timesteps[0], plan.timesteps[min(1, plan.nfe - 1)]
+        noisiest = schedule.first if schedule is not None else first + (begin * (first - second) or begin)
+        fillers = np.linspace(noisiest, first, begin + 1)[:-1]
+        order = int(captured_facts(plan).get("order", 1)) if is_captured(plan) else 1
+        return Entry(plan, steps, begin, order, np.concatenate([fillers, plan.timesteps]))
+
+    def _known_schedule(self, plan: Plan) -> NoiseSchedule:
+        schedule = self.schedule
+        if schedule is None:
+            raise InputError(
+                f"{name_of(plan)} has to be derived again for other timesteps or for a start part of the way, which "
+                "needs the network's noise schedule; make it PlanScheduler(plan, scheduler=…) with the scheduler that "
+                "the network was trained with, or PlanScheduler.from_pipe(pipe, plan)"
+            )
+        return schedule
+
+    def _remember(self, key: str, derive: Callable[[], Plan]) -> Plan:
+        if key not in self._derived:
+            while len(self._derived) >= REMEMBERED:
+                self._derived.pop(next(iter(self._derived)))
+            self._derived[key] = derive()
+        return self._derived[key]
+
+
+def training_schedule(network: Mapping[str, Any]) -> NoiseSchedule | None:
+    """From a scheduler's config; a shift by image size moves evaluation times only, so it does not matter here."""
+    try:
+        return NoiseSchedule.from_diffusers({**network, "use_dynamic_shifting": False})
+    except ScheduleError:
+        return None
+
+
+def is_captured(plan: Plan) -> bool:
+    return plan.metadata.get("method") == "captured" and "scheduler" in plan.metadata
+
+
+def captured_facts(plan: Plan) -> dict[str, Any]:
+    """What `capture` noted of its scheduler. InputError if it cannot be read."""
+    try:
+        facts = json.loads(plan.metadata["scheduler"])
+        return dict(facts) | {"arguments": dict(facts["arguments"]), "begin": int(facts["begin"])}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"metadata['scheduler'] of a captured plan cannot be read: {error!r}; capture the scheduler again"
+        ) from error
+
+
+def steps_of(plan: Plan) -> int:
+    """The `num_inference_steps` that a plan answers to: metadata, what it was captured at, or its evaluations."""
+    try:
+        if "num_inference_steps" in plan.metadata:
+            begin = int(plan.metadata.get("begin", 0))
+            steps = int(plan.metadata["num_inference_steps"])
+            if begin < 0 or (begin and steps - begin != plan.nfe):
+                raise ValueError(f"a plan of {plan.nfe} evaluations cannot be {steps} steps from step {begin} on")
+            return steps
+        if is_captured(plan):
+            facts = captured_facts(plan)
+            order = int(facts.get("order", 1))
+            return int(facts["steps"] or (plan.nfe + order - 1) // order)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the metadata of {name_of(plan)} says no number of steps that could be: {error}") from error
+    return plan.nfe
+
+
+def name_of(plan: Plan) -> str:
+    title = plan.metadata.get("title") or plan.metadata.get("method", "an unnamed plan")
+    return f"{title} of {plan.nfe} evaluations"
+
+
+def _count(asked: Mapping[str, Any]) -> int | None:
+    """How many steps a custom grid has; a closing sigma of 0 is no step."""
+    if "timesteps" in asked:
+        return len(asked["timesteps"])
+    sigmas = asked.get("sigmas")
+    return None if sigmas is None else len(sigmas) - int(float(sigmas[-1]) == 0.0)
+
+
+def _is_met(name: str, value: Any, steps: int, facts: Mapping[str, Any]) -> bool:
+    """Whether a captured plan already has an argument: the same, or the plain grid where it was captured on its own."""
+    arguments = facts["arguments"]
+    if name in arguments:
+        return _equal(value, arguments[name]) or (name == "sigmas" and _is_plain(value, steps))
+    return name == "sigmas" and "timesteps" in arguments and _is_plain(value, steps)
+
+
+def _is_plain(sigmas: Any, steps: int) -> bool:
+    """None, or 1, 1 - 1/N, … 1/N, which pipelines of flow models pass when nobody asked for anything."""
+    return sigmas is None or _equal(sigmas, np.linspace(1.0, 1.0 / steps, steps))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    except (TypeError, ValueError):
+        return bool(one == other)
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _key(plan: Plan) -> str:
+    return f"{hash(plan)} {plan.metadata.get('scheduler', plan.metadata.get('method'))}"
+
+
+def _text(times: Any) -> str:
+    return ", ".join(f"{float(time):g}" for time in list(times)[:4]) + (", …" if len(times) > 4 else "")

@@ -1,0 +1,127 @@
+"""One run of a plan, a step at a time: the history of what has come, and how far it is.
+
+Costs per step, whatever the plan: one copy of the output into the history, one matrix-vector product over the columns
+so far, one cast where the sample is half precision. A changed sample costs two more, fresh noise two a column. Nothing
+is read back by the host. Tensors are never indexed with [], which takes a device of a real build even for fake tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from olss_fast.adapters._layout import Layout
+from olss_fast.errors import InputError, NetworkError
+
+Generator = torch.Generator | list[torch.Generator] | None
+
+
+class Run:
+    """`step` counts this plan's evaluations; `history` is (columns, numel) in the order of `Layout`.
+
+    `readable`: its values may be looked at without waiting for a device or leaving a graph. InputError for a sample
+    that is no floating-point tensor.
+    """
+
+    def __init__(self, layout: Layout, sample: Tensor) -> None:
+        if not isinstance(sample, Tensor) or not sample.is_floating_point() or sample.numel() == 0:
+            what = f"{sample.dtype} {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
+            raise InputError(f"the sample is {what}; expected a floating-point tensor of latents or pixels")
+        self.layout = layout
+        self.step = 0
+        self.shape, self.device, self.dtype = sample.shape, sample.device, sample.dtype
+        self.numel = sample.numel()
+        self.readable = self.device.type == "cpu" and type(sample) is Tensor and not torch.compiler.is_compiling()
+        self.strides = torch.empty(sample.shape, device="meta").stride()
+        precision = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        self.weights = layout.weights_on(sample.device, precision)
+        self.history = torch.empty((layout.ends[-1], self.numel), dtype=precision, device=sample.device)
+        self.steps = len(self.weights)
+        self.returned: Tensor | None = None
+        self.version: int | None = None
+
+    def advance(self, model_output: Tensor, sample: Tensor, generator: Generator = None) -> Tensor:
+        """Row step+1. Errors as in `PlanScheduler.step`."""
+        k = self.step
+        if k == self.steps:
+            raise InputError(f"a step was asked for after all {k} of this run; call set_timesteps before the next run")
+        if (
+            not isinstance(model_output, Tensor)
+            or model_output.shape != self.shape
+            or model_output.device != self.device
+        ):
+            model_output = self._matching(model_output)
+        slot = self._column(self.layout.slots[k])
+        if k == 0:
+            torch._foreach_copy_([self._column(0), slot], [sample, model_output])
+        else:
+            if sample is not self.returned or (self.version is not None and sample._version != self.version):
+                self._take_changed(sample)
+            slot.copy_(model_output)
+        for column in self.layout.noise_slots[k]:
+            noise = randn_tensor(self.shape, generator=generator, device=self.device, dtype=model_output.dtype)
+            self._column(column).copy_(noise)
+        row = self._row(k)
+        self.step, self.returned, self.version = k + 1, row, _version(row)
+        return row
+
+    def first_not_finite(self) -> int | None:
+        """The first evaluation whose output has a NaN or an infinity, -1 for the sample the run began with, or None."""
+        columns = [0, *self.layout.slots[: self.step]]
+        finite = torch.stack([torch.isfinite(self.history.select(0, column)).all() for column in columns])
+        bad = (~finite).nonzero().flatten().tolist()
+        return bad[0] - 1 if bad else None
+
+    def _row(self, k: int) -> Tensor:
+        """Row k+1, a new tensor of the sample's dtype and shape."""
+        count = self.layout.ends[k]
+        columns = self.history.as_strided((self.numel, count), (1, self.numel))
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):  # which would form the row in half precision
+                row = torch.mv(columns, self.weights[k])
+        else:
+            row = torch.mv(columns, self.weights[k])
+        row = row.view(self.shape)
+        return row if row.dtype == self.dtype else row.to(self.dtype)
+
+    def _column(self, column: int) -> Tensor:
+        return self.history.as_strided(self.shape, self.strides, column * self.numel)
+
+    def _take_changed(self, sample: Tensor) -> None:
+        """Goes on from a sample that is not row `step`, as if the run had begun with another one."""
+        self._check("sample", sample, InputError)
+        correction = self.layout.corrections[self.step]
+        if correction is None:
+            raise InputError(
+                f"the sample was changed before step {self.step}, and this plan's row there takes nothing of the "
+                "initial noise that could carry the change on; leave the sample alone, or use a deterministic plan"
+            )
+        if correction:
+            row = self._row(self.step - 1).to(self.history.dtype)
+            self._column(0).add_(sample.to(self.history.dtype) - row, alpha=correction)
+
+    def _matching(self, model_output: Any) -> Tensor:
+        """The output's first channels, where the rest is a predicted variance. NetworkError for any other shape."""
+        if isinstance(model_output, Tensor) and model_output.ndim == len(self.shape) > 1:
+            channels = self.shape[1]
+            if model_output.shape[1] == 2 * channels:
+                model_output = model_output.narrow(1, 0, channels)
+        self._check("model_output", model_output, NetworkError)
+        return model_output  # type: ignore[no-any-return]
+
+    def _check(self, name: str, tensor: Any, error: type[InputError] | type[NetworkError]) -> None:
+        if not isinstance(tensor, Tensor):
+            raise error(f"{name} of step {self.step} is a {type(tensor).__name__}; expected a tensor")
+        if tensor.shape != self.shape or tensor.device != self.device or not tensor.is_floating_point():
+            raise error(
+                f"{name} of step {self.step} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; this run "
+                f"began with {self.dtype} {tuple(self.shape)} on {self.device}: call set_timesteps before another run"
+            )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to, where that is counted."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

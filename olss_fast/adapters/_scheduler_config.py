@@ -1,0 +1,90 @@
+"""What a PlanScheduler writes into its config, all of it plain JSON, and how it is read again.
+
+`_plans` are the plans and `_scheduler` is the config of the network's own scheduler; the latter's entries stand beside
+them as well, where pipelines and other schedulers look for them. Names with an underscore are those that diffusers
+hands on silently from one scheduler's config to the next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from olss_fast.adapters._plan_book import captured_facts, is_captured
+from olss_fast.errors import InputError, OlssError
+from olss_fast.plan import Plan
+from olss_fast.report import plan_from_dict, plan_to_dict
+
+Config = dict[str, Any]
+KEPT = ("_class_name", "_use_default_values")
+"""The private entries that matter: what the config is of, and which values nobody chose, which diffusers does not "
+"hand on."""
+
+
+def plans_from(given: Any) -> tuple[Plan, ...]:
+    """Plans, or what `plans_to_config` made of them. InputError for anything else."""
+    items = [given] if isinstance(given, (Plan, Mapping)) else given
+    if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):
+        raise InputError(
+            f"plans is a {type(given).__name__}; expected a Plan, a list of Plans, or the config of a PlanScheduler "
+            "(read plan files with Plan.load)"
+        )
+    return tuple(item if isinstance(item, Plan) else _plan(item) for item in items)
+
+
+def plans_to_config(plans: Sequence[Plan]) -> list[Config]:
+    return [plan_to_dict(plan) for plan in plans]
+
+
+def network_config(scheduler: Any, plans: Sequence[Plan]) -> Config | None:
+    """The config of the network's scheduler: given, that of another PlanScheduler, or of what a plan was captured "
+    "from."""
+    if scheduler is None:
+        facts = next((captured_facts(plan) for plan in plans if is_captured(plan)), None)
+        return None if facts is None else {**facts.get("config", {}), "_class_name": facts.get("class")}
+    config = scheduler if isinstance(scheduler, Mapping) else getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"scheduler is a {type(scheduler).__name__}; expected the diffusers scheduler that the network was trained "
+            "with, or its config"
+        )
+    if "_plans" in config:
+        inner = config.get("_scheduler")
+        return dict(inner) if isinstance(inner, Mapping) else None
+    plain = {key: value for key, value in _plain(config).items() if not key.startswith("_") or key in KEPT}
+    return plain if isinstance(scheduler, Mapping) else plain | {"_class_name": type(scheduler).__name__}
+
+
+def visible_config(network: Mapping[str, Any] | None, plans: Sequence[Plan]) -> Config:
+    """What pipelines read of a scheduler's config."""
+    if network is not None:
+        return {key: value for key, value in network.items() if key != "_class_name"}
+    known = {plan.metadata.get("prediction_type") for plan in plans} & {"epsilon", "v_prediction", "sample"}
+    return {"num_train_timesteps": 1000} | ({"prediction_type": known.pop()} if len(known) == 1 else {})
+
+
+def _plan(data: Any) -> Plan:
+    try:
+        return plan_from_dict(data)
+    except (OlssError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"the config holds a plan that cannot be read: {type(error).__name__}: {error}; make the PlanScheduler "
+            "anew from its Plan"
+        ) from error
+
+
+def _plain(config: Mapping[str, Any]) -> Config:
+    def listed(value: Any) -> Any:
+        if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "tolist"):
+            return value.tolist()
+        raise TypeError(f"a {type(value).__name__}")
+
+    try:
+        return dict(json.loads(json.dumps(dict(config), default=listed)))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the scheduler's config cannot be written as JSON: {error}; expected numbers, text and lists of them"
+        ) from error

@@ -1,0 +1,330 @@
+"""A Plan in the scheduler slot of any diffusers pipeline.
+
+    pipe.scheduler = olss_fast.PlanScheduler.from_pipe(pipe, plan)
+    image = pipe("a cat", num_inference_steps=8).images[0]
+
+What a pipeline calls `latents` is here always the next network input, row k of the plan: `scale_model_input` changes
+nothing, `init_noise_sigma` is rows[0, 0], and `add_noise` gives alphas[k] x0 + sigmas[k] eps of the row at that
+timestep. Between two steps there is nothing but the history [x | f_0 … f_{k-1} | z …] (float32, or float64 for such
+samples) and the number k; `step` is one copy into the history and one matrix-vector product (and a cast, for half
+precision).
+
+Where a run begins: `set_begin_index`, else the place of the first timestep in `timesteps` (of which pipelines hand out
+views; numbers and CPU tensors are looked up), else the beginning. Inside torch.compile only `set_begin_index` counts.
+
+Changed samples: pipelines may alter the sample between steps (inpainting blends, callbacks edit). This is noticed when
+`sample` is not the tensor that `step` returned, or that tensor was written to, and the difference d to row k is carried
+on as if the initial noise had been other by d / rows[k, 0]: what a sampler does that goes from x_k and f_k alone.
+Writing in place goes unnoticed in torch.inference_mode and torch.compile, which count no versions; a new tensor is
+noticed.
+
+A NaN from the network: on the CPU the last step looks for it; on accelerators looking would stall the device, so
+`require_finite()` does it when called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from olss_fast.adapters._layout import Layout, lay_out
+from olss_fast.adapters._noising import NoiseLevels, noise_levels
+from olss_fast.adapters._plan_book import Entry, PlanBook, captured_facts, is_captured, name_of
+from olss_fast.adapters._run import Run
+from olss_fast.adapters._scheduler_config import network_config, plans_from, plans_to_config, visible_config
+from olss_fast.errors import InputError, NetworkError
+from olss_fast.plan import Floats, Plan
+from olss_fast.truncation import mismatch
+
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+NEUTRAL = {"s_noise": 1.0, "s_tmax": math.inf}
+"""Values of `step` arguments, other than None, 0 and False, that ask for nothing."""
+
+
+class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """Runs Plans with the interface of a diffusers scheduler.
+
+    Args:
+        plans: a plan, or several for different numbers of steps. `num_inference_steps` picks: a captured plan answers
+            to the steps it was captured at, others to their NFE or to metadata["num_inference_steps"].
+        scheduler: the diffusers scheduler (or its config) that the network was trained with. Captured plans bring their
+            own. It gives `add_noise` the levels between the plan's times and analytic plans their starts part of the
+            way, and its config is kept, so that `OtherScheduler.from_config(ours.config)` works.
+
+    Raises:
+        InputError: a plan of two branches or several networks, two plans for one number of steps, an unreadable config.
+    """
+
+    _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), *FLOW_SCHEDULERS]  # noqa: RUF012
+    order = 1
+    __module__ = "olss_fast"  # what model_index.json of a saved pipeline names, wherever this file lies
+
+    def __init__(self, plans: Plan | Mapping[str, Any] | Sequence[Any], scheduler: Any = None) -> None:
+        given = plans_from(plans)
+        network = network_config(scheduler, given)
+        config = {"_plans": plans_to_config(given), "_scheduler": network, **visible_config(network, given)}
+        self.register_to_config(**config)  # type: ignore[no-untyped-call]
+        self._book = PlanBook(given, network)
+        self._entry: Entry | None = None
+        self._layout: Layout | None = None
+        self._levels: NoiseLevels | None = None
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
+        self.num_inference_steps: int | None = None
+        self._begin_index: int | None = None
+        self._offset = 0
+        self._run: Run | None = None
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, plans: Plan | Sequence[Plan], *, check: bool = True) -> PlanScheduler:
+        """A PlanScheduler for `pipe.scheduler`, which stays as it is: assign it.
+
+        InputError if the pipeline has no slot for it, or (unless `check` is False) a plan was made for another
+        prediction type or training schedule than the pipeline's scheduler is configured for.
+        """
+        slot = check_slot(pipe)
+        ours = cls(plans, slot)
+        schedule = ours._book.schedule if check else None
+        for plan in ours.plans:
+            if schedule is not None and (problem := mismatch(plan, schedule)):
+                raise InputError(
+                    f"{name_of(plan)} does not fit this {type(pipe).__name__}: {problem}. Give a plan made for this "
+                    "network, or check=False if its config is wrong"
+                )
+        return ours
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the config of a PlanScheduler, or of another scheduler with `plans=`. InputError if there are none."""
+        if isinstance(config, Mapping):
+            kwargs.setdefault("plans", config.get("_plans"))
+            kwargs.setdefault("scheduler", config.get("_scheduler") or dict(config))
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        return self._book.plans
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """rows[0, 0]: what pipelines multiply unit noise by. Before set_timesteps, if all plans have the same."""
+        if self._entry is not None:
+            return float(self._entry.plan.rows[0, 0])
+        starts = {float(plan.rows[0, 0]) for plan in self.plans}
+        if len(starts) > 1:
+            raise InputError(f"the plans begin with noise of {sorted(starts)}; call set_timesteps first to choose one")
+        return starts.pop()
+
+    @property
+    def step_index(self) -> int | None:
+        """Index in `timesteps` of the next step; None before the first."""
+        return None if self._run is None else self._offset + self._run.step
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first timestep, as set by `set_begin_index`."""
+        return self._begin_index
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha^2 of the training schedule at its timesteps 0 … N-1, for networks that have them."""
+        schedule = self._book.schedule
+        count = int(self.config["num_train_timesteps"])
+        if schedule is None or schedule.first != count - 1:
+            raise AttributeError("alphas_cumprod: the network's schedule is not known, or not one of betas")
+        return torch.from_numpy(schedule.alpha(np.arange(count)) ** 2).float()
+
+    # --- before a run -------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        **other: Any,
+    ) -> None:
+        """Chooses the plan and forgets the last run. InputError if no plan answers to what is asked for.
+
+        With `timesteps`, `sigmas`, `mu` or what else a captured scheduler takes, a captured plan is captured again
+        unless they are what it was captured with, and an analytic plan is derived again for other `timesteps`. A plan
+        captured with a grid of its own keeps it where pipelines of flow models pass their plain one, 1 … 1/N.
+        """
+        asked = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, **other}
+        entry = self._book.choose(
+            num_inference_steps, {key: value for key, value in asked.items() if value is not None}
+        )
+        self._entry, self.num_inference_steps, self.order = entry, entry.steps, entry.order
+        place = torch.device("cpu" if device is None else device)
+        whole = bool(np.all(entry.timesteps == np.round(entry.timesteps)))
+        with torch.inference_mode(False):  # views of a plain tensor can be told apart from copies in every mode
+            self.timesteps = torch.tensor(entry.timesteps, dtype=torch.int64 if whole else torch.float32).to(place)
+        self._levels = noise_levels(entry, self._book.schedule)
+        self.sigmas = self._levels.sigmas()
+        self._layout, self._offset = lay_out(entry.plan), entry.begin
+        self._layout.weights_on(place, torch.float32)
+        self._begin_index, self._run = None, None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at this index of `timesteps`. Plans are derived again for it. InputError where that cannot be."""
+        self._begin_index = begin_index
+        if self._entry is not None:
+            self._begin_at(begin_index)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample: it is the network's input already."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """alpha x0 + sigma eps, with the levels of the plan's row at each timestep, else of the training schedule.
+
+        timesteps: a number or (B,) of any device; they are not read on the host.
+        """
+        levels = self._levels
+        if levels is None:
+            raise InputError("add_noise was called before set_timesteps, which chooses the plan; call that first")
+        alpha, sigma = levels.at(timesteps, original_samples)
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """`add_noise`, as pipelines of flow models call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    # --- a run --------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        eta: float = 0.0,
+        **other: Any,
+    ) -> Any:
+        """Takes the network's output at `sample`, gives the next network input, or in the end the sample.
+
+        Args:
+            model_output: of sample's shape, or with twice the channels where the network predicts the variance too.
+            timestep: looked at in the first step only, see above.
+            sample: what the last step returned, or a changed version of it; in the first step, what the run begins
+                with.
+            generator: of the noises that a stochastic plan draws.
+            eta, other: anything that asks for nothing (None, 0, False) or for what the plan was captured with.
+
+        Returns:
+            SchedulerOutput(prev_sample), or (prev_sample,): a new tensor of sample's dtype and shape.
+
+        Raises:
+            InputError: no set_timesteps, more steps than planned, another shape or device than the run began with.
+            NetworkError: an output of another shape or device, or (on the CPU, at the last step) one that is not
+                finite.
+        """
+        if eta or other:
+            self._check_arguments({"eta": eta, **other})
+        run = self._run
+        if run is None:
+            run = self._start(timestep, sample)
+        row = run.advance(model_output, sample, generator)
+        if run.step == run.steps and run.readable and not torch.isfinite(row).all():
+            self.require_finite()
+        return SchedulerOutput(prev_sample=row) if return_dict else (row,)
+
+    def require_finite(self) -> None:
+        """NetworkError if an output of this run held a NaN or an infinity; names the first. Waits for the device."""
+        first = None if self._run is None else self._run.first_not_finite()
+        if first is None:
+            return
+        if first < 0:
+            raise NetworkError("the sample that this run began with holds a NaN or an infinity; look at the latents")
+        index = first + self._offset
+        raise NetworkError(
+            f"the network's output at step {index} (timestep {self.timesteps[index].item():g}) holds a NaN or an "
+            "infinity; half precision that overflows is the usual cause: run the network in float32 or bfloat16"
+        )
+
+    def _start(self, timestep: Any, sample: Tensor) -> Run:
+        """A run from the first timestep that is asked for."""
+        if self._layout is None:
+            raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
+        if self._begin_index is None:
+            index = first_index(timestep, self.timesteps, self._chosen().timesteps)
+            if index != self._offset:
+                self._begin_at(index)
+        self._run = Run(self._layout, sample)
+        return self._run
+
+    def _begin_at(self, index: int) -> None:
+        """Loads the plan for a run that begins at this index of `timesteps`."""
+        entry = self._chosen()
+        plan = self._book.begun_at(entry, index)
+        if self._layout is None or plan is not self._layout.plan:
+            self._layout = lay_out(plan)
+        self._offset = index
+
+    def _chosen(self) -> Entry:
+        if self._entry is None:
+            raise InputError("set_timesteps was not called yet, which chooses the plan; call that first")
+        return self._entry
+
+    def _check_arguments(self, asked: Mapping[str, Any]) -> None:
+        """InputError for an argument of `step` that asks for what the plan does not do."""
+        plan = self._chosen().plan
+        has = captured_facts(plan).get("step_arguments", {}) if is_captured(plan) else {}
+        for name, value in asked.items():
+            if isinstance(value, Tensor) or (value and value not in (has.get(name), NEUTRAL.get(name))):
+                raise InputError(
+                    f"step was asked for {name}={value!r}, and {name_of(plan)} has {has.get(name)!r}; a plan's "
+                    f"coefficients are fixed: capture the scheduler with step_arguments={{{name!r}: …}}"
+                )
+
+
+def check_slot(pipe: Any) -> Any:
+    """The pipeline's scheduler. InputError where a PlanScheduler cannot stand in its place."""
+    slot = getattr(pipe, "scheduler", None)
+    name = type(pipe).__name__
+    if slot is None:
+        raise InputError(f"{name} has no scheduler to replace; expected a diffusers pipeline with a `scheduler`")
+    step = getattr(slot, "step", None)
+    if not callable(step) or not callable(getattr(slot, "set_timesteps", None)):
+        raise InputError(
+            f"the {type(slot).__name__} of this {name} has no step or no set_timesteps; its pipeline speaks another "
+            "protocol, which a PlanScheduler does not know"
+        )
+    parameters = inspect.signature(step).parameters.values()
+    names = [parameter.name for parameter in parameters]
+    needed = [each.name for each in parameters if each.default is each.empty and each.kind not in VARIADIC]
+    if needed != ["model_output", "timestep", "sample"]:
+        raise InputError(
+            f"{type(slot).__name__}.step of this {name} takes {', '.join(names)}; a PlanScheduler stands in for "
+            "schedulers that need model_output, timestep and sample alone"
+        )
+    return slot
+
+
+def first_index(timestep: Any, timesteps: Tensor, values: Floats) -> int:
+    """The place of a run's first timestep in `timesteps`, whose numbers are `values`, without waiting for a device.
+
+    A view of `timesteps` says it by its offset; numbers and CPU tensors are compared; for all else it is 0. Of equal
+    timesteps the second is meant, as in diffusers: the first belongs to the step before (Heun).
+    """
+    if torch.compiler.is_compiling():
+        return 0
+    if isinstance(timestep, Tensor):
+        if timestep._base is timesteps:
+            return int(timestep.storage_offset())
+        if timestep.device.type != "cpu" or timestep.numel() == 0:
+            return 0
+        timestep = timestep.flatten()[0].item()
+    found = np.flatnonzero(np.float32(timestep) == values.astype(np.float32)).tolist()
+    return int(found[min(1, len(found) - 1)]) if found else 0

@@ -1,0 +1,110 @@
+"""Analytic plans derived again from what their metadata says: for other timesteps, or for a start part of the way.
+
+Image-to-image sampling begins at evaluation b with alpha image + sigma noise in place of row b. A plan for that start
+has timesteps[b:] and the rows of the same solver begun there, without history, with rows[0, 0] = 1: its column x_T
+stands for the first network input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from olss_fast import solvers
+from olss_fast.errors import InputError
+from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Floats, Plan
+
+Solver = Callable[..., Plan]
+
+_READERS: Mapping[str, Callable[[str], Any]] = {"order": int, "variant": str, "eta": float}
+_METHODS: Mapping[str, tuple[Solver, tuple[str, ...]]] = {
+    "ddim": (solvers.ddim, ("eta",)),
+    "euler": (solvers.euler, ()),
+    "euler_ancestral": (solvers.euler_ancestral, ("eta",)),
+    "heun": (solvers.heun, ()),
+    "dpm_solver": (partial(solvers.dpm_solver, space="noise"), ("order", "variant")),
+    "dpm_solver_pp_single": (partial(solvers.dpm_solver, space="data"), ("order", "variant")),
+    "dpm_solver_pp": (solvers.dpm_solver_pp, ("order", "variant")),
+    "unipc": (solvers.unipc, ("order", "variant")),
+    "deis": (solvers.deis, ("order",)),
+    "ipndm": (solvers.ipndm, ("order",)),
+    "pndm": (solvers.pndm, ()),
+}
+"""What metadata["method"] means, and which of its settings stand beside it."""
+
+
+def is_analytic(plan: Plan) -> bool:
+    """Whether `rederive` knows the plan's method."""
+    return plan.metadata.get("method") in _METHODS
+
+
+def rederive(plan: Plan, schedule: NoiseSchedule, timesteps: npt.ArrayLike, *, unit_start: bool = False) -> Plan:
+    """The plan's solver with its order, variant and eta, at the evaluations `timesteps`.
+
+    `unit_start`: rows[0, 0] = 1. Solvers that evaluate some times twice (heun, pndm) are given each time once.
+    InputError unless the plan is analytic, was made on `schedule`, and the solver evaluates exactly at `timesteps`;
+    ScheduleError for times outside the schedule.
+    """
+    times = np.asarray(timesteps, dtype=np.float64)
+    solver = _solver(plan, schedule)
+    start = 1.0 / float(schedule.input_scale(times[0])) if unit_start else None
+    nodes = times[np.append(True, np.diff(times) != 0.0)]
+    again = solver(schedule, timesteps=nodes, start=start)
+    if again.nfe != times.size or not np.allclose(again.timesteps, times, rtol=1e-6):
+        raise InputError(
+            f"{solvers.display_name(plan)} evaluates at {_text(again.timesteps)}, and cannot begin or stop in the "
+            f"middle of a step as {_text(times)} would have it; choose another start or other timesteps"
+        )
+    return again
+
+
+def truncate(plan: Plan, schedule: NoiseSchedule, begin: int) -> Plan:
+    """The plan for a start at evaluation `begin`, in network-input units. Errors as in `rederive`.
+
+    PNDM begun after its first step goes on with fewer answers, as iPNDM does, and does not ask a time twice again.
+    """
+    if plan.metadata.get("method") == "pndm" and begin > 0:
+        plan = plan.replace(metadata={**plan.metadata, "method": "ipndm", "order": "4"})
+    return rederive(plan, schedule, plan.timesteps[begin:], unit_start=True)
+
+
+def mismatch(plan: Plan, schedule: NoiseSchedule) -> str | None:
+    """How the plan's prediction type or training schedule differs from `schedule`; None if equal or not known.
+
+    Labels do not count, nor does the shift of flow matching, which moves evaluation times but no noise level.
+    """
+    facts = schedule.metadata()
+    for key, essence in (("prediction_type", str), ("sigma_data", str), ("schedule", _essence)):
+        if key in plan.metadata and essence(plan.metadata[key]) != essence(facts.get(key, "")):
+            return f"the plan was made for {key} {plan.metadata[key]!r}, the network has {facts.get(key)!r}"
+    return None
+
+
+def _solver(plan: Plan, schedule: NoiseSchedule) -> Solver:
+    if not is_analytic(plan):
+        raise InputError(f"the method {plan.metadata.get('method')!r} is not one of {', '.join(_METHODS)}")
+    if problem := mismatch(plan, schedule):
+        raise InputError(f"{problem}; it can only be derived again on its own schedule")
+    solver, names = _METHODS[plan.metadata["method"]]
+    given = {name: _READERS[name](plan.metadata[name]) for name in names if name in plan.metadata}
+    if "eta" in names:
+        given.setdefault("eta", 0.0)
+    if plan.metadata["method"] == "pndm":
+        given["runge_kutta"] = plan.metadata.get("variant") == "runge_kutta"
+    return partial(solver, **given)
+
+
+def _essence(description: str) -> list[str]:
+    """ "VP linear 0.0001 to 0.02, 1000 timesteps, log-SNR -5 to 5, epsilon" -> VP, 1000 timesteps, log-SNR -5 to 5."""
+    kind, *rest = (part.split(" from ")[0] for part in description.split(", "))
+    return [kind.split()[0], *(part for part in rest if "timesteps" in part or part.startswith(("log-SNR", "sigma")))]
+
+
+def _text(times: Floats) -> str:
+    shown = ", ".join(f"{time:g}" for time in times[:4])
+    return f"{shown}, …" if times.size > 4 else shown
