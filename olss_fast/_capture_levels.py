@@ -57,8 +57,8 @@ def with_final_levels(plan: Plan, levels: Levels, name: str) -> Plan:
     signal, noise = np.maximum(levels_of_rows(plan, levels.outputs)[-1], 0.0).tolist()  # -1e-7 is rounding
     if noise * plan.alphas[0] >= signal * plan.sigmas[0]:
         raise ScheduleError(
-            f"{name} runs from data to noise (its sample has signal {signal:.3g} and noise {noise:.3g}); a plan "
-            "samples: take the scheduler without Inverse"
+            f"{name} does not run from noise to data: its start has signal {plan.alphas[0]:.3g} and noise "
+            f"{plan.sigmas[0]:.3g}, its sample signal {signal:.3g} and noise {noise:.3g}; take a scheduler that samples"
         )
     return plan.replace(alphas=[*plan.alphas[:-1], signal], sigmas=[*plan.sigmas[:-1], noise])
 
@@ -82,7 +82,7 @@ def _input_levels(driver: Driver, schedule: NoiseSchedule | None, index: int, sc
     timestep = float(driver.timesteps[index])
     if index % driver.order and schedule is not None:
         return _scheduled(schedule, timestep)
-    state = _noised(driver, index)
+    state = None if _noises_otherwise(driver) else _noised(driver, index)
     if state is None and driver.name in _LEVELS_OF_CLASS:
         state = _LEVELS_OF_CLASS[driver.name](driver.scheduler, index)
     if state is not None:
@@ -117,6 +117,11 @@ def _noised(driver: Driver, index: int) -> Pair | None:
         return None
     alpha, sigma = mixed.flatten().tolist()
     return alpha, sigma
+
+
+def _noises_otherwise(driver: Driver) -> bool:
+    """SASolver's add_noise mixes by its betas even where it samples a flow."""
+    return driver.name == "SASolverScheduler" and bool(_config(driver.scheduler).get("use_flow_sigmas"))
 
 
 def _ipndm(scheduler: Any, index: int) -> Pair:

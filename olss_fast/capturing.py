@@ -152,10 +152,12 @@ def _check_finite(driver: Driver, rows: Floats) -> None:
             f"{driver.name} computes coefficients that are not finite for {what}; it divides by a signal or noise "
             "level of 0 there: try another final_sigmas_type, solver_type or prediction_type, or no zero terminal SNR"
         )
+    if not rows[-1].any():
+        raise ScheduleError(f"{driver.name} makes a sample of zeros, whatever the network says; take more steps")
 
 
 def _check_linear(driver: Driver, rows: Floats, basis: Floats, found: Floats) -> None:
-    terms = (np.abs(rows) @ np.abs(basis)).max(axis=1)
+    terms = np.maximum((np.abs(rows) @ np.abs(basis)).max(axis=1), np.finfo(np.float64).tiny)
     error = np.abs(rows @ basis - found).max(axis=1) / terms
     bad = np.flatnonzero(~(error <= LINEARITY))
     if bad.size:
