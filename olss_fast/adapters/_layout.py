@@ -44,7 +44,7 @@ class Layout:
         key = device, dtype
         if key not in self._on_device:
             with torch.inference_mode(False):  # so that they serve every later mode
-                flat = torch.from_numpy(np.concatenate(self.weights)).to(dtype).to(device)
+                flat = torch.tensor(np.concatenate(self.weights).tolist(), dtype=dtype, device=device)
                 self._on_device[key] = torch.split(flat, self.ends)
         return self._on_device[key]
 

@@ -36,7 +36,7 @@ class NoiseLevels:
         """The rows of `table`, float32, moved once."""
         if device not in self._on_device:
             with torch.inference_mode(False):
-                self._on_device[device] = torch.from_numpy(self.table).float().to(device).unbind(0)
+                self._on_device[device] = torch.tensor(self.table.tolist(), device=device).unbind(0)
         return self._on_device[device]
 
     def at(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """One run of a plan, a step at a time: the history of what has come, and how far it is.
 
-Costs per step, whatever the plan: one copy of the output into the history, one matrix-vector product over the columns
-so far, one cast where the sample is half precision. A changed sample costs two more, fresh noise two a column. Nothing
-is read back by the host. Tensors are never indexed with [], which takes a device of a real build even for fake tensors.
+Costs per step, whatever the plan: one copy of what has come into the history, one matrix-vector product over the
+columns so far, one cast where the sample is half precision. A changed sample costs two more, fresh noise its drawing.
+Nothing is read back by the host. Only operators that work on fake tensors of a device that is not there are used (no
+[], no copy_).
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class Run:
         self.layout = layout
         self.step = 0
         self.shape, self.device, self.dtype = sample.shape, sample.device, sample.dtype
-        self.numel = sample.numel()
-        self.readable = self.device.type == "cpu" and type(sample) is Tensor and not torch.compiler.is_compiling()
+        self.numel, self.kind = sample.numel(), sample.device.type
+        self.readable = self.kind == "cpu" and type(sample) is Tensor and not torch.compiler.is_compiling()
         self.strides = torch.empty(sample.shape, device="meta").stride()
         precision = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        self.exact = sample.dtype == precision
         self.weights = layout.weights_on(sample.device, precision)
         self.history = torch.empty((layout.ends[-1], self.numel), dtype=precision, device=sample.device)
         self.steps = len(self.weights)
@@ -48,22 +50,22 @@ class Run:
         k = self.step
         if k == self.steps:
             raise InputError(f"a step was asked for after all {k} of this run; call set_timesteps before the next run")
-        if (
-            not isinstance(model_output, Tensor)
-            or model_output.shape != self.shape
-            or model_output.device != self.device
+        if not (
+            isinstance(model_output, Tensor)
+            and model_output.shape == self.shape
+            and model_output.device == self.device
+            and model_output.is_floating_point()
         ):
             model_output = self._matching(model_output)
-        slot = self._column(self.layout.slots[k])
+        columns, arrived = [self.layout.slots[k]], [model_output]
         if k == 0:
-            torch._foreach_copy_([self._column(0), slot], [sample, model_output])
-        else:
-            if sample is not self.returned or (self.version is not None and sample._version != self.version):
-                self._take_changed(sample)
-            slot.copy_(model_output)
+            columns, arrived = [0, *columns], [sample, model_output]
+        elif sample is not self.returned or (self.version is not None and sample._version != self.version):
+            self._take_changed(sample)
         for column in self.layout.noise_slots[k]:
-            noise = randn_tensor(self.shape, generator=generator, device=self.device, dtype=model_output.dtype)
-            self._column(column).copy_(noise)
+            columns.append(column)
+            arrived.append(randn_tensor(self.shape, generator, self.device, model_output.dtype))
+        torch._foreach_copy_([self._column(column) for column in columns], arrived)
         row = self._row(k)
         self.step, self.returned, self.version = k + 1, row, _version(row)
         return row
@@ -79,13 +81,13 @@ class Run:
         """Row k+1, a new tensor of the sample's dtype and shape."""
         count = self.layout.ends[k]
         columns = self.history.as_strided((self.numel, count), (1, self.numel))
-        if torch.is_autocast_enabled(self.device.type):
-            with torch.autocast(self.device.type, enabled=False):  # which would form the row in half precision
+        if torch.is_autocast_enabled(self.kind):
+            with torch.autocast(self.kind, enabled=False):  # which would form the row in half precision
                 row = torch.mv(columns, self.weights[k])
         else:
             row = torch.mv(columns, self.weights[k])
-        row = row.view(self.shape)
-        return row if row.dtype == self.dtype else row.to(self.dtype)
+        row = row.as_strided(self.shape, self.strides)
+        return row if self.exact else row.to(self.dtype)
 
     def _column(self, column: int) -> Tensor:
         return self.history.as_strided(self.shape, self.strides, column * self.numel)

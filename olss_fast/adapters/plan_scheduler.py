@@ -165,14 +165,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             num_inference_steps, {key: value for key, value in asked.items() if value is not None}
         )
         self._entry, self.num_inference_steps, self.order = entry, entry.steps, entry.order
-        place = torch.device("cpu" if device is None else device)
-        whole = bool(np.all(entry.timesteps == np.round(entry.timesteps)))
+        dtype = torch.int64 if np.all(entry.timesteps == np.round(entry.timesteps)) else torch.float32
         with torch.inference_mode(False):  # views of a plain tensor can be told apart from copies in every mode
-            self.timesteps = torch.tensor(entry.timesteps, dtype=torch.int64 if whole else torch.float32).to(place)
+            self.timesteps = torch.tensor(entry.timesteps.tolist(), dtype=dtype, device=device)
         self._levels = noise_levels(entry, self._book.schedule)
         self.sigmas = self._levels.sigmas()
         self._layout, self._offset = lay_out(entry.plan), entry.begin
-        self._layout.weights_on(place, torch.float32)
+        self._layout.weights_on(self.timesteps.device, torch.float32)
         self._begin_index, self._run = None, None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
