@@ -204,6 +204,8 @@ def _consistency(scheduler: Any, boundary: Callable[[Any, int], Any]) -> Callabl
 
     def exact(index: int, alpha: float, sigma: float, scale: float) -> Pair:
         c_skip, c_out = map(float, boundary(scheduler, index))
+        if c_out == 0.0:  # at the least noise the output is not used
+            return 0.0, 0.0
         return (1.0 - c_skip * alpha / scale) / c_out, -c_skip * sigma / scale / c_out
 
     return exact

@@ -10,8 +10,8 @@ from olss_fast.errors import ScheduleError
 
 _TOKENS = "it samples discrete tokens, which no linear combination makes"
 _BROWNIAN = (
-    "its noises are increments of one Brownian path, correlated between steps, not fresh unit noises; the dpmsolver++ "
-    "algorithms sde-dpmsolver++ of DPMSolverMultistepScheduler draw fresh ones"
+    "its noise comes from a Brownian tree (torchsde) with a seed of its own, not from draws that a plan could repeat; "
+    "DPMSolverMultistepScheduler with algorithm_type sde-dpmsolver++ draws fresh noise"
 )
 REFUSED = {
     "AmusedScheduler": _TOKENS,

@@ -27,12 +27,14 @@ from olss_fast.errors import InputError, ScheduleError
 
 Answer = Callable[[int], Tensor]
 
+_GAUSSIAN = {torch.randn, torch.randn_like}
 _CASTS = {Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as}
 _OTHER_DRAWS = {
     torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli, torch.multinomial,
     torch.poisson, torch.normal, Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.exponential_,
     Tensor.multinomial, Tensor.random_,
 }  # fmt: skip
+_WATCHED = _GAUSSIAN | _CASTS | _OTHER_DRAWS
 _ENDS_AT_CLEAN = {"SCMScheduler", "DDPMWuerstchenScheduler"}
 """Schedulers whose `timesteps` end with the time of the clean sample, where no network is asked."""
 
@@ -55,12 +57,14 @@ class _Watch(TorchFunctionMode):
         self._shape, self._answer, self._noises = shape, noises, trace.noises
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.randn or func is torch.randn_like:
+        if func not in _WATCHED:  # almost every call
+            return func(*args, **(kwargs or {}))
+        if func in _GAUSSIAN:
             return self._draw(args, kwargs or {})
         if func in _OTHER_DRAWS:
             raise ScheduleError(f"it draws with torch.{func.__name__}; only unit Gaussian noise becomes a column")
         result = func(*args, **(kwargs or {}))
-        return args[0].clone() if func in _CASTS and self._rounds(args[0], result) else result
+        return args[0].clone() if self._rounds(args[0], result) else result
 
     def _rounds(self, before: Tensor, after: Tensor) -> bool:
         wide = before.dtype == torch.float64 and before.shape == self._shape
@@ -108,11 +112,16 @@ class Driver:
         """Evaluations of a run."""
         return len(self.timesteps) - self.begin
 
+    @property
+    def _starts_twice(self) -> bool:
+        """Whether the first timesteps are equal; a scheduler that looks up its place by timestep starts too late."""
+        return len(self.timesteps) > 1 and bool(self.timesteps[0] == self.timesteps[1])
+
     @torch.no_grad()
     def run(self, start: Tensor, outputs: Answer, noises: Answer) -> Trace:
         """One run from x_T = `start`, or with begin > 0 from the network input `start`."""
         scheduler, trace = copy.deepcopy(self.scheduler), Trace()
-        if self.begin and hasattr(scheduler, "set_begin_index"):
+        if (self.begin or self._starts_twice) and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.begin)
         step = _step_function(scheduler, self.timesteps, self._step_arguments)
         with np.errstate(all="ignore"), _Watch(start.shape, noises, trace):

@@ -231,10 +231,9 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _scheduler(facts: Mapping[str, Any]) -> Any:
     import diffusers
 
-    homes = (diffusers, diffusers.schedulers)
-    kind = next((getattr(home, facts["class"]) for home in homes if hasattr(home, facts["class"])), None)
+    kind = getattr(diffusers.schedulers, facts["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise InputError(
-            f"diffusers {diffusers.__version__} has no class {facts['class']}; capture the scheduler itself"
+            f"diffusers {diffusers.__version__} has no scheduler {facts['class']}; capture the scheduler itself"
         )
     return kind.from_config(facts["config"])  # type: ignore[no-untyped-call]

@@ -1,13 +1,15 @@
-"""Every solver that diffusers has gives the rows of diffusers' scheduler.
+"""Every solver that diffusers has gives the rows that `capture` gets from diffusers' scheduler.
 
-A linear scheduler is run on coefficient vectors: x_T = e_0 and the i-th network output = e_{i+1}, so its network inputs
-and its sample *are* the rows. diffusers keeps noise levels in float32; they are replaced by the float64 levels of the
-same times (checked to agree first), which leaves 1e-6 to be met by the arithmetic of the schedulers, partly in float32.
+diffusers keeps noise levels in float32; they are replaced by the float64 levels of the same times (checked to agree
+first), which leaves 1e-6 to be met by the arithmetic of the schedulers' coefficients, partly in float32.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 diffusers.logging.set_verbosity_error()
 
+from olss_fast.capturing import capture  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -29,40 +33,35 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 TOLERANCE = 1e-6
 
 
-def with_float64_levels(scheduler: Any, schedule: NoiseSchedule) -> Any:
-    if hasattr(scheduler, "alphas_cumprod") and schedule.prediction_type != "flow":
-        alphas = schedule.alpha(np.arange(len(scheduler.alphas_cumprod)))
-        scheduler.alphas_cumprod = torch.tensor(alphas**2)
+def after_set_timesteps(scheduler: Any, alter: Callable[[Any], None]) -> Any:
+    """The scheduler, which from now on applies `alter` to itself (or to the copy that it is then) in set_timesteps."""
+
+    def set_timesteps(self: Any, *arguments: Any, **named: Any) -> None:
+        type(self).set_timesteps(self, *arguments, **named)
+        alter(self)
+
+    scheduler.set_timesteps = MethodType(set_timesteps, scheduler)
     return scheduler
 
 
-def with_float64_sigmas(scheduler: Any, schedule: NoiseSchedule, times: np.ndarray) -> None:
-    """Replaces all but the last of scheduler.sigmas (noise over signal; for flow, sigma) by those of `times`."""
-    if not hasattr(scheduler, "sigmas"):
-        return
+def with_float64_levels(scheduler: Any, schedule: NoiseSchedule, times: np.ndarray) -> Any:
+    """Replaces alphas_cumprod, and all but the last of sigmas (noise over signal; for flow, sigma) by those of `times`.
+
+    The scheduler itself stays what it is.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    flow = schedule.prediction_type == "flow"
     alpha, sigma, _ = schedule.levels(times)
-    levels = sigma if schedule.prediction_type == "flow" else sigma / alpha
-    exact = torch.tensor(np.append(levels, scheduler.sigmas[-1]))
-    torch.testing.assert_close(scheduler.sigmas[:-1].double(), exact[:-1], rtol=1e-4, atol=1e-6)
-    scheduler.sigmas = exact
 
+    def alter(altered: Any) -> None:
+        if hasattr(altered, "alphas_cumprod") and not flow:
+            altered.alphas_cumprod = torch.tensor(schedule.alpha(np.arange(len(altered.alphas_cumprod))) ** 2)
+        if hasattr(altered, "sigmas"):
+            exact = torch.tensor(np.append(sigma if flow else sigma / alpha, altered.sigmas[-1]))
+            torch.testing.assert_close(altered.sigmas[:-1].double(), exact[:-1], rtol=1e-4, atol=1e-6)
+            altered.sigmas = exact
 
-def rows_of(scheduler: Any, plan: Plan, schedule: NoiseSchedule, *, steps: int, noises: bool = False) -> np.ndarray:
-    """Runs the scheduler on coefficient vectors; `noises` are e_{S+1}, e_{S+2}, ... in the order they are drawn."""
-    scheduler.set_timesteps(steps)
-    times = scheduler.timesteps.double().numpy()
-    assert len(times) == plan.nfe
-    with_float64_sigmas(scheduler, schedule, plan.timesteps)
-    identity = torch.eye(1 + 2 * plan.nfe, dtype=torch.float64)
-    state = identity[:1] * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    rows = []
-    for i, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(state, timestep) if hasattr(scheduler, "scale_model_input") else state
-        rows.append(scaled[0].double().numpy())
-        extra = {"variance_noise": identity[plan.nfe + 1 + i][None]} if noises else {}
-        extra |= {"eta": float(plan.metadata["eta"])} if noises else {}
-        state = scheduler.step(identity[i + 1][None], timestep, state, return_dict=False, **extra)[0].double()
-    return np.stack([*rows, state[0].numpy()])[:, : plan.columns]
+    return after_set_timesteps(scheduler, alter)
 
 
 def check(
@@ -72,16 +71,21 @@ def check(
     *,
     steps: int | None = None,
     last: bool = True,
-    noises: bool = False,
     timestep_tolerance: float = 1e-6,
+    **step_arguments: float,
 ) -> None:
     """Rows equal to TOLERANCE of the largest; `last=False` leaves out the sample."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rows = rows_of(with_float64_levels(scheduler, schedule), plan, schedule, steps=steps or plan.nfe, noises=noises)
-    assert np.abs(scheduler.timesteps.double().numpy() - plan.timesteps).max() <= timestep_tolerance
-    error = np.abs(rows - plan.rows)[: None if last else -1].max()
+    exact = with_float64_levels(scheduler, schedule, plan.timesteps)
+    captured = capture(exact, steps or plan.nfe, step_arguments=step_arguments)
+    assert captured.nfe == plan.nfe
+    assert np.abs(captured.timesteps - plan.timesteps).max() <= timestep_tolerance
+    error = np.abs(padded(captured, plan) - padded(plan, captured))[: None if last else -1].max()
     assert error <= TOLERANCE * max(1.0, np.abs(plan.rows).max()), f"{solvers.display_name(plan)}: {error}"
+
+
+def padded(plan: Plan, other: Plan) -> np.ndarray:
+    """Rows with columns of zeros for noises that only the other plan draws, without effect."""
+    return np.pad(plan.rows, ((0, 0), (0, max(0, other.columns - plan.columns))))
 
 
 def times_of(scheduler: Any, steps: int) -> np.ndarray:
@@ -122,7 +126,7 @@ def test_ddim_without_terminal_signal(prediction: str) -> None:
 def test_ddim_with_noise(eta: float) -> None:
     scheduler = diffusers.DDIMScheduler(**SD, timestep_spacing="trailing", clip_sample=False)
     schedule = NoiseSchedule.from_diffusers(scheduler)
-    check(scheduler, solvers.ddim(schedule, 8, eta=eta), schedule, noises=True)
+    check(scheduler, solvers.ddim(schedule, 8, eta=eta), schedule, eta=eta)
 
 
 def start_of(schedule: NoiseSchedule, spacing: str, times: np.ndarray) -> float | None:
@@ -144,14 +148,10 @@ def test_euler_and_heun(spacing: str, prediction: str) -> None:
         check(scheduler, solvers.heun(schedule, timesteps=times, start=start), schedule, steps=8)
 
 
-def test_euler_ancestral(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_euler_ancestral() -> None:
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**SD, timestep_spacing="leading")
     schedule = NoiseSchedule.from_diffusers(scheduler)
-    plan = solvers.euler_ancestral(schedule, timesteps=times_of(scheduler, 6))
-    drawn = iter(torch.eye(13, dtype=torch.float64)[7:])
-    module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
-    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(drawn)[None])
-    check(scheduler, plan, schedule)
+    check(scheduler, solvers.euler_ancestral(schedule, timesteps=times_of(scheduler, 6)), schedule)
 
 
 @pytest.mark.parametrize("runge_kutta", [False, True])
@@ -168,18 +168,15 @@ def test_pndm(spacing: str, runge_kutta: bool) -> None:
 def test_ipndm() -> None:
     """diffusers' own schedule: x = sqrt(1 - b^2) x0 + b eps, timestep 2 / pi atan2(b, a), v prediction."""
     levels = np.array([0.97, 0.9, 0.8, 0.66, 0.5, 0.31, 0.12])
-    scheduler = diffusers.IPNDMScheduler(trained_betas=[*levels, 0.0])
-    scheduler.set_timesteps(len(levels))
-    sigmas = torch.tensor([*levels, 0.0], dtype=torch.float64)
-    scheduler.betas, scheduler.alphas = sigmas, (1 - sigmas**2).sqrt()
+
+    def alter(scheduler: Any) -> None:
+        scheduler.betas = torch.tensor([*levels, 0.0], dtype=torch.float64)
+        scheduler.alphas = (1 - scheduler.betas**2).sqrt()
+
+    scheduler = after_set_timesteps(diffusers.IPNDMScheduler(trained_betas=[*levels, 0.0]), alter)
     schedule = NoiseSchedule.from_alphas_cumprod(1 - levels[::-1] ** 2, prediction_type="v_prediction")
     plan = solvers.ipndm(schedule, timesteps=np.arange(len(levels))[::-1])
-    identity = torch.eye(1 + len(levels), dtype=torch.float64)
-    state, rows = identity[0], []
-    for i, timestep in enumerate(scheduler.timesteps[: len(levels)]):
-        rows.append(state.numpy())
-        state = scheduler.step(identity[i + 1], timestep, state, return_dict=False)[0]
-    np.testing.assert_allclose(np.stack([*rows, state.numpy()]), plan.rows, atol=1e-12)
+    np.testing.assert_allclose(capture(scheduler, len(levels)).rows, plan.rows, atol=1e-12)
 
 
 STEPS = (5, 10, 20)
@@ -222,13 +219,14 @@ def test_dpm_solver_singlestep(solver_type: str, order: int) -> None:
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_unipc(order: int, variant: str, prediction: str) -> None:
+    end = "zero" if variant == "bh2" else "sigma_min"  # bh1 computes inf * 0 = nan where no noise is left
     for steps in STEPS:
         scheduler = diffusers.UniPCMultistepScheduler(
-            **SD, prediction_type=prediction, solver_order=order, solver_type=variant, final_sigmas_type="zero"
+            **SD, prediction_type=prediction, solver_order=order, solver_type=variant, final_sigmas_type=end
         )
         schedule = NoiseSchedule.from_diffusers(scheduler)
         plan = solvers.unipc(schedule, timesteps=times_of(scheduler, steps), order=order, variant=variant)
-        check(scheduler, plan, schedule, last=variant == "bh2")  # diffusers' bh1 ends in inf * 0 = nan
+        check(scheduler, plan, schedule, last=end == "zero")
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
