@@ -83,4 +83,8 @@ def clipping_options(scheduler: Any) -> list[str]:
 
 def linear_advice(scheduler: Any) -> str:
     """What may be the reason that a scheduler was found not to be linear."""
-    return "It looks at the values, or mixes pixels; no option of its config is known to be the cause."
+    config = getattr(scheduler, "config", {})
+    on = [option for option in _CLIPPING if config.get(option)]
+    if on:
+        return f"Switch off {', '.join(on)}"
+    return "It adds a constant, looks at the values or mixes pixels; no option of its config is known to be the cause"

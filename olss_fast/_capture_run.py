@@ -27,11 +27,11 @@ from olss_fast.errors import InputError, ScheduleError
 
 Answer = Callable[[int], Tensor]
 
-_GAUSSIAN = {torch.randn, torch.randn_like}
+_GAUSSIAN = {torch.randn, torch.randn_like, torch.normal}
 _CASTS = {Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as}
 _OTHER_DRAWS = {
     torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.bernoulli, torch.multinomial,
-    torch.poisson, torch.normal, Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.exponential_,
+    torch.poisson, Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.exponential_,
     Tensor.multinomial, Tensor.random_,
 }  # fmt: skip
 _WATCHED = _GAUSSIAN | _CASTS | _OTHER_DRAWS
@@ -60,7 +60,7 @@ class _Watch(TorchFunctionMode):
         if func not in _WATCHED:  # almost every call
             return func(*args, **(kwargs or {}))
         if func in _GAUSSIAN:
-            return self._draw(args, kwargs or {})
+            return (self._normal if func is torch.normal else self._draw)(*args, **(kwargs or {}))
         if func in _OTHER_DRAWS:
             raise ScheduleError(f"it draws with torch.{func.__name__}; only unit Gaussian noise becomes a column")
         result = func(*args, **(kwargs or {}))
@@ -70,9 +70,14 @@ class _Watch(TorchFunctionMode):
         wide = before.dtype == torch.float64 and before.shape == self._shape
         return wide and after.is_floating_point() and after.dtype != torch.float64
 
-    def _draw(self, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        size = kwargs.get("size", args[0] if len(args) == 1 else args)
-        shape = size.shape if isinstance(size, Tensor) else torch.Size((size,) if isinstance(size, int) else size)
+    def _normal(self, mean: Any, std: Any = 1.0, size: Any = None, **_: Any) -> Tensor:
+        shape = np.broadcast_shapes(np.shape(mean), np.shape(std)) if size is None else size
+        noise: Tensor = mean + std * self._draw(shape)
+        return noise
+
+    def _draw(self, *size: Any, **named: Any) -> Tensor:
+        wanted = named.get("size", size[0] if len(size) == 1 else size)
+        shape = wanted.shape if isinstance(wanted, Tensor) else torch.Size(np.atleast_1d(wanted).tolist())
         if shape != self._shape:
             raise ScheduleError(f"it draws noise of shape {tuple(shape)} for a sample of shape {tuple(self._shape)}")
         self._noises.append(self._answer(len(self._noises)))

@@ -148,6 +148,27 @@ def test_trailing_draws_without_effect_are_dropped() -> None:
     assert capture(diffusers.EulerAncestralDiscreteScheduler(**SD), 5).noises == 4
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.randn(x.shape),
+        lambda x: torch.randn(*x.shape),
+        lambda x: torch.randn(size=x.shape, dtype=torch.float32),
+        lambda x: torch.randn_like(x, dtype=torch.float32),
+        lambda x: torch.normal(0.0, 1.0, x.shape),
+        lambda x: torch.normal(torch.zeros(x.shape), 1.0),
+        lambda x: torch.normal(torch.zeros_like(x), torch.ones(x.shape), generator=torch.Generator()),
+        lambda x: diffusers.utils.torch_utils.randn_tensor(x.shape, generator=torch.Generator()),
+        lambda x: diffusers.utils.torch_utils.randn_tensor(x.shape, generator=[torch.Generator()], dtype=torch.float16),
+    ],
+)
+def test_every_way_to_draw_gaussian_noise(draw: Any) -> None:
+    scheduler = Described()
+    scheduler.fault = lambda x: x + draw(x) / 8  # type: ignore[assignment]
+    plan = capture(scheduler, 2)
+    np.testing.assert_array_equal(plan.rows[:, plan.noise_slice], [[0, 0], [1 / 8, 0], [1 / 8, 1 / 8]])
+
+
 def test_ancestral_noise_is_ours() -> None:
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**SD, timestep_spacing="leading")
     plan = capture(scheduler, 6)
