@@ -94,7 +94,7 @@ def test_eta_of_ddim_pipelines() -> None:
     pipe = tiny.unet2d()
     plan = capture(pipe.scheduler, STEPS, step_arguments={"eta": 0.7})
     assert_same(pipe, pipe.scheduler, plan, eta=0.7, output_type="np")
-    with pytest.raises(olss_fast.errors.InputError, match="eta=0.3"):
+    with pytest.raises(olss_fast.errors.InputError, match="eta"):
         sample(pipe, PlanScheduler.from_pipe(pipe, plan), eta=0.3, output_type="np")
 
 

@@ -93,4 +93,5 @@ def check_runnable(plan: Plan) -> None:
 
 def _corrections(shares: Floats) -> list[float | None]:
     later = np.abs(shares)[::-1].cumsum()[::-1]
-    return [1.0 / share if share else (None if rest else 0.0) for share, rest in zip(shares[:-1], later, strict=False)]
+    pairs = zip(shares[:-1].tolist(), later.tolist(), strict=False)
+    return [1.0 / share if share else (None if rest else 0.0) for share, rest in pairs]

@@ -65,7 +65,7 @@ class Run:
         for column in self.layout.noise_slots[k]:
             columns.append(column)
             arrived.append(randn_tensor(self.shape, generator, self.device, model_output.dtype))
-        torch._foreach_copy_([self._column(column) for column in columns], arrived)
+        self._store(columns, arrived)
         row = self._row(k)
         self.step, self.returned, self.version = k + 1, row, _version(row)
         return row
@@ -88,6 +88,13 @@ class Run:
             row = torch.mv(columns, self.weights[k])
         row = row.as_strided(self.shape, self.strides)
         return row if self.exact else row.to(self.dtype)
+
+    def _store(self, columns: list[int], arrived: list[Tensor]) -> None:
+        if self.history.requires_grad or any(tensor.requires_grad for tensor in arrived):
+            for column, tensor in zip(columns, arrived, strict=True):
+                self._column(column).copy_(tensor)
+        else:  # one kernel for all; it has no derivative
+            torch._foreach_copy_([self._column(column) for column in columns], arrived)
 
     def _column(self, column: int) -> Tensor:
         return self.history.as_strided(self.shape, self.strides, column * self.numel)

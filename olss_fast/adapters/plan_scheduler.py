@@ -170,8 +170,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.timesteps = torch.tensor(entry.timesteps.tolist(), dtype=dtype, device=device)
         self._levels = noise_levels(entry, self._book.schedule)
         self.sigmas = self._levels.sigmas()
-        self._layout, self._offset = lay_out(entry.plan), entry.begin
-        self._layout.weights_on(self.timesteps.device, torch.float32)
+        self._load(entry.plan)
+        self._offset = entry.begin
         self._begin_index, self._run = None, None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -268,8 +268,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         entry = self._chosen()
         plan = self._book.begun_at(entry, index)
         if self._layout is None or plan is not self._layout.plan:
-            self._layout = lay_out(plan)
+            self._load(plan)
         self._offset = index
+
+    def _load(self, plan: Plan) -> None:
+        self._layout = lay_out(plan)
+        self._layout.weights_on(self.timesteps.device, torch.float32)
 
     def _chosen(self) -> Entry:
         if self._entry is None:
