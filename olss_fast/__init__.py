@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from olss_fast.noise_schedule import NoiseSchedule
     from olss_fast.plan import Plan
     from olss_fast.report import Candidate, Report
+    from olss_fast.sampler import Sampler
     from olss_fast.sampling import sample
     from olss_fast.tuning import TuneResult, tune
 
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "PlanScheduler",
     "Report",
+    "Sampler",
     "TuneResult",
     "__version__",
     "capture",
@@ -50,6 +52,7 @@ _HOME = {
     "Plan": "plan",
     "PlanScheduler": "adapters.plan_scheduler",
     "Report": "report",
+    "Sampler": "sampler",
     "TuneResult": "tuning",
     "SchedulerMixin": "adapters.plan_scheduler",  # diffusers looks here for the base class of what it loads from here
     "capture": "capturing",

@@ -88,9 +88,23 @@ class Denoiser:
         if branches == 2:
             return torch.stack(self._pair(network, x, time, samples, conditional))
         if not self.guided:
-            return _call(network, x, time, conditional)[None]
+            return call_network(network, x, time, conditional)[None]
         without, given = self._pair(network, x, time, samples, conditional)
         return torch.lerp(without, given, self.guidance_scale)[None]
+
+    def arguments(self, x: Tensor, *, doubled: bool) -> list[dict[str, Any]]:
+        """The network's arguments for all samples on x's device: [joined for a doubled batch], or one for each half,
+        unconditional first, where they cannot be joined; not doubled, the conditional ones alone."""
+        everything = slice(0, self.samples)
+        conditional = self._slice(self.conditioning, everything, x)
+        if not doubled:
+            return [conditional]
+        if self.unconditional is None:
+            raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
+        unconditional = self._slice(self.unconditional, everything, x)
+        _match(unconditional, conditional)
+        joined = self._join(unconditional, conditional) if self.doubled else None
+        return [unconditional, conditional] if joined is None else [joined]
 
     def _pair(
         self, network: Network, x: Tensor, time: Tensor, samples: slice, conditional: dict[str, Any]
@@ -101,8 +115,8 @@ class Denoiser:
         _match(unconditional, conditional)
         joined = self._join(unconditional, conditional) if self.doubled else None
         if joined is None:  # the first output is copied: a network may write the second into the same buffer
-            return _call(network, x, time, unconditional).clone(), _call(network, x, time, conditional)
-        both = _call(network, torch.cat([x, x]), torch.cat([time, time]), joined)
+            return call_network(network, x, time, unconditional).clone(), call_network(network, x, time, conditional)
+        both = call_network(network, torch.cat([x, x]), torch.cat([time, time]), joined)
         first, second = both.chunk(2)
         return first, second
 
@@ -173,7 +187,8 @@ def _match(unconditional: dict[str, Any], conditional: dict[str, Any]) -> None:
                 ) from error
 
 
-def _call(network: Network, x: Tensor, time: Tensor, arguments: dict[str, Any]) -> Tensor:
+def call_network(network: Network, x: Tensor, time: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The raw output, checked: a floating-point tensor of x's shape. Raises `NetworkError`."""
     output = network(x, time, **arguments)
     if not isinstance(output, Tensor):  # diffusers models return an object with `.sample`, or a tuple
         output = output[0] if isinstance(output, tuple) and output else getattr(output, "sample", output)

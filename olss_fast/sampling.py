@@ -49,7 +49,7 @@ def sample(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     with torch.no_grad():
-        step_noise = _step_noise(plan, noise, generator)
+        step_noise = draw_step_noise(plan, noise, generator)
         parts = [
             _sample_batch(plan, denoiser, noise, samples, step_noise)
             for samples in batches(range(noise.shape[0]), batch_size or noise.shape[0])
@@ -82,7 +82,8 @@ def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
     return default
 
 
-def _step_noise(plan: Plan, noise: Tensor, generator: torch.Generator | None) -> Tensor | None:
+def draw_step_noise(plan: Plan, noise: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    """The fresh unit noises (Z, B, …) of a stochastic plan, float32; None for a deterministic one."""
     if plan.noises == 0:
         return None
     device = generator.device if generator is not None else noise.device

@@ -1,0 +1,120 @@
+"""The fused executor: one kernel between two network calls (`olss_fast.kernels.step`), buffers made once.
+
+Every table of the plan lies in device memory in the layout of `StepState`, whose room may be larger than the plan: so a
+plan, a guidance scale or a noise is replaced by writing over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast.errors import InputError, NetworkError
+from olss_fast.kernels import StepState, start, step
+from olss_fast.plan import Plan
+
+Ask = Callable[[Tensor, Tensor, int], Tensor]
+"""`ask(x, time, model)`: the raw output of network number `model`, of x's shape and dtype."""
+
+LEAST_ROOM = 16  # evaluations that a loop has room for at least, so that most plans fit where another was
+
+
+class FusedLoop:
+    """The loop of a plan over one network and one shape of noise.
+
+    like: an empty tensor (B, …) of the network's dtype, device and memory format. doubled: the network is handed both
+    halves of a guided pair, unconditional first. The network gets the same two tensors, x and its times, in every call.
+    """
+
+    backend = "fused"
+
+    def __init__(self, ask: Ask, like: Tensor, plan: Plan, *, doubled: bool) -> None:
+        if plan.branches == 2 and not doubled:
+            raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
+        self.ask, self.batch = ask, like.shape[0]
+        self.x = torch.cat([like, like]) if doubled else torch.empty_like(like)
+        self.time = torch.zeros(self.x.shape[0], dtype=torch.float32, device=like.device)
+        self.state: Any = StepState.empty(
+            self.x,
+            self.time,
+            steps=max(LEAST_ROOM, plan.nfe),
+            noises=plan.noises,
+            branches=plan.branches,
+            doubled=doubled,
+        )
+        self.plan: Plan | None = None
+
+    @property
+    def room(self) -> tuple[int, int, int]:
+        """The largest plan that fits: evaluations, noises, branches."""
+        state = self.state
+        return state.rows.shape[0] - 1, state.history.shape[0] - self._noise_start, state.branches
+
+    @property
+    def _noise_start(self) -> int:
+        steps: int = self.state.rows.shape[0] - 1
+        return 1 + steps * int(self.state.branches)
+
+    @property
+    def bytes(self) -> int:
+        """Device memory of the loop's own buffers."""
+        return sum(each.numel() * each.element_size() for each in self.state if isinstance(each, Tensor))
+
+    def fits(self, plan: Plan) -> bool:
+        steps, noises, branches = self.room
+        return plan.nfe <= steps and plan.noises <= noises and plan.branches == branches
+
+    def load(self, plan: Plan, guidance_scale: float) -> None:
+        """Writes the plan's tables and the guidance scale into device memory, where they differ from what is there."""
+        self.state.guidance.fill_(guidance_scale)
+        if plan is self.plan:
+            return
+        state, outputs = self.state, plan.noise_slice.start
+        rows = np.zeros(tuple(state.rows.shape))
+        rows[: plan.nfe + 1, :outputs] = plan.rows[:, :outputs]
+        rows[: plan.nfe + 1, self._noise_start : self._noise_start + plan.noises] = plan.rows[:, outputs:]
+        times, counts = np.zeros(len(rows)), np.zeros(len(rows))
+        times[: plan.nfe] = plan.timesteps
+        counts[: plan.nfe + 1] = [1 + max(np.flatnonzero(row), default=-1) for row in plan.rows[:, outputs:]]
+        for buffer, values in ((state.rows, rows), (state.timesteps, times), (state.noise_counts, counts)):
+            buffer.copy_(torch.from_numpy(values))
+        self.plan = plan
+
+    def fill(self, noise: Tensor, step_noise: Tensor | None) -> None:
+        """x_T, and the fresh noises (Z, B, …) of a stochastic plan."""
+        self.state.column(0).copy_(noise)
+        for z, each in enumerate([] if step_noise is None else step_noise):
+            self.state.column(self._noise_start + z).copy_(each)
+
+    def evaluate(self, model: int) -> None:
+        """One network call and the step after it."""
+        output = self.ask(self.x, self.time, model)
+        if output.dtype != self.x.dtype or output.stride() != self.x.stride():
+            output = torch.empty_like(self.x).copy_(output)
+        step(output, self.state)
+
+    def run(self) -> Tensor:
+        """The sample (B, …): a view of the network's input buffer, gone with the next run."""
+        assert self.plan is not None
+        start(self.state)
+        for model in self.plan.models.tolist():
+            self.evaluate(model)
+        return self.x[: self.batch]
+
+    def require_finite(self) -> None:
+        """NetworkError that names the first output of the last run that held NaN or infinity. Waits for the device."""
+        assert self.plan is not None
+        columns = self.state.history[: self.plan.noise_slice.start]
+        finite = torch.isfinite(columns).all(1)
+        if not bool(finite.all()):
+            column = int((~finite).nonzero()[0])
+            if column == 0:
+                raise InputError("the noise holds NaN or infinity")
+            raise NetworkError(
+                f"the network returned NaN or infinity at evaluation {(column - 1) // self.plan.branches}; lower the "
+                "guidance, or run the network in a wider dtype"
+            )

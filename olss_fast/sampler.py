@@ -1,0 +1,166 @@
+"""`olss_fast.Sampler`: a plan and a network made ready to run many times, as fast as the device allows.
+
+| backend | what happens between two network calls |
+|---|---|
+| reference | rows · basis in float64: the specification (`olss_fast.sample`) |
+| fused | one kernel: guidance, history, next input, next time (`olss_fast.executors.fused`) |
+| graph | nothing on the host: network and kernel are one CUDA graph (`olss_fast.executors.graph`) |
+
+"auto" is graph on CUDA and fused elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olss_fast.errors import InputError
+from olss_fast.executors.fused import Ask
+from olss_fast.executors.graph import require_cuda
+from olss_fast.executors.loops import Loops, Stats
+from olss_fast.network import Conditioning, Denoiser, Network, call_network, check_noise
+from olss_fast.plan import Plan
+from olss_fast.sampling import check_plan_fits, draw_step_noise, network_dtype, sample
+
+BACKENDS = ("auto", "reference", "fused", "graph")
+
+
+class Sampler:
+    """`sampler(noise, **conditioning)` runs `plan` on `network`; buffers and graphs are made once a shape.
+
+    Args:
+        plan: any Plan; `sampler.plan = other` swaps it in place.
+        network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, or a list of networks.
+        shape, dtype, device: of the noise; given a shape, everything is made ready at once, else by the first call.
+            dtype and device default to those of the network's parameters.
+        conditioning, unconditional, guidance_scale: as for `olss_fast.sample`. Arguments of a call replace those of the
+            same name here. `sampler.guidance_scale = other` swaps the scale in place.
+        backend: one of BACKENDS. A network that cannot be captured falls back to fused, and `stats()` says why.
+        unroll: one graph of the whole loop instead of one that is replayed. Swapping the plan's length captures anew.
+
+    Raises:
+        InputError, NetworkError: as `olss_fast.sample`; an unknown backend, or a graph without a CUDA device.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        network: Network | Sequence[Network],
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        conditioning: Conditioning | None = None,
+        unconditional: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+        backend: str = "auto",
+        unroll: bool = False,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+        self.networks: list[Any] = list(network) if isinstance(network, (list, tuple)) else [network]
+        self.device = torch.device(device) if device is not None else _device_of(self.networks)
+        if backend == "graph":
+            require_cuda(self.device)
+        self.backend = ("graph" if self.device.type == "cuda" else "fused") if backend == "auto" else backend
+        self.dtype = dtype or network_dtype(self.networks[0], torch.float32)
+        self.plan, self.guidance_scale = plan, guidance_scale
+        self._conditioning, self._unconditional = dict(conditioning or {}), unconditional
+        self._loops = Loops(self.networks, self.backend, unroll=unroll)
+        if shape is not None:
+            self(torch.zeros(tuple(shape), dtype=self.dtype, device=self.device))
+
+    def __call__(
+        self,
+        noise: Tensor,
+        *,
+        unconditional: Conditioning | None = None,
+        generator: torch.Generator | None = None,
+        **conditioning: Any,
+    ) -> Tensor:
+        """The samples (B, …) of unit Gaussian `noise` (B, …), in its dtype and on its device.
+
+        On the CPU outputs that are not finite raise NetworkError; on a GPU that would be a wait: `require_finite()`.
+        """
+        given = {**self._conditioning, **conditioning}
+        without = self._unconditional if unconditional is None else unconditional
+        if self.backend == "reference":
+            return sample(
+                self.plan,
+                self.networks,
+                noise,
+                conditioning=given,
+                unconditional=without,
+                guidance_scale=self.guidance_scale,
+                generator=generator,
+            )
+        with torch.no_grad():
+            result = self._run(noise, given, without, generator)
+        if result.device.type == "cpu" and not bool(torch.isfinite(result).all()):
+            self.require_finite()
+        return result
+
+    def require_finite(self) -> None:
+        """NetworkError that names the first evaluation of the last run that was not finite. Waits for the device."""
+        self._loops.require_finite()
+
+    def stats(self) -> Stats:
+        """What was done so far; see `Stats`."""
+        return Stats("reference", 0, 0, "", 0, None) if self.backend == "reference" else self._loops.stats()
+
+    def _run(
+        self, noise: Tensor, given: dict[str, Any], without: Conditioning | None, generator: torch.Generator | None
+    ) -> Tensor:
+        _check_shape(noise)
+        denoiser = Denoiser(
+            self.networks,
+            samples=noise.shape[0],
+            conditioning=given,
+            unconditional=without,
+            guidance_scale=self.guidance_scale,
+        )
+        check_plan_fits(self.plan, denoiser)
+        doubled = self.plan.branches == 2 or denoiser.guided
+        return self._loops.run(
+            self.plan,
+            noise,
+            denoiser.arguments(noise.to(self.device), doubled=doubled),
+            self._asking,
+            dtype=self.dtype,
+            device=self.device,
+            doubled=doubled,
+            guidance_scale=self.guidance_scale,
+            step_noise=draw_step_noise(self.plan, noise, generator),
+        )
+
+    def _asking(self, parts: Sequence[Mapping[str, Any]]) -> Ask:
+        """One call with the arguments of both halves, or two calls where they cannot be joined."""
+        networks = self.networks
+        if len(parts) == 1:
+            return lambda x, time, model: call_network(networks[model], x, time, parts[0])
+
+        def twice(x: Tensor, time: Tensor, model: int) -> Tensor:
+            halves = zip(x.chunk(2), time.chunk(2), parts, strict=True)
+            return torch.cat([call_network(networks[model], half, t, part).clone() for half, t, part in halves])
+
+        return twice
+
+
+def _device_of(networks: Sequence[Any]) -> torch.device:
+    for network in networks:
+        if isinstance(network, torch.nn.Module):
+            for parameter in network.parameters():
+                return parameter.device
+    return torch.device("cpu")
+
+
+def _check_shape(noise: Any) -> None:
+    if not isinstance(noise, Tensor) or noise.device.type == "cpu":
+        check_noise(noise)  # looks at the values too, which on a GPU would be a wait
+    elif not noise.is_floating_point() or noise.ndim < 2 or noise.numel() == 0:
+        raise InputError(
+            f"noise must be a floating-point tensor of shape (samples, ...), got {noise.dtype} of {tuple(noise.shape)}"
+        )

@@ -1,0 +1,258 @@
+"""The executors behind `Sampler`: all of them give what the reference gives, and swap in place what may be swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import olss_fast
+from olss_fast import NoiseSchedule, Plan, solvers
+from olss_fast.errors import InputError, NetworkError
+from olss_fast.executors import graph
+from olss_fast.executors.loops import KEPT
+from olss_fast.sampler import Sampler
+
+SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
+SHAPE = (2, 4, 6, 5)
+PLANS = {
+    "ddim": solvers.ddim(SCHEDULE, 6),
+    "unipc": solvers.unipc(SCHEDULE, 5, order=3),
+    "heun": solvers.heun(SCHEDULE, 7),
+    "ddim eta": solvers.ddim(SCHEDULE, 6, eta=1.0),
+    "ancestral": solvers.euler_ancestral(SCHEDULE, 4),
+}
+
+
+class Net(torch.nn.Module):
+    """Something that is not linear in x and feels the timestep and its condition."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.mix = torch.nn.Conv2d(4, 4, 1, dtype=dtype)
+        torch.nn.init.eye_(self.mix.weight[:, :, 0, 0])
+        self.calls = 0
+
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        self.calls += 1
+        t = (timestep / 1000).view(-1, 1, 1, 1).to(x.dtype)
+        shift = 0.0 if y is None else (y.to(x.dtype) / 10).view(-1, 1, 1, 1)
+        return scale * torch.tanh(self.mix(x) * (0.5 + t) + shift)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def noise() -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+class FakeGraph:
+    """A recorded function: what a CUDA graph does, without a device. Its replays read the same tensors."""
+
+    made = 0
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def replay(self) -> None:
+        self.function()
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(function: Callable[[], None], pool: Any) -> FakeGraph:
+        function()  # the warm-up, whose traces the loop must not keep
+        return FakeGraph(function)
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr("olss_fast.sampler.require_cuda", lambda device: None)
+
+
+GUIDED = {"conditioning": {"y": torch.tensor([3, 7])}, "unconditional": {"y": 0}, "guidance_scale": 2.5}
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("backend", ["fused", "graph", "unrolled"])
+@pytest.mark.parametrize("name", PLANS)
+def test_every_backend_is_the_reference(
+    name: str, backend: str, guided: bool, net: Net, noise: Tensor, fake_graphs: None
+) -> None:
+    how = GUIDED if guided else {"conditioning": {"y": torch.tensor([3, 7])}}
+    seeded = [torch.Generator().manual_seed(4) for _ in range(2)]
+    expected = olss_fast.sample(PLANS[name], net, noise, generator=seeded[0], **how)
+    sampler = Sampler(
+        PLANS[name], net, backend="graph" if backend == "unrolled" else backend, unroll=backend == "unrolled", **how
+    )
+    net.calls = 0
+    got = sampler(noise, generator=seeded[1])
+    warm_up = {"fused": 0, "graph": 1, "unrolled": PLANS[name].nfe}[backend]
+    assert net.calls == PLANS[name].nfe + warm_up  # one call an evaluation, guided or not
+    # float32 rows of about ten terms of size 10 against float64 ones
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert got.dtype == noise.dtype
+    assert sampler.stats().backend == ("fused" if backend == "fused" else "graph")
+
+
+def test_graph_is_bitwise_fused(net: Net, noise: Tensor, fake_graphs: None) -> None:
+    results = [Sampler(PLANS["unipc"], net, backend=backend, **GUIDED)(noise) for backend in ("fused", "graph")]
+    assert torch.equal(*results)
+
+
+def test_split_guidance(net: Net, noise: Tensor) -> None:
+    plan = PLANS["ddim"]
+    g = 2.5
+    rows = np.concatenate(
+        [plan.rows[:, :1], np.stack([(1 - g) * plan.rows[:, 1:], g * plan.rows[:, 1:]], axis=2).reshape(7, -1)], axis=1
+    )
+    split = plan.replace(rows=rows, branches=2)
+    expected = olss_fast.sample(plan, net, noise, **GUIDED)
+    torch.testing.assert_close(Sampler(split, net, backend="fused", **GUIDED)(noise), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="keeps the unconditional and the conditional output apart"):
+        Sampler(split, net, backend="fused", conditioning={"y": torch.tensor([1, 2])})(noise)
+
+
+def test_everything_is_swapped_in_place(net: Net, noise: Tensor, fake_graphs: None) -> None:
+    sampler = Sampler(PLANS["ddim"], net, backend="graph", **GUIDED)
+    sampler(noise)
+    for plan, scale, y in [(PLANS["unipc"], 2.5, [1, 2]), (PLANS["heun"], 4.0, [5, 5]), (PLANS["ddim"], 4.0, [3, 7])]:
+        sampler.plan, sampler.guidance_scale = plan, scale
+        got = sampler(noise, y=torch.tensor(y))
+        expected = olss_fast.sample(
+            plan, net, noise, **{**GUIDED, "conditioning": {"y": torch.tensor(y)}, "guidance_scale": scale}
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert sampler.stats().captures == 1
+    assert sampler.stats().replays == 6 + 5 + 7 + 6
+
+
+def test_weights_that_change_in_place_are_honoured_and_moved_ones_noticed(
+    net: Net, noise: Tensor, fake_graphs: None
+) -> None:
+    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    before = sampler(noise)
+    with torch.no_grad():
+        net.mix.weight.mul_(1.1)
+    changed = sampler(noise)
+    assert sampler.stats().captures == 1
+    assert not torch.allclose(before, changed, rtol=1e-3)
+    net.mix.weight = torch.nn.Parameter(net.mix.weight.detach().clone())
+    sampler(noise)
+    assert sampler.stats().captures == 2
+    assert sampler.stats().reason == "captured again, the parameter mix.weight was replaced"
+
+
+def test_a_network_that_cannot_be_captured_falls_back(net: Net, noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: Callable[[], None], pool: Any) -> FakeGraph:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "capture", refuse)
+    monkeypatch.setattr("olss_fast.sampler.require_cuda", lambda device: None)
+    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    torch.testing.assert_close(sampler(noise), olss_fast.sample(PLANS["ddim"], net, noise), rtol=1e-4, atol=1e-5)
+    assert sampler.stats().backend == "fused"
+    assert "RuntimeError: operation not permitted" in sampler.stats().reason
+
+
+def test_errors_of_the_network_are_no_reason_to_fall_back(noise: Tensor, fake_graphs: None) -> None:
+    with pytest.raises(NetworkError, match="returned shape"):
+        Sampler(PLANS["ddim"], lambda x, t: x[:, :1], backend="graph")(noise)
+
+
+def test_shapes_are_kept_and_the_oldest_goes(net: Net, fake_graphs: None) -> None:
+    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    for size in range(1, KEPT + 2):
+        sampler(torch.randn(size, 4, 3, 3))
+    assert sampler.stats().captures == KEPT + 1
+    sampler(torch.randn(KEPT + 1, 4, 3, 3))
+    assert sampler.stats().captures == KEPT + 1
+    sampler(torch.randn(1, 4, 3, 3))
+    assert sampler.stats().captures == KEPT + 2
+    assert sampler.stats().replays == (KEPT + 3) * 6
+
+
+@pytest.mark.parametrize("backend", ["fused", "graph"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_and_memory_formats(dtype: torch.dtype, backend: str, noise: Tensor, fake_graphs: None) -> None:
+    torch.manual_seed(0)
+    net = Net(dtype)
+    given = noise.to(dtype).to(memory_format=torch.channels_last)
+    got = Sampler(PLANS["unipc"], net, backend=backend, **GUIDED)(given)
+    assert got.dtype == dtype
+    exact = olss_fast.sample(PLANS["unipc"], net.to(torch.float64), given.double(), **GUIDED)
+    # ten roundings of half precision on values of size 10; the reference rounds the network's inputs alone
+    tolerance = {torch.float16: 2e-2, torch.bfloat16: 2e-1, torch.float64: 1e-12}[dtype]
+    assert float((got.double() - exact).abs().max()) <= tolerance
+
+
+def test_arguments_that_cannot_be_joined_take_two_calls(net: Net, noise: Tensor) -> None:
+    how = {"conditioning": {"scale": 1.0}, "unconditional": {"scale": 0.5}, "guidance_scale": 3.0}
+    got = Sampler(PLANS["ddim"], net, backend="fused", **how)(noise)
+    torch.testing.assert_close(got, olss_fast.sample(PLANS["ddim"], net, noise, **how), rtol=1e-4, atol=1e-5)
+
+
+def test_a_schedule_of_several_networks(noise: Tensor, fake_graphs: None) -> None:
+    torch.manual_seed(0)
+    nets = [Net(), Net()]
+    with torch.no_grad():
+        nets[1].mix.weight.mul_(0.5)
+    plan = PLANS["ddim"].replace(models=[0, 1, 1, 0, 1, 0])
+    expected = olss_fast.sample(plan, nets, noise)
+    for backend in ("fused", "graph"):
+        sampler = Sampler(plan, nets, backend=backend)
+        torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)
+    assert sampler.stats().captures == 2
+
+
+def test_what_is_not_finite_is_named(noise: Tensor) -> None:
+    def bad(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(t.view(-1, 1, 1, 1) < 400, torch.nan, x)
+
+    plan = PLANS["ddim"]
+    first = int(np.flatnonzero(plan.timesteps < 400)[0])
+    with pytest.raises(NetworkError, match=f"NaN or infinity at evaluation {first};"):
+        Sampler(plan, bad, backend="fused")(noise)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"backend": "graph"}, "needs a CUDA device, got cpu"),
+        ({"guidance_scale": 2.0, "shape": SHAPE}, "needs the unconditional arguments too"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], message: str, net: Net) -> None:
+    with pytest.raises(InputError, match=message):
+        Sampler(PLANS["ddim"], net, **arguments)
+
+
+def test_a_shape_makes_everything_ready(net: Net, fake_graphs: None) -> None:
+    sampler = Sampler(PLANS["ddim"], net, shape=SHAPE, backend="graph")
+    assert sampler.stats().captures == 1
+    assert sampler.stats().bytes > 0
+    assert sampler.stats().kernels_per_step == 1
+
+
+def test_reference(net: Net, noise: Tensor) -> None:
+    sampler = Sampler(PLANS["ddim"], net, backend="reference", **GUIDED)
+    assert torch.equal(sampler(noise), olss_fast.sample(PLANS["ddim"], net, noise, **GUIDED))
+    assert sampler.stats().backend == "reference"
+
+
+def test_plan_of_another_length_gets_more_room(net: Net, noise: Tensor, fake_graphs: None) -> None:
+    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    sampler(noise)
+    sampler.plan = solvers.ddim(SCHEDULE, 40)
+    expected = olss_fast.sample(sampler.plan, net, noise)
+    torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)
+    assert sampler.stats().captures == 2
+    assert isinstance(sampler.plan, Plan)
