@@ -1,0 +1,95 @@
+"""What the ops share: registration and checks. InputError says what came, what was expected and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olss_fast.errors import InputError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums are formed in, and coefficients given in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory, as a view (numel,)."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def describe(tensor: object) -> str:
+    """dtype, shape, strides and device of a tensor, for messages."""
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+
+
+def define(name: str, schema: str, run: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
+    """Registers `torch.ops.olss_fast.<name>`, which torch.compile and torch.export see through.
+
+    Not by `torch.library.custom_op`, whose bookkeeping for autograd costs a hundred microseconds a call. Gradients are
+    refused before the operator is called, see `refuse_gradients`.
+    """
+    torch.library.define(f"olss_fast::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"olss_fast::{name}", "default", run)
+    torch.library.register_fake(f"olss_fast::{name}", fake)
+
+
+def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """InputError unless `tensor` is contiguous and just so."""
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.dtype != dtype
+        or tensor.shape != shape
+        or tensor.device != device
+        or not tensor.is_contiguous()
+    ):
+        raise InputError(f"{name} is {describe(tensor)}; expected contiguous {dtype} {shape} on {device}")
+
+
+def expect_dense(name: str, tensor: Tensor) -> None:
+    """InputError unless the elements fill one stretch of memory, in any order of the dimensions."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+        raise InputError(f"{name} is {describe(tensor)}; expected a tensor of float16, bfloat16, float32 or float64")
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and tensor.numel() > 0:
+            if stride != filled:
+                raise InputError(
+                    f"{name} is {describe(tensor)}, which leaves gaps or overlaps itself; call .contiguous() first"
+                )
+            filled *= size
+
+
+def refuse_gradients(op: str, tensors: Sequence[Tensor]) -> None:
+    """InputError where autograd would have to go through an op that sampling alone uses."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise InputError(f"{op} has no gradient, but one of its tensors requires one; call it under torch.no_grad()")
+
+
+def refuse_overlaps(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """InputError where memory that is written is also somebody else's."""
+    spans = sorted(
+        (*_span(tensor), name, name in written) for name, tensor in (written | read).items() if tensor.numel() > 0
+    )
+    furthest = furthest_written = (0, "")  # the end in memory of what came so far, and whose it is
+    for begin, end, name, is_written in spans:
+        stop, other = furthest if is_written else furthest_written
+        if begin < stop:
+            raise InputError(f"{other} and {name} share memory, and one of them is written; give each its own")
+        furthest = max(furthest, (end, name))
+        if is_written:
+            furthest_written = max(furthest_written, (end, name))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    begin, items = tensor.data_ptr(), tensor.numel()
+    if not tensor.is_contiguous():
+        items = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + items * tensor.element_size()

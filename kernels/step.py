@@ -1,0 +1,320 @@
+"""One step of a plan between two network calls, in one pass: guidance, history, next network input.
+
+Symbols: N elements of one sample batch, S evaluations, b branches (`olss_fast.plan`), R >= S + 1 rows, T network times.
+With the raw output f of evaluation k (doubled batch: the unconditional half u first, then the conditional half c):
+
+    history[1 + k]                        = f                    not doubled
+    history[1 + k]                        = u + g (c - u)        doubled, b = 1; formed in float32 and rounded once
+    history[1 + 2k], history[2 + 2k]      = u, c                 doubled, b = 2
+    x = sum over known columns j of rows[k+1, j] history[j]      in float32, rounded once; both halves where doubled
+    time = timesteps[k+1]
+    k = k + 1
+
+Known are column 0 (x_T), the outputs of evaluations 0 … k, and noise_counts[k+1] columns from noise_start on. No other
+column is read: it may hold anything, NaN included. float64 data has float64 sums.
+
+Everything that differs between runs lies in device memory: plan, number of steps, guidance scale and the step itself.
+So one CUDA graph of network and step, replayed S times, is a sampler, and the next plan needs neither a compilation nor
+a capture. Nothing is read back by the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from olss_fast.errors import InputError
+from olss_fast.kernels._checks import (
+    DTYPES,
+    accumulator,
+    define,
+    describe,
+    expect,
+    expect_dense,
+    flat,
+    refuse_gradients,
+    refuse_overlaps,
+)
+from olss_fast.kernels._grid import grid
+from olss_fast.kernels.lincomb import weighted_sum
+
+
+class StepState(NamedTuple):
+    """Device memory of a run. A named tuple, so that torch.compile and torch.export see the tensors in it.
+
+    history: (columns, N) of the network's dtype; each column contiguous, in the order in which `x` lies in memory.
+        Column 0 is x_T, then come the outputs, then from `noise_start` on the fresh noises, filled in by the caller.
+    rows: (R, columns) float32 (float64 for float64 data): the plan's, with each weight in the column it belongs to.
+    timesteps: (R,) float32: what `time` becomes with each row. The entry of the last row is never used by a network.
+    guidance: () of the dtype of `rows`: the scale g.
+    finished: () int32: programs that have finished since `start`; evaluations so far = finished // `programs`.
+    noise_counts: (R,) int32: how many noises each row may read. noise_start: () int32: the column of the first.
+    x: the network's input, N elements or 2N where doubled, dense, batch outermost. time: (T,) float32, its time.
+    branches, doubled: 1 or 2 history columns an evaluation; whether the batch holds both halves of a guided pair.
+    """
+
+    history: Tensor
+    rows: Tensor
+    timesteps: Tensor
+    guidance: Tensor
+    finished: Tensor
+    noise_counts: Tensor
+    noise_start: Tensor
+    x: Tensor
+    time: Tensor
+    branches: int
+    doubled: bool
+
+    @classmethod
+    def empty(
+        cls, x: Tensor, time: Tensor, *, steps: int, noises: int = 0, branches: int = 1, doubled: bool = False
+    ) -> StepState:
+        """Room for plans of up to `steps` evaluations and `noises` noises, around a network's two inputs."""
+        columns, height = 1 + steps * branches + noises, steps + 1
+        sums = accumulator(x.dtype)
+        return cls(
+            history=x.new_empty((columns, x.numel() // (1 + doubled))),
+            rows=x.new_zeros((height, columns), dtype=sums),
+            timesteps=x.new_zeros(height, dtype=torch.float32),
+            guidance=x.new_ones((), dtype=sums),
+            finished=x.new_zeros((), dtype=torch.int32),
+            noise_counts=x.new_zeros(height, dtype=torch.int32),
+            noise_start=x.new_full((), columns - noises, dtype=torch.int32),
+            x=x,
+            time=time,
+            branches=branches,
+            doubled=doubled,
+        )
+
+    @property
+    def programs(self) -> int:
+        """What one step adds to `finished`."""
+        return grid(self.history.shape[1], self.history.element_size()).programs
+
+    def column(self, j: int) -> Tensor:
+        """History column j as a view of the shape and memory order of one half of `x`: to fill x_T and noises in."""
+        shape = (self.x.shape[0] // 2, *self.x.shape[1:]) if self.doubled else self.x.shape
+        return self.history[j].as_strided(shape, self.x.stride())
+
+    def halves(self, batch: Tensor) -> Tensor:
+        """The memory of `x` or of an output as (2, N) where doubled, else (1, N), in the order of a history column."""
+        return flat(batch).view(1 + self.doubled, self.history.shape[1])
+
+    def bytes_of_step(self, k: int, noises: int = 0) -> int:
+        """Bytes that step k moves between memory and the GPU: output, history, x; the few scalars are not counted."""
+        halves = 1 + self.doubled
+        read = halves + (1 + k * self.branches) + noises
+        written = self.branches + halves
+        return (read + written) * self.history.shape[1] * self.history.element_size()
+
+
+def start(state: StepState) -> None:
+    """The first network input, rows[0] over x_T and the noises that row 0 may read; the step counter back to 0.
+
+    Raises InputError as `step` does.
+    """
+    _check_state(state)
+    refuse_gradients("start", state[:-2])
+    torch.ops.olss_fast.start(*state)
+
+
+def step(output: Tensor, state: StepState) -> None:
+    """Takes the raw network output in and writes the next network input, or the sample after the last evaluation.
+
+    `output` has the elements of `state.x` in the same shape and memory order. All state but `rows`, `timesteps`,
+    `guidance` and the two facts about noises is written to. A step beyond the last row does nothing on a GPU, whose
+    step the host does not know, and raises on the CPU.
+
+    Raises:
+        InputError: a tensor of the wrong dtype, shape, device or strides, tensors that share memory, or that require a
+            gradient.
+    """
+    _check_state(state)
+    x = state.x
+    if (
+        not isinstance(output, Tensor)
+        or output.dtype != x.dtype
+        or output.shape != x.shape
+        or output.device != x.device
+        or not _same_order(output, x)
+    ):
+        raise InputError(f"output is {describe(output)}, x is {describe(x)}; expected both alike")
+    refuse_gradients("step", (output, *state[:-2]))
+    torch.ops.olss_fast.step(output, *state)
+
+
+# --- reference, and CPU path -----------------------------------------------------------------------------------------
+
+
+def step_reference(
+    output: Tensor,
+    history: Tensor,
+    rows: Tensor,
+    timesteps: Tensor,
+    guidance: Tensor,
+    finished: Tensor,
+    noise_counts: Tensor,
+    noise_start: Tensor,
+    x: Tensor,
+    time: Tensor,
+    branches: int,
+    doubled: bool,
+) -> None:
+    """The equations above in plain torch."""
+    tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time
+    state = StepState(*tensors, branches, doubled)
+    row = int(finished) // state.programs + 1
+    if row >= len(rows):
+        raise InputError(f"step {row - 1} was asked for, and the rows of this run end with {row - 1} steps; call start")
+    outputs = state.halves(output)
+    if doubled and branches == 1:
+        unconditional, conditional = outputs.to(rows.dtype)
+        outputs = (unconditional + guidance * (conditional - unconditional)).unsqueeze(0)
+    known = 1 + row * branches
+    history[known - branches : known] = outputs
+    _write_row(state, row, known)
+    finished += state.programs
+
+
+def start_reference(
+    history: Tensor,
+    rows: Tensor,
+    timesteps: Tensor,
+    guidance: Tensor,
+    finished: Tensor,
+    noise_counts: Tensor,
+    noise_start: Tensor,
+    x: Tensor,
+    time: Tensor,
+    branches: int,
+    doubled: bool,
+) -> None:
+    """Row 0, which no output enters."""
+    tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time
+    _write_row(StepState(*tensors, branches, doubled), 0, known=1)
+    finished.zero_()
+
+
+def _write_row(state: StepState, row: int, known: int) -> None:
+    history, weights = state.history, state.rows[row]
+    total = weighted_sum(history[:known], weights[:known])
+    begin, noises = int(state.noise_start), int(state.noise_counts[row])
+    if noises:
+        if not known <= begin <= len(history) - noises:
+            raise InputError(
+                f"row {row} may read {noises} noises from column {begin} on; expected columns {known} to "
+                f"{len(history) - 1}, those beyond the outputs"
+            )
+        total += weighted_sum(history[begin : begin + noises], weights[begin : begin + noises])
+    state.halves(state.x)[:] = total
+    state.time.copy_(state.timesteps[row])
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _run_start(*arguments: Any) -> None:
+    state = StepState(*arguments)
+    _refuse_overlaps(state, {})
+    if state.history.is_cuda:
+        _launch(None, state)
+    else:
+        start_reference(*state)
+
+
+def _run_step(output: Tensor, *arguments: Any) -> None:
+    state = StepState(*arguments)
+    _refuse_overlaps(state, {"output": output})
+    if state.history.is_cuda:
+        _launch(output, state)
+    else:
+        step_reference(output, *state)
+
+
+def _launch(output: Tensor | None, state: StepState) -> None:
+    from olss_fast.kernels._step_triton import launch
+
+    with torch.cuda.device(state.history.device):
+        launch(output, *state)
+
+
+_STATE = (
+    "Tensor rows, Tensor timesteps, Tensor guidance, Tensor(f!) finished, Tensor noise_counts, Tensor noise_start, "
+    "Tensor(x!) x, Tensor(t!) time, int branches, bool doubled) -> ()"
+)
+define("start", f"(Tensor history, {_STATE}", _run_start, fake=lambda *arguments: None)
+define("step", f"(Tensor output, Tensor(h!) history, {_STATE}", _run_step, fake=lambda output, *arguments: None)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_state(state: StepState) -> None:
+    history, rows, x = state.history, state.rows, state.x
+    if (state.branches, state.doubled) not in {(1, False), (1, True), (2, True)}:
+        raise InputError(
+            f"branches is {state.branches!r} and doubled {state.doubled!r}; expected one branch, or two of a doubled "
+            "batch, which holds the unconditional and the conditional half"
+        )
+    expect_dense("x", x)
+    _check_history(history, x, 1 + state.doubled)
+    _check_batch(x, state.doubled)
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not 1 <= rows.shape[0] <= _most_rows(state):
+        raise InputError(
+            f"rows is {describe(rows)}; expected 1 to {_most_rows(state)} rows, for which the history of "
+            f"{history.shape[0]} columns has room"
+        )
+    height, device = rows.shape[0], history.device
+    sums = accumulator(history.dtype)
+    expect("rows", rows, sums, (height, history.shape[0]), device)
+    expect("timesteps", state.timesteps, torch.float32, (height,), device)
+    expect("guidance", state.guidance, sums, (), device)
+    expect("finished", state.finished, torch.int32, (), device)
+    expect("noise_counts", state.noise_counts, torch.int32, (height,), device)
+    expect("noise_start", state.noise_start, torch.int32, (), device)
+    expect("time", state.time, torch.float32, (state.time.numel(),), device)
+
+
+def _check_history(history: Tensor, x: Tensor, halves: int) -> None:
+    size = x.numel() // halves
+    if (
+        not isinstance(history, Tensor)
+        or history.dtype not in DTYPES
+        or history.dtype != x.dtype
+        or history.device != x.device
+        or history.ndim != 2
+        or history.shape[1] * halves != x.numel()
+        or (size > 1 and history.stride(1) != 1)
+        or (history.shape[0] > 1 and history.stride(0) < size)
+    ):
+        raise InputError(
+            f"history is {describe(history)}, x is {describe(x)}; expected (columns, {size}) of x's dtype and device, "
+            "each column contiguous"
+        )
+
+
+def _check_batch(x: Tensor, doubled: bool) -> None:
+    """The halves of a doubled batch must be the halves of its memory."""
+    if not doubled or x.numel() == 0:
+        return
+    if x.ndim == 0 or x.shape[0] % 2 or x.stride(0) * x.shape[0] != x.numel():
+        raise InputError(f"x is {describe(x)}; a doubled batch has an even first dimension, outermost in memory")
+
+
+def _most_rows(state: StepState) -> int:
+    by_columns = 1 + (state.history.shape[0] - 1) // state.branches
+    return min(by_columns, (2**31 - 1) // state.programs)
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Equal strides, but for dimensions of one element, whose strides mean nothing."""
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size == 1 or first == second for size, first, second in pairs) or a.numel() == 0
+
+
+def _refuse_overlaps(state: StepState, extra: dict[str, Tensor]) -> None:
+    written = {name: getattr(state, name) for name in ("history", "finished", "x", "time")}
+    read = {name: getattr(state, name) for name in ("rows", "timesteps", "guidance", "noise_counts", "noise_start")}
+    refuse_overlaps(written, read | extra)
