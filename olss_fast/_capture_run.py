@@ -103,9 +103,9 @@ class Driver:
         self.scheduler = copy.deepcopy(scheduler)
         _check_arguments(f"{self.name}.set_timesteps", self.scheduler.set_timesteps, arguments)
         _check_arguments(f"{self.name}.step", self.scheduler.step, step_arguments)
-        counts = {} if steps is None else {"num_inference_steps": steps}
+        counts = () if steps is None else (steps,)
         with np.errstate(all="ignore"):
-            self._guarded("set_timesteps", lambda: self.scheduler.set_timesteps(**counts, **arguments))
+            self._guarded("set_timesteps", lambda: self.scheduler.set_timesteps(*counts, **arguments))
         timesteps = torch.as_tensor(self.scheduler.timesteps)
         self.timesteps = timesteps[:-1] if self.name in _ENDS_AT_CLEAN else timesteps
         self.order = int(getattr(self.scheduler, "order", 1))
