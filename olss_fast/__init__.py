@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olss_fast import demo, errors, metrics, solvers
+    from olss_fast.adapters.acceleration import accelerate
     from olss_fast.adapters.pipeline_tuning import tune_pipeline
     from olss_fast.adapters.plan_scheduler import PlanScheduler
     from olss_fast.capturing import capture
@@ -35,6 +36,7 @@ __all__ = [
     "Sampler",
     "TuneResult",
     "__version__",
+    "accelerate",
     "capture",
     "demo",
     "errors",
@@ -55,6 +57,7 @@ _HOME = {
     "Sampler": "sampler",
     "TuneResult": "tuning",
     "SchedulerMixin": "adapters.plan_scheduler",  # diffusers looks here for the base class of what it loads from here
+    "accelerate": "adapters.acceleration",
     "capture": "capturing",
     "sample": "sampling",
     "tune": "tuning",

@@ -1,0 +1,162 @@
+"""`accelerate`: pipelines whose loop is one call give the images that they gave step by step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+diffusers = pytest.importorskip("diffusers")
+
+import tiny_pipelines  # noqa: E402
+
+import olss_fast  # noqa: E402
+from olss_fast.errors import InputError, NetworkError  # noqa: E402
+from olss_fast.executors import graph  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STEPS = 5
+TOLERANCE = 1e-5  # of the largest latent: float32 rows of at most six terms
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+
+
+class Recorded:
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.replay = function
+
+
+@pytest.fixture(params=["fused", "graph"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(graph, "capture", lambda function, pool: function() or Recorded(function))
+    monkeypatch.setattr("olss_fast.adapters.acceleration.require_cuda", lambda device: None)
+    return request.param
+
+
+def call_of(pipe: Any, **changes: Any) -> dict[str, Any]:
+    call: dict[str, Any] = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)}
+    prompted = "prompt" in inspect.signature(pipe.__call__).parameters
+    call |= {"prompt": ["a", "b c"], "output_type": "latent"} if prompted else {"batch_size": 2, "output_type": "np"}
+    return call | changes
+
+
+def images(pipe: Any, **changes: Any) -> Any:
+    return torch.as_tensor(pipe(**call_of(pipe, **changes)).images)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "sdxl", "unet2d"])
+def test_the_images_are_those_of_the_loop(name: str, backend: str) -> None:
+    pipe = getattr(tiny_pipelines, name)()
+    plan = olss_fast.capture(pipe.scheduler, STEPS)
+    expected = images(pipe)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = olss_fast.accelerate(pipe, plan, backend=backend)
+    inner = pipe.unet.conv_in.register_forward_hook(count)
+    for _ in range(2):
+        calls = 0
+        assert_same(images(pipe), expected)
+    inner.remove()
+    assert calls == STEPS
+    assert handle.stats().backend == backend
+    assert handle.stats().captures == (1 if backend == "graph" else 0)
+    assert handle.stats().replays == (2 * STEPS if backend == "graph" else 0)
+
+
+def test_prompts_guidance_and_steps_change_without_a_capture(backend: str) -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    plans = [olss_fast.capture(pipe.scheduler, steps) for steps in (3, STEPS)]
+    variations: list[dict[str, Any]] = [
+        {},
+        {"prompt": ["x", "y"]},
+        {"guidance_scale": 3.0},
+        {"num_inference_steps": 3},
+    ]
+    expected = [images(pipe, **each) for each in variations]
+    handle = olss_fast.accelerate(pipe, plans, backend=backend)
+    for each, image in zip(variations, expected, strict=True):
+        assert_same(images(pipe, **each), image)
+    assert handle.stats().captures <= 1
+    without = images(pipe, guidance_scale=1.0)  # no doubled batch: another shape
+    handle.restore()
+    assert_same(without, images(pipe, guidance_scale=1.0))
+
+
+def test_restored(backend: str) -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    scheduler, attributes = pipe.scheduler, dict(vars(pipe.unet))
+    handle = olss_fast.accelerate(pipe, olss_fast.capture(scheduler, STEPS), backend=backend)
+    images(pipe)
+    handle.restore()
+    assert pipe.scheduler is scheduler
+    assert vars(pipe.unet) == attributes
+    assert images(pipe, num_inference_steps=2).shape == (2, 4, 8, 8)
+
+
+def test_calls_that_need_the_loop_get_it() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    plan = olss_fast.capture(pipe.scheduler, STEPS)
+    ancestral = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    expected = images(pipe, guidance_rescale=0.7)
+    handle = olss_fast.accelerate(pipe, plan, backend="fused")
+    assert_same(images(pipe, guidance_rescale=0.7), expected)
+    handle.restore()
+    pipe.scheduler = ancestral
+    expected = images(pipe)
+    olss_fast.accelerate(pipe, olss_fast.capture(ancestral, STEPS), backend="fused")
+    assert_same(images(pipe), expected)
+
+
+def test_other_pipelines_run_step_by_step_and_say_so() -> None:
+    pipe = tiny_pipelines.flux()
+    call = {**tiny_pipelines.embeddings(pipe), "height": 16, "width": 16, "output_type": "latent"}
+    call["num_inference_steps"] = STEPS
+
+    def run() -> Any:
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+
+    expected = run()
+    plan = olss_fast.solvers.euler(olss_fast.NoiseSchedule.flow(), STEPS)
+    with pytest.warns(UserWarning, match="FluxPipeline runs step by step"):
+        handle = olss_fast.accelerate(pipe, plan)
+    assert run().shape == expected.shape
+    assert "FluxPipeline" in handle.stats().reason
+
+
+def test_saved_as_a_plan_scheduler(tmp_path: Any) -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    plan = olss_fast.capture(pipe.scheduler, STEPS)
+    olss_fast.accelerate(pipe, plan, backend="fused")
+    pipe.scheduler.save_pretrained(tmp_path)
+    loaded = olss_fast.PlanScheduler.from_pretrained(tmp_path)
+    assert type(loaded) is olss_fast.PlanScheduler
+    assert loaded.plans == (plan,)
+
+
+def test_what_is_not_finite_is_named() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend="fused")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(NetworkError, match="NaN or infinity at evaluation 0"):
+        images(pipe)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"), [("reference", "backend is 'reference'"), ("graph", "needs a CUDA device, got cpu")]
+)
+def test_bad_backends(backend: str, message: str) -> None:
+    pipe = tiny_pipelines.unet2d()
+    with pytest.raises(InputError, match=message):
+        olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend=backend)
