@@ -34,6 +34,7 @@ scheduler divides by a signal level of 1e-3; the least clipping is of order 1.""
 
 MAGNITUDE = 100.0  # of the random tensors: far beyond every usual clipping range
 PROBE_SHAPE = (2, 3, 4, 5)
+_GRIDS = {"timesteps", "sigmas"}  # arguments of set_timesteps that say how many steps there are
 
 
 def capture(
@@ -66,7 +67,7 @@ def capture(
     arguments, stepping = dict(set_timesteps_arguments), dict(step_arguments or {})
     if steps is not None:
         steps = check_steps(steps)
-    elif not {"timesteps", "sigmas"} & set(arguments):
+    elif not _GRIDS & set(arguments):
         raise InputError("steps is None; pass a whole number of at least 1, or timesteps= or sigmas=")
     refuse_known(scheduler, stepping)
     driver = Driver(scheduler, steps, begin, arguments, stepping)
@@ -87,29 +88,28 @@ def capture(
 def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None, **changed_arguments: Any) -> Plan:
     """A captured plan again, with another `begin`, number of steps or arguments of `set_timesteps` (mu, sigmas, …).
 
-    The scheduler is made from the class and config in the plan's metadata. An argument that is None is dropped; new
-    `timesteps` or `sigmas` replace `steps`, and the other way round.
+    The scheduler is made from the class and config in the plan's metadata. New `timesteps` or `sigmas` replace the
+    number of steps, and the other way round; to replace both, pass both.
 
     Raises:
         InputError: the plan was not captured, diffusers has no such class, or the class makes another plan of the
             stored config, because the scheduler was altered by hand or diffusers is another version.
     """
     facts = _facts(plan)
-    scheduler = _scheduler(facts)
+    scheduler, step_arguments = _scheduler(facts), facts["step_arguments"]
     stored = {"begin": facts["begin"], "steps": facts["steps"], **facts["arguments"]}
-    again = capture(scheduler, step_arguments=facts["step_arguments"], **stored)
+    again = capture(scheduler, step_arguments=step_arguments, **stored)
     if again.rows.shape != plan.rows.shape or not np.allclose(again.rows, plan.rows, rtol=1e-6, atol=1e-6):
         raise InputError(
             f"{facts['class']} with the config of this plan makes other rows than the plan has; capture the scheduler "
             "itself again"
         )
-    wanted = stored | changed_arguments | ({} if begin is None else {"begin": begin})
-    if {"timesteps", "sigmas"} & set(changed_arguments):
-        wanted["steps"] = None
     if steps is not None:
-        wanted = {key: value for key, value in wanted.items() if key not in ("timesteps", "sigmas")} | {"steps": steps}
-    explicit = {key: value for key, value in wanted.items() if value is not None or key in facts["arguments"]}
-    return capture(scheduler, step_arguments=facts["step_arguments"], **explicit)
+        stored = {key: value for key, value in stored.items() if key not in _GRIDS} | {"steps": steps}
+    elif _GRIDS & set(changed_arguments):
+        stored["steps"] = None
+    starts = {} if begin is None else {"begin": begin}
+    return capture(scheduler, step_arguments=step_arguments, **{**stored, **starts, **changed_arguments})
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

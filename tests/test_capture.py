@@ -364,6 +364,7 @@ def test_other_arguments() -> None:
     assert custom == capture(scheduler, sigmas=grid, mu=0.5)
     assert recapture(custom, steps=6) == plan
     assert recapture(custom, sigmas=None, steps=6) == plan
+    assert recapture(plan, steps=3, sigmas=grid) == custom
     array = capture(scheduler, sigmas=np.array(grid), mu=0.5)
     assert array == recapture(array) == custom
 
