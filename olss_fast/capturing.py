@@ -1,7 +1,7 @@
 """Any linear diffusers scheduler as a Plan.
 
 A linear scheduler turns [x_T | f_0 … f_{S-1} | z_1 … z_Z] into network inputs and a sample by fixed coefficients. So it
-is run with unit vectors in place of these tensors (METHODS: a tensor whose last axis enumerates the basis, in float64):
+is run with unit vectors in place of these tensors (one tensor whose last axis enumerates the basis, in float64):
 what then reaches the network *is* the row of its coefficients. A second run on random tensors must agree with
 rows · basis to `LINEARITY`; a scheduler that clips, mixes pixels or looks at the values fails it and is refused.
 

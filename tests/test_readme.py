@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -35,6 +36,27 @@ def test_calls_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names["plan"].nfe == 5
     assert names["images"].shape == noise.shape
     assert set(names["result"].plans) == {5, 8}
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' deprecations
+def test_the_pipeline_calls_work_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    import tiny_pipelines
+
+    import olss_fast
+    from olss_fast.tuning import Effort
+
+    least = Effort(
+        polish_iterations=1, jacobian_samples=1, jacobian_evaluations=1, path_samples=1, node_moves=(), split_up_to=0
+    )
+    quick = functools.partial(olss_fast.tune_pipeline, teacher_steps=8, effort=least, progress=False)
+    monkeypatch.setattr(olss_fast, "tune_pipeline", quick)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "tune_pipeline(" in block)
+    names = {"olss_fast": olss_fast, "pipe": tiny_pipelines.stable_diffusion(), "prompts": list("abcd")}
+    exec(code, names)
+    assert set(names["result"].plans) == {5, 8}
+    assert names["image"].size == (16, 16)
 
 
 def test_the_two_commands() -> None:
