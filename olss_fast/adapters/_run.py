@@ -57,15 +57,19 @@ class Run:
             and model_output.is_floating_point()
         ):
             model_output = self._matching(model_output)
-        columns, arrived = [self.layout.slots[k]], [model_output]
+        layout, columns, arrived = self.layout, [self.layout.slots[k]], [model_output]
         if k == 0:
-            columns, arrived = [0, *columns], [sample, model_output]
-        elif sample is not self.returned or (self.version is not None and sample._version != self.version):
+            columns, arrived = [*columns, 0], [model_output, sample]
+        elif sample is not self.returned or (self.version is not None and _version(sample) not in (None, self.version)):
             self._take_changed(sample)
-        for column in self.layout.noise_slots[k]:
+        for column in layout.noise_slots[k]:
             columns.append(column)
             arrived.append(randn_tensor(self.shape, generator, self.device, model_output.dtype))
-        self._store(columns, arrived)
+        if self.history.requires_grad or model_output.requires_grad or sample.requires_grad:
+            for column, tensor in zip(columns, arrived, strict=True):
+                self._column(column).copy_(tensor)
+        else:  # one kernel for all, which has no derivative
+            torch._foreach_copy_([self._column(column) for column in columns], arrived)
         row = self._row(k)
         self.step, self.returned, self.version = k + 1, row, _version(row)
         return row
@@ -88,13 +92,6 @@ class Run:
             row = torch.mv(columns, self.weights[k])
         row = row.as_strided(self.shape, self.strides)
         return row if self.exact else row.to(self.dtype)
-
-    def _store(self, columns: list[int], arrived: list[Tensor]) -> None:
-        if self.history.requires_grad or any(tensor.requires_grad for tensor in arrived):
-            for column, tensor in zip(columns, arrived, strict=True):
-                self._column(column).copy_(tensor)
-        else:  # one kernel for all; it has no derivative
-            torch._foreach_copy_([self._column(column) for column in columns], arrived)
 
     def _column(self, column: int) -> Tensor:
         return self.history.as_strided(self.shape, self.strides, column * self.numel)
@@ -132,5 +129,5 @@ class Run:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to, where that is counted."""
+    """How often a tensor was written to; None where that is not counted."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

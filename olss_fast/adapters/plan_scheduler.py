@@ -232,7 +232,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if eta or other:
             self._check_arguments({"eta": eta, **other})
         run = self._run
-        if run is None:
+        if run is None or run.step == 0:
             run = self._start(timestep, sample)
         row = run.advance(model_output, sample, generator)
         if run.step == run.steps and run.readable and not torch.isfinite(row).all():
