@@ -177,14 +177,17 @@ def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwo
     schedule = network.schedule.metadata()["schedule"]
     classes = dict.fromkeys([type(scheduler), *getattr(scheduler, "compatibles", [])])
     off = {name: False for name in NONLINEAR if scheduler.config.get(name)}
-    plans = []
-    for kind in classes:
-        for nfe in steps:
-            for asked in dict.fromkeys([nfe, nfe - 1, (nfe + 1) // 2]):  # PNDM takes one more, Heun twice as many
-                plan = _captured(kind, scheduler, off, asked)
-                if plan and plan.nfe == nfe and not plan.noises and plan.metadata.get("schedule") == schedule:
-                    plans.append(plan)
-    return plans
+    found = (_captured_at(kind, scheduler, off, nfe) for kind in classes for nfe in steps)
+    return [plan for plan in found if plan and not plan.noises and plan.metadata.get("schedule") == schedule]
+
+
+def _captured_at(kind: Any, scheduler: Any, off: Mapping[str, bool], nfe: int) -> Plan | None:
+    """The plan of a scheduler class that makes `nfe` evaluations: PNDM takes one more than its steps, Heun twice."""
+    for steps in dict.fromkeys([nfe, nfe - 1, (nfe + 1) // 2]):
+        plan = _captured(kind, scheduler, off, steps)
+        if plan is not None and plan.nfe == nfe:
+            return plan
+    return None
 
 
 def _captured(kind: Any, scheduler: Any, off: Mapping[str, bool], steps: int) -> Plan | None:
