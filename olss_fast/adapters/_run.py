@@ -23,7 +23,7 @@ Generator = torch.Generator | list[torch.Generator] | None
 class Run:
     """`step` counts this plan's evaluations; `history` is (columns, numel) in the order of `Layout`.
 
-    `readable`: its values may be looked at without waiting for a device or leaving a graph. InputError for a sample
+    `readable`: its values may be looked at without waiting for a device. InputError for a sample
     that is no floating-point tensor.
     """
 
@@ -35,7 +35,7 @@ class Run:
         self.step = 0
         self.shape, self.device, self.dtype = sample.shape, sample.device, sample.dtype
         self.numel, self.kind = sample.numel(), sample.device.type
-        self.readable = self.kind == "cpu" and type(sample) is Tensor and not torch.compiler.is_compiling()
+        self.readable = self.kind == "cpu" and type(sample) is Tensor
         self.strides = torch.empty(sample.shape, device="meta").stride()
         precision = torch.float64 if sample.dtype == torch.float64 else torch.float32
         self.exact = sample.dtype == precision

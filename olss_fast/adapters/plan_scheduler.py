@@ -235,13 +235,17 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if run is None or run.step == 0:
             run = self._start(timestep, sample)
         row = run.advance(model_output, sample, generator)
-        if run.step == run.steps and run.readable and not torch.isfinite(row).all():
-            self.require_finite()
+        if run.step == run.steps and run.readable and not torch.compiler.is_compiling():
+            self._check_end(row)
         return SchedulerOutput(prev_sample=row) if return_dict else (row,)
+
+    def _check_end(self, sample: Tensor) -> None:
+        if not torch.isfinite(sample).all():
+            self.require_finite()
 
     def require_finite(self) -> None:
         """NetworkError if an output of this run held a NaN or an infinity; names the first. Waits for the device."""
-        first = None if self._run is None else self._run.first_not_finite()
+        first = None if self._run is None or self._run.step == 0 else self._run.first_not_finite()
         if first is None:
             return
         if first < 0:
