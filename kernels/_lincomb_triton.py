@@ -9,23 +9,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from olss_fast.kernels._grid import grid
+from olss_fast.kernels._grid import Grid, grid
 
 
 @triton.jit
-def add_columns(total, columns, weights, first, last, stride, lane, count, CHUNK: tl.constexpr):
-    """total + sum over first <= j < last of weights[j] columns[j], CHUNK columns in flight at a time.
+def add_columns(total, columns, weights, count, stride, lane, here, CHUNK: tl.constexpr):
+    """total + sum over j < count of weights[j] columns[j]. `columns` and `weights` point at those of j = 0.
 
-    `columns` points at this program's first element of column 0, of which it owns those with lane < count.
+    Of each column this program owns the elements with lane < here. CHUNK columns are in flight at a time.
     """
     wide = tl.cast(stride, tl.int64)
-    for start in range(first, last, CHUNK):
+    count = tl.cast(count, tl.int32)
+    for start in range(0, count, CHUNK):
+        loaded = ()
         for i in tl.static_range(CHUNK):
-            known = tl.cast(start + i, tl.int32) < last
-            weight = tl.load(weights + start + i, mask=known, other=0.0)
-            # A column that is not known has no elements to read; Triton's interpreter cannot `and` masks of two ranks.
-            column = tl.load(columns + (start + i) * wide + lane, mask=lane < tl.where(known, count, 0), other=0.0)
-            total += weight * column.to(total.dtype)
+            loaded += (load_known(columns + (start + i) * wide + lane, start + i < count, lane, here),)
+        total = add_loaded(total, loaded, weights + start, count - start)
+    return total
+
+
+@triton.jit
+def load_known(column, known, lane, here):
+    """One column, or zeros. One that is not known has no elements here: the interpreter cannot `and` both masks."""
+    return tl.load(column, mask=lane < tl.where(known, here, 0), other=0.0)
+
+
+@triton.jit
+def add_loaded(total, loaded, weights, count):
+    """total + sum over i < count of weights[i] loaded[i], once all that was asked for is on its way.
+
+    Left alone, the compiler asks for a column, waits, adds, and asks for the next; but it moves no load over a barrier,
+    and a barrier waits for no load. So the weights, without which nothing can be added, are asked for between two.
+    """
+    factors = ()
+    tl.debug_barrier()
+    for i in tl.static_range(len(loaded)):
+        factors += (tl.load(weights + i, mask=i < count, other=0.0),)
+    tl.debug_barrier()
+    for i in tl.static_range(len(loaded)):
+        total += factors[i] * loaded[i].to(total.dtype)
     return total
 
 
@@ -41,31 +63,36 @@ def _lincomb_stacked(out, tensors, weights, size, stride, count, BLOCK: tl.const
     begin, here = owned(size, BLOCK)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], weights.dtype.element_ty)
-    total = add_columns(total, tensors + begin, weights, 0, count, stride, lane, here, CHUNK)
+    total = add_columns(total, tensors + begin, weights, count, stride, lane, here, CHUNK)
     tl.store(out + begin + lane, total.to(out.dtype.element_ty), mask=lane < here)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _lincomb_separate(out, tensors, weights, size, count, BLOCK: tl.constexpr):
+def _lincomb_separate(out, tensors, weights, size, count, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     begin, here = owned(size, BLOCK)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], weights.dtype.element_ty)
-    for i in tl.static_range(len(tensors)):
-        known = i < count
-        weight = tl.load(weights + i, mask=known, other=0.0)
-        column = tl.load(tensors[i] + begin + lane, mask=lane < tl.where(known, here, 0), other=0.0)
-        total += weight * column.to(total.dtype)
+    for start in tl.static_range(0, len(tensors), CHUNK):
+        loaded = ()
+        for i in tl.static_range(CHUNK):
+            loaded += (load_known(tensors[start + i] + begin + lane, start + i < count, lane, here),)
+        total = add_loaded(total, loaded, weights + start, count - start)
     tl.store(out + begin + lane, total.to(out.dtype.element_ty), mask=lane < here)
 
 
 MOST_POINTERS = 128
 
 
+def options(cut: Grid) -> dict[str, int | bool]:
+    """How the kernels are compiled. Multiply and add are one rounding, whatever Triton's default, which changes."""
+    return {"num_warps": cut.warps, "enable_fp_fusion": True}
+
+
 def launch_stacked(out: Tensor, tensors: Tensor, weights: Tensor) -> None:
     """out (N,) = weights (k,) . tensors (k, N), all checked by the caller."""
     cut = grid(out.numel(), tensors.element_size())
     sizes = out.numel(), tensors.stride(0), len(weights)
-    _lincomb_stacked[(cut.programs,)](out, tensors, weights, *sizes, cut.block, cut.chunk, num_warps=cut.warps)
+    _lincomb_stacked[(cut.programs,)](out, tensors, weights, *sizes, cut.block, cut.chunk, **options(cut))
 
 
 def launch_separate(out: Tensor, tensors: list[Tensor], weights: Tensor) -> None:
@@ -78,8 +105,7 @@ def launch_separate(out: Tensor, tensors: list[Tensor], weights: Tensor) -> None
         return launch_stacked(out, sums, torch.ones_like(weights[: len(groups)]))
     cut = grid(out.numel(), tensors[0].element_size())
     # A kernel is compiled for each number of pointers: few numbers, filled up with pointers that are never read.
-    slots = max(4, triton.next_power_of_2(len(tensors)))
+    slots = max(cut.chunk, triton.next_power_of_2(len(tensors)))
     pointers = (*tensors, *tensors[:1] * (slots - len(tensors)))
-    _lincomb_separate[(cut.programs,)](
-        out, pointers, weights, out.numel(), len(tensors), cut.block, num_warps=cut.warps
-    )
+    sizes = out.numel(), len(tensors)
+    _lincomb_separate[(cut.programs,)](out, pointers, weights, *sizes, cut.block, cut.chunk, **options(cut))

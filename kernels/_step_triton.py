@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from olss_fast.kernels._grid import grid
-from olss_fast.kernels._lincomb_triton import add_columns, owned
+from olss_fast.kernels._lincomb_triton import add_columns, options, owned
 
 
 @triton.jit(do_not_specialize=["width", "height", "times"])
@@ -40,54 +40,70 @@ def _step(
     """x = the next row over the history of `size` elements; rows are (height, width), `time` has `times` elements."""
     begin, here = owned(size, BLOCK)
     lane = tl.arange(0, BLOCK)
-    inside = lane < here
     wide = tl.cast(stride, tl.int64)
     dtype = history.dtype.element_ty
     sums = rows.dtype.element_ty
 
-    # What does not depend on the step is asked for first.
+    # What does not depend on the step is asked for first. No branch comes before its use, behind which it could slip.
     if not START:
-        first = tl.load(output + begin + lane, mask=inside, other=0.0)
+        first = tl.load(output + begin + lane, mask=lane < here, other=0.0)
+        scale = tl.load(guidance)
         if DOUBLED:
-            second = tl.load(output + size + begin + lane, mask=inside, other=0.0)
-    if START:
-        row = 0
-    else:
-        row = tl.load(finished) // tl.num_programs(0) + 1
-        if row >= height:  # more steps than rows: no memory of ours to read or write
-            return
-    current = 1 + (row - 1) * BRANCHES if not START else 1
+            second = tl.load(output + size + begin + lane, mask=lane < here, other=0.0)
+    row, current, beyond = position(finished, height, START, BRANCHES)
+    here = tl.where(beyond, 0, here)
     weights = rows + row * width
     noise = tl.load(noise_start)
     noises = tl.load(noise_counts + row)
+    timestep = tl.load(timesteps + row)
+    if not START:
+        first_weight = tl.load(weights + current)
+        if BRANCHES == 2:
+            second_weight = tl.load(weights + current + 1)
 
     total = tl.zeros([BLOCK], sums)
-    total = add_columns(total, history + begin, weights, 0, current, stride, lane, here, CHUNK)
-    total = add_columns(total, history + begin, weights, noise, noise + noises, stride, lane, here, CHUNK)
+    total = add_columns(total, history + begin, weights, current, stride, lane, here, CHUNK)
+    # Few plans have noises: less code to fetch for those that have none.
+    total = add_columns(total, history + begin + noise * wide, weights + noise, noises, stride, lane, here, 4)
     if not START:
         slot = history + begin + current * wide + lane
         if DOUBLED and BRANCHES == 1:
             unconditional = first.to(sums)
-            guided = unconditional + tl.load(guidance) * (second.to(sums) - unconditional)
-            first = guided.to(dtype)
-        total += tl.load(weights + current) * first.to(sums)
-        tl.store(slot, first, mask=inside)
+            first = (unconditional + scale * (second.to(sums) - unconditional)).to(dtype)
+        total += first_weight * first.to(sums)
+        tl.store(slot, first, mask=lane < here)
         if BRANCHES == 2:
-            total += tl.load(weights + current + 1) * second.to(sums)
-            tl.store(slot + wide, second, mask=inside)
-    tl.store(x + begin + lane, total.to(dtype), mask=inside)
+            total += second_weight * second.to(sums)
+            tl.store(slot + wide, second, mask=lane < here)
+    tl.store(x + begin + lane, total.to(dtype), mask=lane < here)
     if DOUBLED:
-        tl.store(x + size + begin + lane, total.to(dtype), mask=inside)
-
+        tl.store(x + size + begin + lane, total.to(dtype), mask=lane < here)
     if tl.program_id(0) == 0:
-        timestep = tl.load(timesteps + row)
-        for start in range(0, times, BLOCK):
-            tl.store(time + start + lane, timestep + tl.zeros([BLOCK], tl.float32), mask=start + lane < times)
+        fill(time, timestep, tl.where(beyond, 0, times))
         if START:
             tl.store(finished, 0)
     if not START:
         tl.debug_barrier()  # all threads of this program have read `finished`
-        tl.atomic_add(finished, 1, sem="relaxed")
+        tl.atomic_add(finished, tl.where(beyond, 0, 1), sem="relaxed")
+
+
+@triton.jit
+def position(finished, height, START: tl.constexpr, BRANCHES: tl.constexpr):
+    """The row to form, the history column of the current output, and whether there is no such row: then the last."""
+    if START:
+        return 0, 1, False
+    step = tl.load(finished) // tl.num_programs(0)
+    beyond = step + 1 >= height
+    step = tl.minimum(step, height - 2)
+    return step + 1, 1 + step * BRANCHES, beyond
+
+
+@triton.jit
+def fill(values, value, count):
+    """values[:count] = value."""
+    for start in range(0, count, 32):
+        entry = start + tl.arange(0, 32)
+        tl.store(values + entry, value + tl.zeros([32], tl.float32), mask=entry < count)
 
 
 def launch(
@@ -110,4 +126,4 @@ def launch(
     sizes = size, history.stride(0), rows.shape[1], rows.shape[0], time.numel()
     known = output is None, doubled, branches, cut.block, cut.chunk
     tensors = output, history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time
-    _step[(cut.programs,)](*tensors, *sizes, *known, num_warps=cut.warps)
+    _step[(cut.programs,)](*tensors, *sizes, *known, **options(cut))

@@ -261,9 +261,9 @@ def _check_state(state: StepState) -> None:
     expect_dense("x", x)
     _check_history(history, x, 1 + state.doubled)
     _check_batch(x, state.doubled)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or not 1 <= rows.shape[0] <= _most_rows(state):
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not 2 <= rows.shape[0] <= _most_rows(state):
         raise InputError(
-            f"rows is {describe(rows)}; expected 1 to {_most_rows(state)} rows, for which the history of "
+            f"rows is {describe(rows)}; expected 2 to {_most_rows(state)} rows, for which the history of "
             f"{history.shape[0]} columns has room"
         )
     height, device = rows.shape[0], history.device
