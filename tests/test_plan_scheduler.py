@@ -176,7 +176,7 @@ def test_one_generator_a_sample() -> None:
 def test_the_number_of_steps_picks() -> None:
     heun = capture(diffusers.HeunDiscreteScheduler(**BETAS), 5)
     plans = [heun, solvers.ddim(SCHEDULE, 4), learned(solvers.unipc(SCHEDULE, 6), num_inference_steps="8")]
-    scheduler = PlanScheduler(plans)
+    scheduler = PlanScheduler({plan.nfe: plan for plan in plans}.values())
     for steps, plan, order in [(5, heun, 2), (4, plans[1], 1), (8, plans[2], 1)]:
         torch.testing.assert_close(sampled(scheduler, steps), reference(plan, NOISE), rtol=1e-10, atol=1e-10)
         assert (scheduler.order, len(scheduler.timesteps)) == (order, plan.nfe)

@@ -8,7 +8,7 @@ hands on silently from one scheduler's config to the next.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ KEPT = ("_class_name", "_use_default_values")
 def plans_from(given: Any) -> tuple[Plan, ...]:
     """Plans, or what `plans_to_config` made of them. InputError for anything else."""
     items = [given] if isinstance(given, (Plan, Mapping)) else given
-    if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):
+    if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
         raise InputError(
             f"plans is a {type(given).__name__}; expected a Plan, a list of Plans, or the config of a PlanScheduler "
             "(read plan files with Plan.load)"

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     order = 1
     __module__ = "olss_fast"  # what model_index.json of a saved pipeline names, wherever this file lies
 
-    def __init__(self, plans: Plan | Mapping[str, Any] | Sequence[Any], scheduler: Any = None) -> None:
+    def __init__(self, plans: Plan | Mapping[str, Any] | Iterable[Any], scheduler: Any = None) -> None:
         given = plans_from(plans)
         network = network_config(scheduler, given)
         config = {"_plans": plans_to_config(given), "_scheduler": network, **visible_config(network, given)}
@@ -85,7 +85,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._run: Run | None = None
 
     @classmethod
-    def from_pipe(cls, pipe: Any, plans: Plan | Sequence[Plan], *, check: bool = True) -> PlanScheduler:
+    def from_pipe(cls, pipe: Any, plans: Plan | Iterable[Plan], *, check: bool = True) -> PlanScheduler:
         """A PlanScheduler for `pipe.scheduler`, which stays as it is: assign it.
 
         InputError if the pipeline has no slot for it, or (unless `check` is False) a plan was made for another
