@@ -4,16 +4,26 @@
 registration as a torch operator. `_step_triton.py` and `_lincomb_triton.py` hold the GPU code; they, and with them
 Triton, are loaded at the first launch on a GPU.
 
-The folder lies at the root of the repository. Were it importable as plain `kernels`, it would hide the package of that
-name which diffusers and transformers import; hence the guard.
+The folder lies at the root of the repository. With that root on sys.path it would hide the package of the name
+`kernels` that transformers and diffusers look for: under that name it makes way for it, and else holds nothing.
 """
 
 from __future__ import annotations
 
-if __name__ != "olss_fast.kernels":
-    raise ImportError(f"this package was imported as {__name__!r}: it is olss_fast.kernels, import it by that name")
+if __name__ == "olss_fast.kernels":
+    from olss_fast.kernels.lincomb import lincomb
+    from olss_fast.kernels.step import StepState, start, step
 
-from olss_fast.kernels.lincomb import lincomb
-from olss_fast.kernels.step import StepState, start, step
+    __all__ = ["StepState", "lincomb", "start", "step"]
+else:
+    import os
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
 
-__all__ = ["StepState", "lincomb", "start", "step"]
+    _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    _elsewhere = [path for path in sys.path if os.path.realpath(path or os.curdir) != _root]
+    _spec = PathFinder.find_spec(__name__, _elsewhere)
+    if _spec is not None and _spec.loader is not None:
+        sys.modules[__name__] = module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[__name__])

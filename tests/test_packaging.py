@@ -64,13 +64,16 @@ def test_every_data_file_is_installed() -> None:
     assert data - installed == set()
 
 
-def test_kernels_cannot_be_imported_under_a_bare_name() -> None:
-    spec = importlib.util.spec_from_file_location("kernels", ROOT / "kernels" / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    with pytest.raises(ImportError, match="import it by that name"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+def test_the_kernels_folder_hides_no_package_of_that_name(tmp_path: Path) -> None:
+    """With the repository on sys.path, as by `python -m` in a clone, transformers still finds what it looks for."""
     assert importlib.util.find_spec("olss_fast.kernels") is not None
+    names = "names = {name for name in vars(kernels) if not name.startswith('_')}"
+    assert run_python(f"import kernels; {names}; print(names & {{'step', 'lincomb'}})").strip() == "set()"
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from kernels.inner import value\n", encoding="utf-8")
+    (tmp_path / "kernels" / "inner.py").write_text("value = 5\n", encoding="utf-8")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.value, kernels.inner.value)"
+    assert run_python(code).split() == ["5", "5"]
 
 
 def test_only_the_bindings_see_pybind11() -> None:
