@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_counts import Counter, Counts
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import olss_fast
 from olss_fast import NoiseSchedule, Plan, solvers
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors import graph
+from olss_fast.executors.fused import FusedLoop
 from olss_fast.executors.loops import KEPT
 from olss_fast.sampler import Sampler
 
@@ -256,3 +259,18 @@ def test_plan_of_another_length_gets_more_room(net: Net, noise: Tensor, fake_gra
     torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)
     assert sampler.stats().captures == 2
     assert isinstance(sampler.plan, Plan)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_kernel_a_step_and_nothing_for_the_host(dtype: torch.dtype, guided: bool) -> None:
+    """Counted with fake CUDA tensors, guidance, history, next input and next time included."""
+    plan, counts = PLANS["unipc"], Counts()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        like = torch.empty(2, 4, 64, 64, dtype=dtype, device="cuda")
+        output = torch.empty(4 if guided else 2, 4, 64, 64, dtype=dtype, device="cuda")
+        loop = FusedLoop(lambda x, time, model: output, like, plan, doubled=guided)
+        loop.plan = plan  # its tables are data: nothing of the loop depends on them
+        with Counter(counts):
+            loop.run()
+    assert counts == Counts(kernels=plan.nfe + 1, syncs=0, uploads=0)  # and one to begin with

@@ -103,7 +103,7 @@ class FusedLoop:
         start(self.state)
         for model in self.plan.models.tolist():
             self.evaluate(model)
-        return self.x[: self.batch]
+        return self.x.narrow(0, 0, self.batch)
 
     def require_finite(self) -> None:
         """NetworkError that names the first output of the last run that held NaN or infinity. Waits for the device."""

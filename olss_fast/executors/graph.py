@@ -75,14 +75,14 @@ class GraphLoop(FusedLoop):
         if self.unroll:
             self._graph(("loop", *models), super().run).replay()
             self.replays += 1
-            return self.x[: self.batch]
+            return self.x.narrow(0, 0, self.batch)
         for model in dict.fromkeys(models):  # before the first step: a warm-up runs the step too
             self._graph(model, lambda model=model: self.evaluate(model))  # type: ignore[misc]
         start(self.state)
         for model in models:
             self._graphs[model].replay()
         self.replays += len(models)
-        return self.x[: self.batch]
+        return self.x.narrow(0, 0, self.batch)
 
     def _graph(self, key: object, function: Callable[[], Any]) -> Graph:
         if key not in self._graphs:
