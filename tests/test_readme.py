@@ -34,6 +34,8 @@ def test_calls_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     exec(code, names)
     assert names["plan"].nfe == 5
+    (code,) = (block for block in blocks if "Sampler(" in block)
+    exec(code, {**names, "other": y.flip(0)})
     assert names["images"].shape == noise.shape
     assert set(names["result"].plans) == {5, 8}
 
