@@ -1,0 +1,156 @@
+"""Is a run of the benchmarks as good as the baseline?
+
+    pytest bench -m gated --benchmark-json run.json && python bench/compare.py run.json
+    python bench/compare.py --update run-1.json run-2.json run-3.json       # these are the baseline from now on
+
+Times are compared as ratios to a reference that was measured in the same run, counts exactly; a row of the baseline
+that the run lacks fails too. Exit code 0: all passed; 1: something is worse; 2: a file cannot be used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rows import Results, Row, middle, read, write_baseline
+
+from olss_fast._text import printable
+from olss_fast.errors import InputError
+
+BASELINE = Path(__file__).parent / "baseline.json"
+
+SLOWDOWN = 1.2  # what must be found
+#: A ratio may grow by this factor, half way (in logarithms) to the slowdown that must be found, so that a false alarm
+#: and a slowdown that passes are equally rare: both need a ratio to be off by log(GATE) = 0.091.
+GATE = math.sqrt(SLOWDOWN)
+#: Largest spread (of a log ratio, between runs) that a row may have: log(GATE) is then four standard deviations.
+NOISIEST = math.log(GATE) / 4
+
+FAILED = {"worse", "changed", "missing"}
+STYLES = {"worse": "red", "changed": "red", "missing": "red", "better": "green", "new": "yellow"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one figure of one row; `before` and `after` are None where a side lacks it."""
+
+    name: str
+    figure: str
+    before: float | None
+    after: float | None
+    outcome: str
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome in FAILED
+
+
+def judge(baseline: Mapping[str, Row], run: Mapping[str, Row]) -> list[Verdict]:
+    """A verdict on every ratio and every count that either side has, in the baseline's order, new ones last."""
+    names = dict.fromkeys(name for rows in (baseline, run) for name, row in rows.items() if row.gated)
+    return [verdict for name in names for verdict in _verdicts(name, baseline.get(name), run.get(name))]
+
+
+def _verdicts(name: str, before: Row | None, after: Row | None) -> Iterator[Verdict]:
+    old, new = _figures(before), _figures(after)
+    for figure in old | new:
+        yield Verdict(name, figure, old.get(figure), new.get(figure), _outcome(figure, old, new))
+
+
+def _figures(row: Row | None) -> dict[str, float]:
+    if row is None:
+        return {}
+    return ({} if row.ratio is None else {f"of {row.reference}": row.ratio}) | dict(row.counts)
+
+
+def _outcome(figure: str, old: Mapping[str, float], new: Mapping[str, float]) -> str:
+    if figure not in new:
+        return "missing"
+    if figure not in old:
+        return "new"
+    if isinstance(old[figure], int):
+        return "same" if old[figure] == new[figure] else "changed"
+    change = new[figure] / old[figure]
+    return "worse" if change > GATE else "better" if change < 1 / GATE else "same"
+
+
+def too_noisy(rows: Mapping[str, Row]) -> list[str]:
+    """Rows whose ratio moves so much between runs that the gate would not tell."""
+    return [name for name, row in rows.items() if row.spread > NOISIEST]
+
+
+def table(verdicts: list[Verdict]) -> Table:
+    made = Table("benchmark", "figure", *(Text(each, justify="right") for each in ("baseline", "now", "change")), "")
+    for each in verdicts:
+        cells = [_shown(each.before), _shown(each.after), _change(each)]
+        made.add_row(
+            *(Text(printable(text)) for text in (each.name, each.figure)),
+            *(Text(text, justify="right") for text in cells),
+            Text(each.outcome, style=STYLES.get(each.outcome, "")),
+        )
+    return made
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _change(verdict: Verdict) -> str:
+    if verdict.before is None or verdict.after is None or isinstance(verdict.before, int):
+        return ""
+    return f"{verdict.after / verdict.before - 1:+.1%}"
+
+
+def described(about: Mapping[str, Any]) -> str:
+    """One line on the machine and the tree."""
+    versions = about.get("versions")
+    listed = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "versions unknown"
+    tree = f"{str(about.get('commit'))[:10]}{' with changes' if about.get('dirty') else ''}"
+    slowdown = f"; slowed by {about['slowdown']}" if about.get("slowdown") else ""
+    return printable(f"{about.get('cpu')} x {about.get('cpus')}, {about.get('device')}; {listed}; commit {tree}{slowdown}")
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Files of `pytest bench --benchmark-json`; medians if several.")],
+    baseline: Annotated[Path, typer.Option(help="What to compare with.")] = BASELINE,
+    update: Annotated[bool, typer.Option("--update", help="Make the runs the baseline.")] = False,
+) -> None:
+    """Compare a run with the baseline, or make runs the baseline."""
+    console = Console(soft_wrap=True)
+    try:
+        results = [read(path) for path in runs]
+        passed = _update(console, baseline, results) if update else _gate(console, read(baseline), middle(results))
+    except InputError as error:
+        console.print(Text(str(error)))
+        raise typer.Exit(2) from error
+    raise typer.Exit(0 if passed else 1)
+
+
+def _update(console: Console, path: Path, runs: list[Results]) -> bool:
+    rows = write_baseline(path, runs).rows
+    noisy = too_noisy(rows)
+    console.print(Text(f"{path.name}: {len(rows)} rows, the middle of {len(runs)} runs"))
+    for name in noisy:
+        console.print(Text(f"{name}: its ratio's spread is {rows[name].spread:.1%}, too much for the gate", style="red"))
+    return not noisy
+
+
+def _gate(console: Console, baseline: Results, run: Results) -> bool:
+    verdicts = judge(baseline.rows, run.rows)
+    failed = [each for each in verdicts if each.failed]
+    console.print(Text(f"baseline: {described(baseline.about)}\nnow:      {described(run.about)}"))
+    console.print(table(verdicts))
+    summary = f"{len(failed)} of {len(verdicts)} figures failed" if failed else f"{len(verdicts)} figures passed"
+    console.print(Text(f"{summary}; a ratio may be {GATE - 1:.1%} above the baseline's"))
+    return not failed
+
+
+if __name__ == "__main__":
+    typer.run(main)
