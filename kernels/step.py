@@ -96,7 +96,9 @@ class StepState(NamedTuple):
     def column(self, j: int) -> Tensor:
         """History column j as a view of the shape and memory order of one half of `x`: to fill x_T and noises in."""
         shape = (self.x.shape[0] // 2, *self.x.shape[1:]) if self.doubled else self.x.shape
-        return self.history[j].as_strided(shape, self.x.stride())
+        outer_first = sorted(range(self.x.ndim), key=lambda axis: -self.x.stride(axis))
+        inverse = sorted(range(self.x.ndim), key=outer_first.__getitem__)
+        return self.history[j].view([shape[axis] for axis in outer_first]).permute(inverse)
 
     def halves(self, batch: Tensor) -> Tensor:
         """The memory of `x` or of an output as (2, N) where doubled, else (1, N), in the order of a history column."""
