@@ -173,9 +173,9 @@ def step_reference(
     outputs = state.halves(output)
     if doubled and branches == 1:
         unconditional, conditional = outputs.to(rows.dtype)
-        outputs = (unconditional + guidance * (conditional - unconditional)).unsqueeze(0)
+        outputs = torch.addcmul(unconditional, guidance, conditional - unconditional)
     known = 1 + row * branches
-    history[known - branches : known] = outputs
+    history[known - branches : known].copy_(outputs)
     _write_row(state, row, known)
     finished += state.programs
 
@@ -210,7 +210,7 @@ def _write_row(state: StepState, row: int, known: int) -> None:
                 f"{len(history) - 1}, those beyond the outputs"
             )
         total += weighted_sum(history[begin : begin + noises], weights[begin : begin + noises])
-    state.halves(state.x)[:] = total
+    state.halves(state.x).copy_(total)
     state.time.copy_(state.timesteps[row])
 
 
@@ -219,7 +219,9 @@ def _write_row(state: StepState, row: int, known: int) -> None:
 
 def _run_start(*arguments: Any) -> None:
     state = StepState(*arguments)
-    _refuse_overlaps(state, {})
+    written = {name: getattr(state, name) for name in ("history", "finished", "x", "time")}
+    read = {name: getattr(state, name) for name in ("rows", "timesteps", "guidance", "noise_counts", "noise_start")}
+    refuse_overlaps(written, read)
     if state.history.is_cuda:
         _launch(None, state)
     else:
@@ -228,7 +230,7 @@ def _run_start(*arguments: Any) -> None:
 
 def _run_step(output: Tensor, *arguments: Any) -> None:
     state = StepState(*arguments)
-    _refuse_overlaps(state, {"output": output})
+    refuse_overlaps({"history": state.history, "x": state.x}, {"output": output})  # `start` has seen to the others
     if state.history.is_cuda:
         _launch(output, state)
     else:
@@ -312,11 +314,7 @@ def _most_rows(state: StepState) -> int:
 
 def _same_order(a: Tensor, b: Tensor) -> bool:
     """Equal strides, but for dimensions of one element, whose strides mean nothing."""
+    if a.stride() == b.stride():
+        return True
     pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all(size == 1 or first == second for size, first, second in pairs) or a.numel() == 0
-
-
-def _refuse_overlaps(state: StepState, extra: dict[str, Tensor]) -> None:
-    written = {name: getattr(state, name) for name in ("history", "finished", "x", "time")}
-    read = {name: getattr(state, name) for name in ("rows", "timesteps", "guidance", "noise_counts", "noise_start")}
-    refuse_overlaps(written, read | extra)
