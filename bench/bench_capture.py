@@ -5,8 +5,10 @@ Both are the processor's time, the scheduler's on a small float32 sample with a 
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -42,6 +44,7 @@ CLASSES = [
     *("TCDScheduler", "UniPCMultistepScheduler"),
 ]
 LARGEST = 1.0  # seconds
+FEW = 20  # steps, of the capture that is timed again and again
 
 
 def run_seconds(scheduler: Any, steps: int, arguments: dict[str, Any]) -> float:
@@ -89,3 +92,17 @@ def bench_capture_of_every_class(benchmark: Any) -> None:
     print(f"\nlargest of {len(found)} classes: {found[slowest][0]:.3f} s")
     assert len(found) == 35
     assert found[slowest][0] <= LARGEST
+
+
+def bench_capture(versus: Callable[..., Any]) -> None:
+    """One scheduler, as often as it takes: a capture, and what it stands for, the scheduler's own run."""
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    plan = capture(scheduler, FEW)
+    counts = {"columns": plan.columns, "evaluations": plan.nfe}
+    own = copy.deepcopy(scheduler)
+    versus(
+        lambda: capture(scheduler, FEW),
+        lambda: run_seconds(own, FEW, {}),
+        name="the scheduler's own run",
+        counts=counts,
+    )

@@ -1,7 +1,7 @@
 """Fitting one row from a triangle, against plain least squares over all pixels: `pytest bench/bench_fitting.py -s`.
 
-`fold` does once what every fit needs once: the pixels of 11 columns and a target, folded chunk by chunk into a triangle,
-and one ridge solution from it. Plain least squares does the latter over the pixels themselves, the ridge as further rows.
+`fold` is what every fit needs once: the pixels of 11 columns and a target, folded chunk by chunk into a triangle, and
+one ridge solution from it. Plain least squares finds the latter from the pixels themselves, the ridge as further rows.
 `solve again` is what every later ridge, prior or path costs, once the triangle is there: it does not see the pixels.
 """
 
@@ -60,4 +60,6 @@ def bench_fold(versus: Callable[..., Any]) -> None:
 def bench_solve_again(versus: Callable[..., Any]) -> None:
     columns = recorded()
     r = fold(columns)
-    versus(lambda: ridge_solve(r, PIXELS, RIDGE, PRIOR), lambda: np.linalg.lstsq(r[:, :-1], r[:, -1]), name="lstsq of R")
+    versus(
+        lambda: ridge_solve(r, PIXELS, RIDGE, PRIOR), lambda: np.linalg.lstsq(r[:, :-1], r[:, -1]), name="lstsq of R"
+    )

@@ -7,9 +7,7 @@ torch's measured in turns in one run.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import pytest
@@ -20,7 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from olss_fast.kernels import StepState, lincomb, start, step
 
 SHAPES = {"SD 1.5": (1, 4, 64, 64), "SDXL": (1, 4, 128, 128), "16 channels": (1, 16, 128, 128)}
-ROUNDS = 15
+STEPS = [
+    *(("SD 1.5", k, dtype) for k in (3, 19) for dtype in (torch.float32, torch.bfloat16)),
+    ("16 channels", 19, torch.float32),
+]
+IN_TORCH = "torch operations one by one"
 
 
 def in_torch(output: Tensor, history: list[Tensor], weights: list[float], scale: float) -> Tensor:
@@ -51,7 +53,7 @@ class Traffic(TorchDispatchMode):
 
 @pytest.mark.parametrize("k", [0, 2, 19])
 @pytest.mark.parametrize("model", SHAPES)
-def bench_bytes_of_a_step(benchmark: Any, model: str, k: int) -> None:
+def bench_bytes_of_a_step(exactly: Callable[..., Any], benchmark: Any, model: str, k: int) -> None:
     """Step k of a guided run in half precision."""
     shape = SHAPES[model]
     x = torch.empty((2 * shape[0], *shape[1:]), dtype=torch.float16, device="meta")
@@ -59,11 +61,11 @@ def bench_bytes_of_a_step(benchmark: Any, model: str, k: int) -> None:
     columns = [torch.empty(shape, dtype=x.dtype, device="meta") for _ in range(k + 1)]
     with Traffic() as torch_traffic:
         in_torch(x, columns, [1.0] * (k + 2), 7.5)
-    ours = benchmark.pedantic(state.bytes_of_step, args=(k,))
+    ours = exactly(lambda: {"bytes": state.bytes_of_step(k)})["bytes"]
     elements = x.numel() // 2
     assert ours == 2 * elements * (6 + k)  # read u, c, x_T and k outputs; write f and x twice
     benchmark.extra_info.update(
-        bytes=ours, bytes_in_torch=torch_traffic.bytes, operations=1, operations_in_torch=torch_traffic.operations
+        bytes_in_torch=torch_traffic.bytes, operations=1, operations_in_torch=torch_traffic.operations
     )
     print(
         f"\n{model}, step {k}: {ours / 1e3:.0f} kB in 1 kernel; in torch {torch_traffic.bytes / 1e3:.0f} kB in "
@@ -71,11 +73,8 @@ def bench_bytes_of_a_step(benchmark: Any, model: str, k: int) -> None:
     )
 
 
-@pytest.mark.benchmark(timer=time.thread_time)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("k", [3, 19])
-@pytest.mark.parametrize("model", ["SD 1.5", "16 channels"])
-def bench_step_on_the_cpu(benchmark: Any, model: str, k: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("model", "k", "dtype"), STEPS, ids=str)
+def bench_step_on_the_cpu(versus: Callable[..., Any], model: str, k: int, dtype: torch.dtype) -> None:
     """Step k of a guided run against torch operations, one by one."""
     shape = SHAPES[model]
     x = torch.zeros((2 * shape[0], *shape[1:]), dtype=dtype)
@@ -92,13 +91,12 @@ def bench_step_on_the_cpu(benchmark: Any, model: str, k: int, dtype: torch.dtype
         state.finished.fill_(k * state.programs)
         step(output, state)
 
-    compare(benchmark, ours, lambda: in_torch(output, list(columns), weights, 7.5), f"{model}, step {k}, {dtype}")
+    versus(ours, lambda: in_torch(output, list(columns), weights, 7.5), name=IN_TORCH)
 
 
-@pytest.mark.benchmark(timer=time.thread_time)
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "separate"])
 @pytest.mark.parametrize("k", [4, 40])
-def bench_lincomb_on_the_cpu(benchmark: Any, k: int, stacked: bool) -> None:
+def bench_lincomb_on_the_cpu(versus: Callable[..., Any], k: int, stacked: bool) -> None:
     """k tensors of 16 x 128 x 128 in float32."""
     tensors = torch.randn(k, 16 * 128 * 128)
     weights = torch.randn(k)
@@ -111,22 +109,4 @@ def bench_lincomb_on_the_cpu(benchmark: Any, k: int, stacked: bool) -> None:
         return total
 
     torch.testing.assert_close(lincomb(given, weights), in_turn(), rtol=1e-4, atol=1e-4)
-    compare(benchmark, lambda: lincomb(given, weights), in_turn, f"lincomb of {k}")
-
-
-def compare(benchmark: Any, ours: Callable[[], Any], theirs: Callable[[], Any], what: str) -> None:
-    """Ours in the benchmark; theirs beside it, in turns, so that what else the machine does falls on both alike."""
-    torch.set_num_threads(1)
-    seconds: list[float] = []
-
-    def turn() -> None:
-        began = time.thread_time()
-        theirs()
-        seconds.append(time.thread_time() - began)
-
-    benchmark.pedantic(ours, setup=turn, rounds=ROUNDS, warmup_rounds=2)
-    if benchmark.disabled:
-        return
-    mine = benchmark.stats.stats.median
-    benchmark.extra_info.update(torch_us=1e6 * median(seconds), times_torch=median(seconds) / mine)
-    print(f"\n{what}: {1e6 * mine:.0f} us, {median(seconds) / mine:.1f} times the speed of torch operations")
+    versus(lambda: lincomb(given, weights), in_turn, name=IN_TORCH)

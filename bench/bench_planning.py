@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -53,6 +54,16 @@ def bench_plan(benchmark: Any, end: int, steps: int) -> None:
     )
     print(f"\nT = {end}, n = {steps}: {1e3 * best:.2f} ms, {twin_seconds / best:.0f} times the speed of the twin")
     assert 1e3 * best <= BUDGET[end]
+
+
+@pytest.mark.parametrize(("end", "steps"), CASES[:2])
+def bench_plan_and_twin(versus: Callable[..., Any], end: int, steps: int) -> None:
+    def twin() -> tuple[float, tuple[int, ...]]:
+        return Twin(*problem(end)).least_threshold_by_halving(steps)
+
+    found = plan(end, steps)
+    assert found.path == twin()[1]
+    versus(lambda: plan(end, steps), twin, name="the twin", counts={"proven": int(found.proven)})
 
 
 @pytest.mark.benchmark(timer=time.thread_time)

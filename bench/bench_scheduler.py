@@ -4,6 +4,8 @@ Host time: a run of 20 steps on the CPU, divided by 20; PlanScheduler and diffus
 thread, and only its processor time counts. Before timing, PlanScheduler must agree with the scheduler its plan was
 captured from. The small tensor tells what the host does; at 4 x 64 x 64 the CPU computes as well.
 
+Of these only the ratios of `bench_run` are compared with the baseline: a whole run, set_timesteps included.
+
 Operators: with fake CUDA tensors, of a step on an accelerator (see tests/helpers/kernel_counts.py): nothing is timed.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -83,10 +86,28 @@ def bench_host_time(benchmark: Any, shape: tuple[int, ...]) -> None:
         assert all(times[name] >= least for name, least in LEAST.items())
 
 
+RUNS = [((1, 4, 8, 8), "DPM++ 2M"), ((1, 4, 8, 8), "UniPC"), ((1, 4, 64, 64), "DPM++ 2M")]
+
+
+@pytest.mark.parametrize(("shape", "peer"), RUNS, ids=str)
+@torch.no_grad()
+def bench_run(versus: Callable[..., Any], shape: tuple[int, ...], peer: str) -> None:
+    tensors = torch.randn(shape), torch.randn(shape)
+    ours, reference = (schedulers()[name] for name in (OURS, peer))
+
+    def whole(scheduler: Any) -> torch.Tensor:
+        scheduler.set_timesteps(STEPS)
+        return run(scheduler, *tensors)
+
+    if peer == "DPM++ 2M":  # that of the plan
+        torch.testing.assert_close(whole(ours), whole(reference), rtol=1e-4, atol=1e-4)
+    versus(lambda: whole(ours), lambda: whole(reference), name=f"diffusers {peer}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def bench_operators_of_a_step(benchmark: Any, dtype: torch.dtype) -> None:
-    counts = {name: count(scheduler, STEPS, dtype) for name, scheduler in schedulers().items() if name != OURS}
-    counts = {OURS: benchmark.pedantic(count, args=(schedulers()[OURS], STEPS, dtype), rounds=1), **counts}
+def bench_operators_of_a_step(exactly: Callable[..., Any], benchmark: Any, dtype: torch.dtype) -> None:
+    counts = {name: count(scheduler, STEPS, dtype) for name, scheduler in schedulers().items()}
+    exactly(lambda: {what: sum(getattr(step, what) for step in counts[OURS]) for what in vars(Counts())})
     print(f"\n{dtype!s:16}{'kernels':>10}{'syncs':>8}{'uploads':>9}   a step, mean of {STEPS}")
     for name, steps in counts.items():
         means = {what: sum(getattr(step, what) for step in steps) / len(steps) for what in vars(Counts())}

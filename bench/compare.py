@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from rows import Results, Row, middle, read, write_baseline
 
@@ -87,12 +87,12 @@ def too_noisy(rows: Mapping[str, Row]) -> list[str]:
 
 
 def table(verdicts: list[Verdict]) -> Table:
-    made = Table("benchmark", "figure", *(Text(each, justify="right") for each in ("baseline", "now", "change")), "")
+    made = Table("benchmark", "figure", *(Column(each, justify="right") for each in ("baseline", "now", "change")), "")
     for each in verdicts:
         cells = [_shown(each.before), _shown(each.after), _change(each)]
         made.add_row(
             *(Text(printable(text)) for text in (each.name, each.figure)),
-            *(Text(text, justify="right") for text in cells),
+            *map(Text, cells),
             Text(each.outcome, style=STYLES.get(each.outcome, "")),
         )
     return made
@@ -114,7 +114,9 @@ def described(about: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "versions unknown"
     tree = f"{str(about.get('commit'))[:10]}{' with changes' if about.get('dirty') else ''}"
     slowdown = f"; slowed by {about['slowdown']}" if about.get("slowdown") else ""
-    return printable(f"{about.get('cpu')} x {about.get('cpus')}, {about.get('device')}; {listed}; commit {tree}{slowdown}")
+    return printable(
+        f"{about.get('cpu')} x {about.get('cpus')}, {about.get('device')}; {listed}; commit {tree}{slowdown}"
+    )
 
 
 def main(
@@ -138,7 +140,9 @@ def _update(console: Console, path: Path, runs: list[Results]) -> bool:
     noisy = too_noisy(rows)
     console.print(Text(f"{path.name}: {len(rows)} rows, the middle of {len(runs)} runs"))
     for name in noisy:
-        console.print(Text(f"{name}: its ratio's spread is {rows[name].spread:.1%}, too much for the gate", style="red"))
+        console.print(
+            Text(f"{name}: its ratio's spread is {rows[name].spread:.1%}, too much for the gate", style="red")
+        )
     return not noisy
 
 

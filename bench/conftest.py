@@ -16,7 +16,9 @@ Counts = dict[str, int]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gated: gives a ratio or counts that bench/compare.py compares with the baseline")
+    config.addinivalue_line(
+        "markers", "gated: gives a ratio or counts that bench/compare.py compares with the baseline"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ SECONDS = "seconds a call"
 
 @dataclass(frozen=True)
 class Row:
-    """One benchmark. `median` and `iqr` are of ours, in `unit`; the ratio is ours over the reference; below 1 is faster.
+    """One benchmark. `median` and `iqr` are of ours, in `unit`; the ratio is ours over the reference.
 
     `spread` is the standard deviation of the ratio's logarithm between runs: 0 where there was one.
     """
@@ -69,7 +69,9 @@ def read(path: Path) -> Results:
         return _results(_about(data), [_run_row(each) for each in _of(data, "benchmarks", list)])
     except (InputError, ValueError, RecursionError) as error:
         hint = "Write one with `pytest bench --benchmark-json FILE`"
-        raise InputError(f"{quoted(str(path))} is no file of benchmark results: {printable(str(error))}. {hint}") from error
+        raise InputError(
+            f"{quoted(str(path))} is no file of benchmark results: {printable(str(error))}. {hint}"
+        ) from error
 
 
 def write_baseline(path: Path, runs: Sequence[Results]) -> Results:
