@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -174,6 +176,11 @@ def test_torch_export_sees_through() -> None:
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert sum("olss_fast.step" in target for target in targets) == 3
     torch.testing.assert_close(program.module()(noise), Loop()(noise), rtol=0, atol=0)
+
+
+def test_triton_is_loaded_by_the_first_launch_alone() -> None:
+    code = "import sys, olss_fast.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_fake_tensors_of_a_gpu_pass() -> None:
