@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from olss_fast._text import printable, quoted
 from olss_fast.errors import InputError
 
 FORMAT = "olss-fast-bench-baseline"
+LARGEST = sys.float_info.max
 LARGEST_FILE = 1 << 28  # bytes; a run lists the time of every round
 SECONDS = "seconds a call"
 
@@ -174,6 +176,6 @@ def _of(data: Any, key: str, kind: type) -> Any:
 
 def _number(value: Any, what: str, *, least: float) -> float:
     """A finite number of at least `least`; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LARGEST:
         raise InputError(f"{what} is {quoted(value)}, expected a number of at least {least:g}")
     return float(value)
