@@ -183,7 +183,7 @@ def rounds(
     """Rounds in which each contender runs once, the order turned round every time, until `seconds` are over."""
     names = list(contenders)
     found: dict[str, list[float]] = {name: [] for name in names}
-    for contender in contenders.values():
+    for contender in () if device.dry else contenders.values():
         contender.prepare()
         contender.run()
     started, done = time.perf_counter(), 0

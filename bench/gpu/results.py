@@ -48,7 +48,10 @@ class OutOfTime(BaseException):
 
 @dataclass
 class Bench:
-    """What a section is handed. `end` and `until`: when the whole bench and this section are over, monotonic time."""
+    """What a section is handed. `end` and `until`: when the whole bench and this section are over, monotonic time.
+
+    `interruptible`: whether a section runs, which OutOfTime may end; what is between two sections is never cut short.
+    """
 
     device: Device
     out: Path
@@ -57,6 +60,7 @@ class Bench:
     until: float = 0.0
     section: str = ""
     part: str = ""
+    interruptible: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -100,6 +104,9 @@ class Bench:
             self.add(name, 1, "errors", ok=False, note=note)
             print(f"  FAILED {name}: {note}", flush=True)
         self.write()
+
+    def free(self) -> None:
+        """Gives memory back that nothing refers to any more."""
         gc.collect()
         if not self.dry:
             torch.cuda.empty_cache()
@@ -110,10 +117,14 @@ class Bench:
         self.section, self.part, self.until = name, name, min(self.end, started + seconds)
         print(f"{name} ({self.end - started:.0f} s left in all)", flush=True)
         before = self.device.state()
+        self.interruptible = True
         try:
             section(self)
         except OutOfTime:
             self.skip(self.part, "the time of the whole bench was over while it ran")
+        finally:
+            self.interruptible = False
+        self.free()
         took = time.monotonic() - started
         self.log.append({"section": name, "seconds": took, "before": before, "after": self.device.state()})
         self.write()

@@ -67,11 +67,17 @@ class Steps:
             step(self.outputs[at], self.states[at]._replace(finished=counter))
 
     def error(self) -> float:
-        """Of what the last launch wrote, over what float32 sums and one rounding may err."""
+        """`excess` of the first elements that the last launch wrote."""
         state = self.states[(self.launches - 1) % len(self.states)]
         terms = state.rows[-1].double()[:, None] * state.history[:, :CHECKED].double()
-        allowed = torch.finfo(state.x.dtype).eps * terms.sum(0).abs() + (self.k + 2) * 2.0**-23 * terms.abs().sum(0)
-        return float(((state.halves(state.x)[0, :CHECKED].double() - terms.sum(0)).abs() / allowed).max())
+        return max(excess(half[:CHECKED], terms) for half in state.halves(state.x))
+
+
+def excess(found: Tensor, terms: Tensor) -> float:
+    """Largest error of `found` (N,) over what float32 sums of the float64 `terms` (k, N) and one rounding may err."""
+    exact = terms.sum(0)
+    allowed = torch.finfo(found.dtype).eps * exact.abs() + (len(terms) + 2) * 2.0**-23 * terms.abs().sum(0)
+    return float(((found.double() - exact).abs() / allowed).nan_to_num(torch.inf).max())
 
 
 def section(bench: Bench) -> None:
