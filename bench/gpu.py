@@ -11,6 +11,7 @@ until time is up; both files are written after every part. Exit code 1 if a chec
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import platform
 import shlex
@@ -45,6 +46,7 @@ def main() -> int:
     import step_kernel
     from results import Bench, OutOfTime
 
+    gc.freeze()  # what is imported stays: collecting garbage between networks need not look through it
     device = devices.choose(options.dry)
     out = options.out or (Path(tempfile.mkdtemp(prefix="gpu-bench-")) if options.dry else RESULTS)
     bench = Bench(device, out, _about(options, device, devices), end)
@@ -77,7 +79,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Correctness and speed on a GPU, in one JSON and one Markdown file.")
     parser.add_argument("--minutes", type=float, default=8.0, help="the whole bench ends by then (default: 8)")
     parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md (default: bench/results)")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels to use where a package is not installed")
+    parser.add_argument(
+        "--wheels", type=Path, help="folder of wheels for what is not installed: diffusers, and what it imports"
+    )
     parser.add_argument("--commit", help="where the tree has no git: the commit that it is")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be given several times")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny sizes, graphs that are recorded functions")

@@ -207,6 +207,8 @@ def choose(dry: bool) -> Device:
         return Dry()
     if not torch.cuda.is_available():
         raise SystemExit("bench/gpu.py needs a CUDA device; --dry tries it out without one")
+    import triton  # noqa: F401 - not something to skip rows for
+
     return Cuda()
 
 

@@ -137,7 +137,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition)
         pixels = self.out(tokens).transpose(1, 2).reshape(len(x), 16, self.side, self.side)
-        return nn.functional.pixel_shuffle(pixels, 2)
+        return nn.functional.pixel_shuffle(pixels, 2).contiguous()
 
 
 class DiTBlock(nn.Module):
@@ -171,6 +171,7 @@ class Architecture:
     conditioning: Mapping[str, tuple[int, ...]]
     guided: bool = True
     flow: bool = False
+    channels_last: bool = False
     peers: tuple[str, ...] = PEERS
     labels: tuple[str, ...] = ()
 
@@ -179,7 +180,7 @@ class Architecture:
         with device:
             module = self.make({**self.config, **(DRY[name] if dry else {})})
         module = module.to(dtype).eval().requires_grad_(False)
-        return module if self.flow else module.to(memory_format=torch.channels_last)
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
     def inputs(
         self, batch: int, device: torch.device, dtype: torch.dtype, *, dry: bool
@@ -193,7 +194,7 @@ class Architecture:
             else torch.randn((batch, *self._cut(name, shape, dry)), device=device, dtype=dtype)
             for name, shape in self.conditioning.items()
         }
-        return noise if self.flow else noise.to(memory_format=torch.channels_last), given
+        return noise.to(memory_format=torch.channels_last) if self.channels_last else noise, given
 
     def _cut(self, name: str, shape: tuple[int, ...], dry: bool) -> tuple[int, ...]:
         if not dry or name not in ("prompt", "places"):
@@ -201,15 +202,16 @@ class Architecture:
         return (4, 8) if name == "prompt" else (4 + self.dry_shape[0], 3)
 
 
-UNET_SHAPES = {"shape": (4, 64, 64), "dry_shape": (4, 4, 4)}
+LATENTS = {"shape": (4, 64, 64), "dry_shape": (4, 4, 4)}
 ARCHITECTURES = {
-    SD15: Architecture(UNet, UNET_SD15, **UNET_SHAPES, conditioning={"prompt": (77, 768)}),
+    SD15: Architecture(UNet, UNET_SD15, **LATENTS, conditioning={"prompt": (77, 768)}, channels_last=True),
     SDXL: Architecture(
         UNet,
         UNET_SDXL,
         shape=(4, 128, 128),
         dry_shape=(4, 4, 4),
         conditioning={"prompt": (77, 2048), "pooled": (1280,), "sizes": (6,)},
+        channels_last=True,
     ),
     FLUX: Architecture(
         Flux,
@@ -221,5 +223,5 @@ ARCHITECTURES = {
         flow=True,
         peers=("flow Euler",),
     ),
-    DIT: Architecture(DiT, TRANSFORMER_DIT, **UNET_SHAPES, conditioning={"y": ()}, labels=("y",)),
+    DIT: Architecture(DiT, TRANSFORMER_DIT, **LATENTS, conditioning={"y": ()}, labels=("y",)),
 }

@@ -99,8 +99,8 @@ class Bench:
         except ModuleNotFoundError as error:
             self.skip(name, str(error))
         except Exception as error:
-            trace = traceback.format_exc(limit=-2).strip().splitlines()
-            note = f"{type(error).__name__}: {error}"[:300] + " | " + " ".join(trace[1:-1])[:200]
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            note = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"[:400]
             self.add(name, 1, "errors", ok=False, note=note)
             print(f"  FAILED {name}: {note}", flush=True)
         self.write()
