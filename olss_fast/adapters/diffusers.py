@@ -134,8 +134,8 @@ def _check_pipeline(folder: Path) -> None:
     kind = index.get("_class_name", "unnamed")
     if unet is None or unet[-1:] != ["UNet2DModel"]:
         raise ModelError(
-            f"{folder} holds a {kind} with unet {unet}: only pipelines of a UNet2DModel can be used, or those that take "
-            "a prompt, with --prompts FILE"
+            f"{folder} holds a {kind} with unet {unet}: only pipelines of a UNet2DModel can be used, or with --prompts "
+            "FILE those that take a prompt"
         )
     if "scheduler" not in parts:
         raise ModelError(f"{folder} holds a {kind} without a scheduler: its noise schedule is unknown")
