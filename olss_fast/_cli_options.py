@@ -22,7 +22,7 @@ ModelOption = Annotated[
 ]
 PromptsOption = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="One prompt a line, for pipelines that take a prompt. In turn."),
+    typer.Option("--prompts", metavar="FILE", help="Text, one prompt a line (# for comments), taken in turn."),
 ]
 DtypeOption = Annotated[
     str | None,

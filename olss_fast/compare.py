@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,10 +79,12 @@ def compare_denoiser(
     plans: Sequence[Plan],
     teacher: Plan,
     rivals: Sequence[Plan] = (),
+    admits: Callable[[Plan], bool] = lambda plan: True,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """`compare` for a network that already has its conditioning; `rivals` are judged beside the analytic solvers."""
+    """`compare` for a network that already has its conditioning; `rivals` are judged beside the analytic solvers, of
+    all of these only what `admits` lets through."""
     for plan in plans:
         check_plan_fits(plan, denoiser)
     start = time.perf_counter()
@@ -90,7 +92,7 @@ def compare_denoiser(
         recording = _record(teacher, denoiser, noise, Path(folder), batch_size or BATCH, progress)
         seconds, evaluations = {"record": time.perf_counter() - start}, {"record": denoiser.evaluations}
         task = Task(recording, denoiser, noise, schedule)
-        candidates = [each for nfe in steps for each in _score(nfe, plans, rivals, task, progress)]
+        candidates = [each for nfe in steps for each in _score(nfe, plans, rivals, admits, task, progress)]
     seconds["score"] = time.perf_counter() - start - seconds["record"]
     evaluations["score"] = denoiser.evaluations - evaluations["record"]
     settings = {"steps": list(steps), "teacher_steps": teacher.nfe, "guidance_scale": denoiser.guidance_scale}
@@ -126,10 +128,17 @@ def _record(
         return record(teacher, denoiser, noise, store=store, split=split, batch_size=batch_size, progress=bar.update)
 
 
-def _score(nfe: int, plans: Sequence[Plan], rivals: Sequence[Plan], task: Task, progress: bool) -> list[Candidate]:
+def _score(
+    nfe: int,
+    plans: Sequence[Plan],
+    rivals: Sequence[Plan],
+    admits: Callable[[Plan], bool],
+    task: Task,
+    progress: bool,
+) -> list[Candidate]:
     own = [plan for plan in plans if plan.nfe == nfe]
     analytic = with_rivals(solvers.candidates(task.schedule, nfe), rivals)
-    everything = own + [plan for plan in analytic if plan not in own]
+    everything = own + [plan for plan in analytic if plan not in own and admits(plan)]
     samples = range(task.noise.shape[0])
     total = expected_evaluations(everything, len(samples), FIRST)
     with _bar(f"{nfe:>2} NFE, {len(everything)} samplers", total, progress) as bar:

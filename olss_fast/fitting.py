@@ -35,13 +35,18 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Task:
-    """What every fit needs: a recorded teacher, the network that the student asks, and the noise of all samples."""
+    """What every fit needs: a recorded teacher, the network that the student asks, and the noise of all samples.
+
+    With `fixed_start` the first network input and its time are not the student's to choose: row 0 and the first
+    timestep stay the teacher's, as where a pipeline hands its own latents to the network.
+    """
 
     recording: Recording
     denoiser: Denoiser
     noise: Tensor
     schedule: NoiseSchedule
     branches: int = 1
+    fixed_start: bool = False
 
     def ask(self, x: Tensor, timestep: float, chunk: slice) -> Tensor:
         """Raw outputs (branches, B, ...) in float64."""

@@ -116,7 +116,9 @@ def tuned_guidance(plans: Iterable[Plan], guidance_scale: float | None = None) -
     try:
         (scale,) = {float(text) for text in told}
     except ValueError as error:
-        raise InputError(f"the plans were tuned at the guidance scales {sorted(told)}: name one") from error
+        raise InputError(
+            f"the plans were tuned at the guidance scales {sorted(told)}: name one (guidance_scale, --guidance-scale)"
+        ) from error
     return scale
 
 

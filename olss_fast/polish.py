@@ -214,7 +214,7 @@ def _directions(task: Task, student: Student, samples: range) -> Iterator[Direct
     first = task.recording.chunks(samples)[0]
     columns = columns_of(task, student, first)
     pixels = columns[0].numel()
-    for k in range(student.nfe):
+    for k in range(1 if task.fixed_start else 0, student.nfe):
         known = student.known(k)
         r = triangle(columns[:known]) / np.sqrt(pixels)
         kept = np.flatnonzero(np.diag(r) > COLLINEAR * np.linalg.norm(r, axis=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +35,24 @@ class Subject:
     seed: int = 0
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        scale = self.guidance_scale
+        if scale is not None and not 0.0 <= scale < math.inf:
+            raise InputError(f"--guidance-scale is {scale}: expected a number of at least 0")
+        if self.prompts is not None and self.null_class is not None:
+            raise InputError("--null-class is for class-conditional models: leave it out with --prompts")
+        if self.prompts is not None and self.model == models.DEMO:
+            raise InputError("the demo takes no prompts: leave --prompts out for it")
+
     def pipeline(self, samples: int, plans: Sequence[Plan] = ()) -> tuple[Any, list[dict[str, Any]]]:
         """The pipeline and its calls. The prompts are read first: they cost nothing to get wrong."""
         from olss_fast.adapters import pipeline_files
 
         if self.prompts is None:
             raise InputError("a pipeline needs --prompts FILE")
-        if self.model == models.DEMO or self.null_class is not None:
-            raise InputError("--prompts is for pipelines that take a prompt: leave it out for the demo and for classes")
         texts = pipeline_files.read_prompts(self.prompts)
+        if not self.progress:
+            pipeline_files.silence()
         pipe = pipeline_files.load_any_pipeline(self.model, device=self.device, dtype=self.dtype)
         scale = self._scale(plans)
         calls = pipeline_files.prompt_calls(
@@ -96,6 +106,8 @@ def tune(
         )
     from olss_fast.adapters.pipeline_tuning import tune_pipeline
 
+    if guidance_scales is not None and subject.guidance_scale is not None:
+        raise InputError("--guidance-scale and --guidance-range: give one of them")
     pipe, calls = subject.pipeline(samples or PROMPTED_SAMPLES)
     return tune_pipeline(
         pipe,

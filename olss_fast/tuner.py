@@ -103,7 +103,7 @@ class Clock:
 class Tuner:
     """Fits, polishes and judges the students of one recording.
 
-    `rivals` are judged beside the analytic solvers.
+    `rivals` are judged beside the analytic solvers, of all of these only what `admits` lets through.
     """
 
     task: Task
@@ -111,6 +111,7 @@ class Tuner:
     clock: Clock
     seed: int
     rivals: tuple[Plan, ...] = ()
+    admits: Callable[[Plan], bool] = lambda plan: True
 
     def settings(self) -> dict[str, Any]:
         """What the run was asked to do, for the report."""
@@ -127,7 +128,11 @@ class Tuner:
     def candidates(self, steps: int) -> list[Candidate]:
         """Every fit and every analytic solver of `steps` evaluations, scored on held-out noise, the winner marked."""
         fits = self._finished(steps) or self._keep(steps, list(self._fits(steps)))
-        analytic = with_rivals(solvers.candidates(self.task.schedule, steps), self.rivals)
+        analytic = [
+            plan
+            for plan in with_rivals(solvers.candidates(self.task.schedule, steps), self.rivals)
+            if self.admits(plan)
+        ]
         plans = [fit.plan for fit in fits] + analytic
         held_out = self.task.recording.split.held_out
         keep = range(len(fits))
@@ -157,7 +162,7 @@ class Tuner:
     def _files(self, steps: int) -> dict[str, Path]:
         """Where the store keeps the fits of `steps`, by kind; the name holds everything they depend on."""
         key = hashlib.sha256(
-            repr((VERSION, self.effort, self.seed, self.task.schedule.metadata())).encode()
+            repr((VERSION, self.effort, self.seed, self.task.schedule.metadata(), self.task.fixed_start)).encode()
         ).hexdigest()[:16]
         kinds = [PUBLISHED, UNIFORM, UNPOLISHED, FITTED] + ([SPLIT] if self._splits(steps) else [])
         store = self.task.recording.store

@@ -7,7 +7,7 @@ never worse than the best analytic one on held-out data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +108,8 @@ def tune_denoiser(
     steps: int | Sequence[int],
     teacher: Plan,
     rivals: Sequence[Plan] = (),
+    admits: Callable[[Plan], bool] = lambda plan: True,
+    fixed_start: bool = False,
     effort: Effort | None = None,
     held_out: int | None = None,
     batch_size: int | None = None,
@@ -115,8 +117,15 @@ def tune_denoiser(
     seed: int = 0,
     progress: bool = True,
 ) -> TuneResult:
-    """`tune` for a network that already has its conditioning and guidance."""
+    """`tune` for a network that already has its conditioning and guidance.
+
+    `admits` says which analytic plans and rivals can be run at all, `fixed_start` is that of `fitting.Task`.
+    """
     check_whole(seed=seed, least=0)
+    if effort is not None and not isinstance(effort, Effort):
+        raise InputError(f"effort is {effort!r}; expected an Effort, such as Effort.light(), or None")
+    if store is not None and not isinstance(store, (str, Path)):
+        raise InputError(f"store is {store!r}; expected a folder")
     check_whole(batch_size=batch_size, held_out=held_out, least=1)
     wanted = check_steps(steps, teacher.nfe)
     _check_teacher(teacher, schedule)
@@ -128,8 +137,8 @@ def tune_denoiser(
         opened = Store(folder, fingerprint(teacher, denoiser, noise, split, size))
         with clock.stage("record", f"Teacher, {teacher.nfe} steps", noise.shape[0] * teacher.nfe) as tick:
             recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=size, progress=tick)
-        task = Task(recording, denoiser, noise, schedule)
-        tuner = Tuner(task, effort or Effort(), clock, seed, tuple(rivals))
+        task = Task(recording, denoiser, noise, schedule, fixed_start=fixed_start)
+        tuner = Tuner(task, effort or Effort(), clock, seed, tuple(rivals), admits)
         candidates = [each for n in wanted for each in tuner.candidates(n)]
     report = Report(
         candidates=tuple(candidates),

@@ -194,6 +194,10 @@ def test_guidance_that_changes_with_the_step_is_noticed(pipe: Any) -> None:
         ([], "expected a list of keyword dictionaries"),
         ({"prompt": "a"}, "expected a list of keyword dictionaries"),
         (["a"], r"calls\[0\] is 'a'"),
+        (
+            [{"prompt": "a", "callback_on_step_end": print}],
+            r"calls\[0\] has callback_on_step_end=.*the steps of a run differ",
+        ),
         ([{"prompt": "a"}, {"promt": "a"}], r"calls\[1\] has 'promt', which StableDiffusionPipeline does not take"),
     ],
 )
@@ -207,6 +211,13 @@ def test_steps_are_not_the_callers_to_choose(pipe: Any, argument: str) -> None:
     with pytest.raises(InputError, match=rf"calls\[0\] has {argument}=.*leave it out"):  # noqa: SIM117
         with open_pipeline(pipe, [{"prompt": "a", argument: 5}], teacher_steps=STEPS):
             pass
+
+
+def test_a_controlnet_for_some_of_the_steps_is_refused() -> None:
+    pipe = tiny_pipelines.controlnet()
+    check_calls(pipe, [{"prompt": "a", "control_guidance_end": 1.0}])
+    with pytest.raises(InputError, match=r"calls\[0\] has control_guidance_end=0.5"):
+        check_calls(pipe, [{"prompt": "a", "control_guidance_end": 0.5}])
 
 
 def test_no_pipeline() -> None:

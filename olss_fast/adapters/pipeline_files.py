@@ -51,15 +51,26 @@ def load_any_pipeline(folder: str | Path, *, device: str | None = None, dtype: s
     return pipe.to(place)
 
 
+def silence() -> None:
+    """No progress bars and advice of diffusers and transformers while pipelines are loaded."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, one prompt each; empty ones and such as begin with # are left out."""
     try:
-        text = read_bounded(Path(path), LARGEST_PROMPTS, error=InputError).decode("utf-8")
+        # "sig": editors of Windows begin a file with a mark.
+        text = read_bounded(Path(path), LARGEST_PROMPTS, error=InputError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
-        raise InputError(f"{path} holds no prompts: expected one a line")
+        raise InputError(f"{path} holds no prompts: expected one a line (lines that begin with # are comments)")
     return prompts
 
 

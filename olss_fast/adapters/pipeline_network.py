@@ -24,6 +24,7 @@ from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.plan import Plan
 
 QUESTIONS = 1000  # timesteps a pipeline is given at least; a call that has used them up is begun again
 SAME_ANSWER = 1e-3  # of the norm: more than two runs of the same kernels differ by
@@ -39,10 +40,11 @@ class Slot:
 
     order = 1
 
-    def __init__(self, scheduler: Any, teacher_steps: int) -> None:
+    def __init__(self, scheduler: Any, teacher_steps: int, repeats: int | None = None) -> None:
         self._original = scheduler
         self.teacher_steps = teacher_steps
-        self.repeats = max(1, math.ceil(QUESTIONS / teacher_steps))
+        self.repeats = repeats or max(1, math.ceil(QUESTIONS / teacher_steps))
+        self.scales_noise = False
         self.schedule: NoiseSchedule | None = None
         self.begin_index: int | None = None
         self.index = 0
@@ -68,7 +70,13 @@ class Slot:
         self.schedule, self.times, self.num_inference_steps = schedule, times, self.length
         self.timesteps = times.repeat_interleave(self.repeats).to(device)
         self.sigmas = torch.as_tensor(schedule.sigma(self.timesteps.cpu().numpy()), dtype=torch.float32)
-        self.init_noise_sigma = float(schedule.start_amplitude(schedule.first) * schedule.input_scale(schedule.first))
+        self._amplitude = float(schedule.start_amplitude(schedule.first) * schedule.input_scale(schedule.first))
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What unit noise is multiplied by. That it was read says that the pipeline does so."""
+        self.scales_noise = True
+        return self._amplitude
 
     @property
     def length(self) -> int:
@@ -129,7 +137,7 @@ class Slot:
         if self.index < self.length:  # beyond it the call ends, and is begun again
             self.timesteps[self.index] = t
         x = x.to(sample.dtype)
-        return (x,) if how.get("return_dict") is False else Answer(x)
+        return (x, x) if how.get("return_dict") is False else Answer(x)  # consistency models' pipelines take two
 
     def _place_of(self, timestep: Any) -> int:
         """The index of the first timestep: where it lies in `timesteps`, of which it is a view."""
@@ -164,16 +172,24 @@ def schedule_of(scheduler: Any, mu: float | None = None) -> NoiseSchedule:
 class Session:
     """One call of a pipeline, suspended inside the scheduler's step."""
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], name: str, scheduler: Any, teacher_steps: int) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        name: str,
+        scheduler: Any,
+        teacher_steps: int,
+        repeats: int | None = None,
+    ) -> None:
         self.pipe, self.call, self.name = pipe, call, name
-        self.scheduler, self.teacher_steps = scheduler, teacher_steps
+        self.scheduler, self.teacher_steps, self.repeats = scheduler, teacher_steps, repeats
         self.run: greenlet | None = None
         self.asked = 0  # evaluations of the whole call
         self._open()
 
     def _open(self) -> None:
         """Runs the call up to its first output."""
-        self.slot = Slot(self.scheduler, self.teacher_steps)
+        self.slot = Slot(self.scheduler, self.teacher_steps, self.repeats)
         self.attributes = {**vars(self.pipe), "scheduler": self.slot}
         arguments = {**self.call, "num_inference_steps": self.slot.length}
         if "generator" in arguments:
@@ -267,9 +283,9 @@ class PipelineNetwork:
         self.first_time = float(first.times[self.begin])
         self.kept = self._kept_pixels(progress)
         start = torch.cat([session.start for session in sessions])
-        amplitude = 1.0 if self.begin else first.init_noise_sigma
+        self.scales_noise = first.scales_noise
+        amplitude = first.init_noise_sigma if self.scales_noise and not self.begin else 1.0
         self.start = start / amplitude if self.kept is None else start / amplitude * self.kept
-        self._amplitude = amplitude
 
     def _check_alike(self) -> None:
         def facts(session: Session) -> tuple[object, ...]:
@@ -304,6 +320,28 @@ class PipelineNetwork:
         for session in self.sessions[1:]:
             progress(session.ask(session.start, self.first_time).shape[0])
         return torch.cat([_left_alone(session) for session in self.sessions]).to(first.start.dtype)
+
+    def admits(self, plan: Plan) -> bool:
+        """Whether the pipeline can begin as the plan does: with noise of another amplitude only where it asks for the
+        amplitude, part of the way only where its own first image lies."""
+        if self.begin:
+            return bool(plan.rows[0, 0] == 1.0 and abs(plan.timesteps[0] - self.first_time) < 1e-3)
+        return self.scales_noise or abs(plan.rows[0, 0] - 1.0) < 1e-6
+
+    def steps_for(self, nfe: int) -> tuple[int, int]:
+        """(num_inference_steps, begin index) with which the pipeline, called like this, makes `nfe` evaluations.
+
+        Pipelines round a share of the steps in ways of their own, so they are asked; one evaluation a question.
+        """
+        session = self.sessions[0]
+        share = 1.0 - (session.slot.begin_index or 0) / session.slot.length
+        for steps in range(nfe, math.ceil((nfe + 1) / share) + 2):
+            if abs(steps * share - nfe) < 1.0 + 1e-9:
+                probe = Session(session.pipe, session.call, session.name, session.scheduler, steps, repeats=1)
+                probe.close()
+                if steps - probe.slot.begin == nfe:
+                    return steps, probe.slot.begin
+        raise InputError(f"no number of steps makes {nfe} of {type(session.pipe).__name__} at this strength")
 
     def __call__(self, x: Tensor, timestep: Tensor, sample: Tensor, **_: Any) -> Tensor:
         t = float(timestep[0])

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from tqdm import tqdm
 
 from olss_fast import solvers
@@ -34,7 +35,6 @@ from olss_fast.adapters.pipeline_calls import (
 from olss_fast.adapters.pipeline_network import PipelineNetwork, open_pipeline
 from olss_fast.capturing import capture
 from olss_fast.compare import compare_denoiser
-from olss_fast.errors import OlssError
 from olss_fast.fitting import Float64, Task
 from olss_fast.models import check_prediction
 from olss_fast.network import Denoiser
@@ -74,8 +74,8 @@ def tune_pipeline(
 
     The result's report says how the error moves for guidance scales around the tuned ones (`report.guidance`).
 
-    Cannot be tuned: pipelines whose guidance changes with the number of the step (it is noticed where the second step
-    differs), and such as change the latents' shape on the way.
+    Cannot be tuned: pipelines whose guidance changes with the number of the step (noticed where the second step
+    differs, and by arguments that say so, such as control_guidance_end), and such as change the latents' shape.
 
     Raises `InputError` (calls that fail, or differ in size, strength or shift), `NetworkError`, `ScheduleError` (the
     scheduler's noise levels are of no known kind), `StoreError`.
@@ -94,6 +94,8 @@ def tune_pipeline(
             steps=wanted,
             teacher=teacher_of(network),
             rivals=captured_rivals(pipe.scheduler, wanted, network),
+            admits=network.admits,
+            fixed_start=True,
             effort=effort,
             held_out=held_out,
             store=store,
@@ -104,7 +106,9 @@ def tune_pipeline(
         places = [network.places[i][0] for i in range(len(network.places))[-result.report.held_out :]]
     judges = sorted(set(places))[-SWEEP_SAMPLES:]
     start = time.perf_counter()
-    rows, asked = sweep_guidance(pipe, calls, judges, result.report, store=store, seed=seed, progress=progress)
+    rows, asked = sweep_guidance(
+        pipe, calls, judges, result.report, teacher_steps, store=store, seed=seed, progress=progress
+    )
     report = replace(
         result.report,
         guidance=tuple(rows),
@@ -149,8 +153,7 @@ def compare_pipeline(
 def teacher_of(network: PipelineNetwork) -> Plan:
     """DDIM on the teacher's grid, from where the calls begin."""
     times = network.sessions[0].slot.times.double().numpy()
-    plan = solvers.ddim(network.schedule, timesteps=times[network.begin :])
-    return plan.replace(metadata={**plan.metadata, "num_inference_steps": str(len(times))})
+    return solvers.ddim(network.schedule, timesteps=times[network.begin :])
 
 
 @contextmanager
@@ -177,7 +180,12 @@ def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwo
     schedule = network.schedule.metadata()["schedule"]
     classes = dict.fromkeys([type(scheduler), *getattr(scheduler, "compatibles", [])])
     off = {name: False for name in NONLINEAR if scheduler.config.get(name)}
-    found = (_captured_at(kind, scheduler, off, nfe) for kind in classes for nfe in steps)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # settings that a class does not have are no news here
+    try:
+        found = [_captured_at(kind, scheduler, off, nfe) for kind in classes for nfe in steps]
+    finally:
+        logging.set_verbosity(verbosity)
     return [plan for plan in found if plan and not plan.noises and plan.metadata.get("schedule") == schedule]
 
 
@@ -193,7 +201,7 @@ def _captured_at(kind: Any, scheduler: Any, off: Mapping[str, bool], nfe: int) -
 def _captured(kind: Any, scheduler: Any, off: Mapping[str, bool], steps: int) -> Plan | None:
     try:
         return capture(kind.from_config(scheduler.config, **off), steps) if steps else None
-    except (OlssError, TypeError, ValueError, ImportError, IndexError):  # settings that this class does not take
+    except Exception:  # settings that this class does not take: one rival less
         return None
 
 
@@ -203,25 +211,21 @@ def _labelled(result: TuneResult, pipe: Any, calls: Sequence[Call], network: Pip
     facts = {"pipeline": type(pipe).__name__, **network.full_schedule.metadata()}
     if scales:
         facts["guidance_scale"] = " to ".join(dict.fromkeys(repr(scale) for scale in (scales[0], scales[-1])))
-    share = 1.0 - network.begin / network.sessions[0].slot.teacher_steps
-    strength = argument(pipe, calls[0], "strength") if network.begin else None
+    if network.begin and (strength := argument(pipe, calls[0], "strength")) is not None:
+        facts["strength"] = repr(float(strength))
+    teacher = result.report.teacher
+    runs = {nfe: network.steps_for(nfe) if network.begin else (nfe, 0) for nfe in result.plans}
+    whole = network.steps_for(teacher.nfe) if network.begin else (teacher.nfe, 0)
 
-    def label(plan: Plan) -> Plan:
-        begin = begins_at(plan.nfe, share if strength is None else float(strength)) if network.begin else {}
-        return plan.replace(metadata={**plan.metadata, **facts, **begin})
+    def label(plan: Plan, run: tuple[int, int] | None = None) -> Plan:
+        steps, begin = run or runs[plan.nfe]
+        places = {"num_inference_steps": str(steps), "begin": str(begin)} if begin else {}
+        return plan.replace(metadata={**plan.metadata, **facts, **places})
 
     candidates = tuple(replace(each, plan=label(each.plan)) for each in result.report.candidates)
     settings = {**result.report.settings, "guidance_scale": list(scales), "pipeline": type(pipe).__name__}
-    report = replace(result.report, candidates=candidates, settings=settings)
+    report = replace(result.report, candidates=candidates, settings=settings, teacher=label(teacher, whole))
     return TuneResult({nfe: label(plan) for nfe, plan in result.plans.items()}, report)
-
-
-def begins_at(nfe: int, strength: float) -> dict[str, str]:
-    """At which `num_inference_steps` a pipeline of this `strength` makes `nfe` steps, and the index it begins at."""
-    steps = nfe
-    while int(steps * strength) < nfe:
-        steps += 1
-    return {"num_inference_steps": str(steps), "begin": str(steps - nfe), "strength": repr(strength)}
 
 
 def sweep_guidance(
@@ -229,6 +233,7 @@ def sweep_guidance(
     calls: Sequence[Call],
     judges: Sequence[int],
     report: Report,
+    teacher_steps: int,
     *,
     store: str | Path | None = None,
     seed: int = 0,
@@ -247,7 +252,7 @@ def sweep_guidance(
     for scale in tqdm(scales, desc=f"{'Guidance scales':<26}", disable=not progress):
         chosen = with_guidance(pipe, [calls[i] for i in judges], [scale])
         folder = None if store is None else Path(store) / f"guidance-{scale:g}"
-        errors, evaluations = _errors(pipe, chosen, plans, report.teacher, folder, seed + len(calls))
+        errors, evaluations = _errors(pipe, chosen, plans, report.teacher, teacher_steps, folder, seed + len(calls))
         asked += evaluations
         means = [float(each.mean()) for each in errors]
         rows += [
@@ -258,12 +263,17 @@ def sweep_guidance(
 
 
 def _errors(
-    pipe: Any, calls: Sequence[Call], plans: Sequence[Plan], teacher: Plan, store: Path | None, seed: int
+    pipe: Any,
+    calls: Sequence[Call],
+    plans: Sequence[Plan],
+    teacher: Plan,
+    teacher_steps: int,
+    store: Path | None,
+    seed: int,
 ) -> tuple[list[Float64], int]:
     """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator; and evaluations."""
-    steps = int(teacher.metadata.get("num_inference_steps", teacher.nfe))
     with ExitStack() as stack:
-        network, denoiser = stack.enter_context(_opened(pipe, calls, steps, seed, progress=False))
+        network, denoiser = stack.enter_context(_opened(pipe, calls, teacher_steps, seed, progress=False))
         folder = store or Path(stack.enter_context(TemporaryDirectory(prefix="olss-")))
         noise, samples = network.start, range(network.start.shape[0])
         split = Split(range(0), range(0), samples)
