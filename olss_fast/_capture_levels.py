@@ -2,8 +2,11 @@
 
 A row that begins a step has the levels at which the scheduler itself noises an image to that step (its add_noise or
 scale_noise, times the factor of scale_model_input): an image-to-image run starts exactly there. Evaluations inside a
-step, and schedulers without such a method, take the levels of `NoiseSchedule` at the timestep. The sample has the
-levels that the rows really reach on point-mass data, whose exact network outputs are known (`olss_fast.point_mass`).
+step, and schedulers without such a method, take the levels of `NoiseSchedule` at the timestep. Where neither is there,
+tables of the scheduler's own are read: `alphas_cumprod` at the timestep, or `sigmas` at the step, which are those of
+flow matching if none is above 1 and variance exploding otherwise. The sample has the levels that the rows really reach
+on point-mass data, whose exact network outputs are known (`olss_fast.point_mass`); where a config does not say what the
+network predicts, it is the one prediction under which every row has its levels, or left open.
 """
 
 from __future__ import annotations
@@ -17,43 +20,68 @@ from typing import Any
 import numpy as np
 import torch
 
+from olss_fast._capture_arguments import config_of, is_flow
 from olss_fast._capture_run import Driver
-from olss_fast._from_diffusers import FLOW_CLASSES
-from olss_fast.errors import ScheduleError
+from olss_fast.errors import InputError, ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Plan
 from olss_fast.point_mass import EXACT_OUTPUTS, edm_output, levels_of_rows
 
 Pair = tuple[float, float]
 
+CONSISTENT = 1e-3  # of a row's levels on point-mass data: float32 tables divided by small signal levels stay below
+NEARLY_CLEAN = 0.1  # schedulers that leave the least noise they know in the sample leave about 0.03
+
 
 @dataclass(frozen=True)
 class Levels:
-    """alphas, sigmas (S,) of the network inputs, the exact point-mass output of each, and facts for the metadata."""
+    """alphas, sigmas (S,) of the network inputs, the exact point-mass output of each, and facts for the metadata.
+
+    No outputs: what the network predicts is not known, and the sample is taken to be clean.
+    """
 
     alphas: Floats
     sigmas: Floats
-    outputs: list[Pair]
+    outputs: list[Pair] | None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def levels_of(driver: Driver, scales: list[float]) -> Levels:
-    """See the module's docstring. ScheduleError where levels or prediction are not known."""
+def levels_of(driver: Driver, scales: list[float], rows: Floats) -> Levels:
+    """See the module's docstring. ScheduleError where the levels are not known."""
     scheduler = driver.scheduler
     schedule = _schedule(scheduler)
     indices = range(driver.begin, len(driver.timesteps))
     pairs = [_input_levels(driver, schedule, i, scale) for i, scale in zip(indices, scales, strict=True)]
     alphas, sigmas = np.maximum(pairs, 0.0).T  # cos(1.5708) is -4e-6
-    if _config(scheduler).get("invert_sigmas"):  # time runs up to the data: what is called noise level is the signal's
+    if config_of(scheduler).get(
+        "invert_sigmas"
+    ):  # time runs up to the data: what is called noise level is the signal's
         alphas, sigmas = sigmas, alphas
     metadata = _metadata(scheduler, schedule)
     exact = _exact_output(driver, metadata.get("prediction_type"))
-    rows = zip(indices, alphas.tolist(), sigmas.tolist(), scales, strict=True)
-    return Levels(alphas, sigmas, [exact(*row) for row in rows], metadata)
+    if exact is None:
+        return _inferred(rows, alphas, sigmas)
+    facts = zip(indices, alphas.tolist(), sigmas.tolist(), scales, strict=True)
+    return Levels(alphas, sigmas, [exact(*fact) for fact in facts], metadata)
+
+
+def check_falling(driver: Driver, levels: Levels) -> None:
+    """InputError where noise over signal does not fall from a step to the next: timesteps or sigmas of one's own."""
+    times = driver.timesteps[driver.begin :: driver.order].tolist()
+    signal, noise = levels.alphas[:: driver.order], levels.sigmas[:: driver.order]
+    bad = np.flatnonzero(noise[1:] * signal[:-1] >= noise[:-1] * signal[1:] * (1.0 - 1e-9))  # equal but for rounding
+    if bad.size:
+        i = int(bad[0])
+        raise InputError(
+            f"the noise of {driver.name} does not fall between steps {i} and {i + 1}, at timesteps {times[i]:g} and "
+            f"{times[i + 1]:g}; expected timesteps or sigmas along which it falls at every step"
+        )
 
 
 def with_final_levels(plan: Plan, levels: Levels, name: str) -> Plan:
     """The plan with the levels that its last row reaches. ScheduleError where that is no less noisy than the first."""
+    if levels.outputs is None:
+        return plan
     signal, noise = np.maximum(levels_of_rows(plan, levels.outputs)[-1], 0.0).tolist()  # -1e-7 is rounding
     if noise * plan.alphas[0] >= signal * plan.sigmas[0]:
         raise ScheduleError(
@@ -61,11 +89,6 @@ def with_final_levels(plan: Plan, levels: Levels, name: str) -> Plan:
             f"{plan.sigmas[0]:.3g}, its sample signal {signal:.3g} and noise {noise:.3g}; take a scheduler that samples"
         )
     return plan.replace(alphas=[*plan.alphas[:-1], signal], sigmas=[*plan.sigmas[:-1], noise])
-
-
-def _config(scheduler: Any) -> Mapping[str, Any]:
-    config = getattr(scheduler, "config", {})
-    return config if isinstance(config, Mapping) else {}
 
 
 def _schedule(scheduler: Any) -> NoiseSchedule | None:
@@ -87,12 +110,16 @@ def _input_levels(driver: Driver, schedule: NoiseSchedule | None, index: int, sc
         state = _LEVELS_OF_CLASS[driver.name](driver.scheduler, index)
     if state is not None:
         return scale * state[0], scale * state[1]
-    if schedule is None:
+    if schedule is not None:
+        return _scheduled(schedule, timestep)
+    state = _from_tables(driver, index)
+    if state is None:
         raise ScheduleError(
-            f"the noise levels of {driver.name} are not known: it has neither add_noise nor scale_noise, and its "
-            "config has no betas or sigmas that are understood"
+            f"the noise levels of {driver.name} are not known: it has none of add_noise, scale_noise, alphas_cumprod "
+            "for its timesteps and falling sigmas for its steps, and its config has no betas or sigmas that are "
+            "understood; give it add_noise(original_samples, noise, timesteps)"
         )
-    return _scheduled(schedule, timestep)
+    return scale * state[0], scale * state[1]
 
 
 def _scheduled(schedule: NoiseSchedule, timestep: float) -> Pair:
@@ -119,9 +146,34 @@ def _noised(driver: Driver, index: int) -> Pair | None:
     return alpha, sigma
 
 
+def _from_tables(driver: Driver, index: int) -> Pair | None:
+    """(alpha, sigma) from the scheduler's alphas_cumprod or sigmas; None where there are none that fit."""
+    timestep = float(driver.timesteps[index])
+    signals = _table(driver.scheduler, "alphas_cumprod")
+    if timestep.is_integer() and 0 <= timestep < signals.size and np.all((signals >= 0) & (signals <= 1)):
+        signal = float(signals[int(timestep)])
+        return math.sqrt(signal), math.sqrt(1.0 - signal)
+    sigmas = _table(driver.scheduler, "sigmas")
+    if sigmas.size not in (len(driver.timesteps), len(driver.timesteps) + 1) or np.any(sigmas < 0):
+        return None
+    if np.any(np.diff(sigmas) > 0):
+        return None
+    sigma = float(sigmas[index])
+    return (1.0 if sigmas[0] > 1 else 1.0 - sigma), sigma
+
+
+def _table(scheduler: Any, name: str) -> Floats:
+    """(N,) finite numbers of an attribute; empty where there are none."""
+    try:
+        table = np.asarray(getattr(scheduler, name, ()), dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return np.empty(0)
+    return table if table.ndim == 1 and np.all(np.isfinite(table)) else np.empty(0)
+
+
 def _noises_otherwise(driver: Driver) -> bool:
     """SASolver's add_noise mixes by its betas even where it samples a flow."""
-    return driver.name == "SASolverScheduler" and bool(_config(driver.scheduler).get("use_flow_sigmas"))
+    return driver.name == "SASolverScheduler" and bool(config_of(driver.scheduler).get("use_flow_sigmas"))
 
 
 def _ipndm(scheduler: Any, index: int) -> Pair:
@@ -155,27 +207,43 @@ _PREDICTIONS = {
 
 def _metadata(scheduler: Any, schedule: NoiseSchedule | None) -> dict[str, str]:
     """prediction_type and schedule, as `NoiseSchedule.metadata` has them; less where they have no name of ours."""
-    name, config = type(scheduler).__name__, _config(scheduler)
+    name, config = type(scheduler).__name__, config_of(scheduler)
     if schedule is not None:
         return schedule.metadata()
     if name in _PREDICTIONS:
         prediction, text = _PREDICTIONS[name]
         return {"prediction_type": prediction, "schedule": f"{text}, {prediction}"}
-    if _is_flow(name, config) and not config.get("invert_sigmas"):
+    if is_flow(name, config) and not config.get("invert_sigmas"):
         count = config.get("num_train_timesteps", 1000)
         return {"prediction_type": "flow", "schedule": f"flow matching, {count} timesteps, flow"}
     prediction = str(config.get("prediction_type"))
     return {"prediction_type": prediction} if prediction in EXACT_OUTPUTS and not name.startswith("EDM") else {}
 
 
-def _is_flow(name: str, config: Mapping[str, Any]) -> bool:
-    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return bool(flow or name.startswith(FLOW_CLASSES))
+def _inferred(rows: Floats, alphas: Floats, sigmas: Floats) -> Levels:
+    """The one prediction under which the rows have their levels on point-mass data, and end nearly clean."""
+    plan = Plan(
+        timesteps=np.zeros_like(alphas), rows=rows, alphas=np.append(alphas, 1.0), sigmas=np.append(sigmas, 0.0)
+    )
+    expected = np.stack([plan.alphas, plan.sigmas], axis=1)
+    fitting: dict[str, list[Pair]] = {}
+    for prediction, exact in EXACT_OUTPUTS.items():
+        outputs = [exact(*levels) for levels in zip(alphas.tolist(), sigmas.tolist(), strict=True)]
+        error = np.abs(levels_of_rows(plan, outputs) - expected).max(axis=1)
+        if error[:-1].max() <= CONSISTENT and error[-1] <= NEARLY_CLEAN:
+            fitting[prediction] = outputs
+    if len(fitting) != 1:
+        return Levels(alphas, sigmas, None)
+    ((prediction, outputs),) = fitting.items()
+    return Levels(alphas, sigmas, outputs, {"prediction_type": prediction})
 
 
-def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, float, float, float], Pair]:
-    """(index, alpha, sigma of the network input, input scale) -> (signal, noise) of the exact point-mass output."""
-    scheduler, config = driver.scheduler, _config(driver.scheduler)
+def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, float, float, float], Pair] | None:
+    """(index, alpha, sigma of the network input, input scale) -> (signal, noise) of the exact point-mass output.
+
+    None where what the network predicts is not known.
+    """
+    scheduler, config = driver.scheduler, config_of(driver.scheduler)
     if prediction is not None:
         known = EXACT_OUTPUTS.get(prediction) or edm_output(float(config.get("sigma_data", 0.5)))
         return lambda _, alpha, sigma, __: known(alpha, sigma)
@@ -188,10 +256,7 @@ def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, floa
         return lambda index, *_: _trigonometric_output(scheduler, index)
     if driver.name in _BOUNDARIES:
         return _consistency(scheduler, _BOUNDARIES[driver.name])
-    raise ScheduleError(
-        f"what the network of {driver.name} predicts is not known; expected a config with prediction_type, one of "
-        f"{', '.join(EXACT_OUTPUTS)}"
-    )
+    return None
 
 
 def _trigonometric_output(scheduler: Any, index: int) -> Pair:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from olss_fast._capture_arguments import config_of
 from olss_fast.errors import ScheduleError
 
 _TOKENS = "it samples discrete tokens, which no linear combination makes"
@@ -50,7 +51,7 @@ def check_protocol(scheduler: Any) -> None:
 
 def refuse_known(scheduler: Any, step_arguments: Mapping[str, Any]) -> None:
     """ScheduleError for options that are known not to be linear, and for steps that need more than they are given."""
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    name, config = type(scheduler).__name__, config_of(scheduler)
     clipping = clipping_options(scheduler)
     if clipping:
         switched = ", ".join(f"{option}=False" for option in clipping)
@@ -76,14 +77,14 @@ def refuse_known(scheduler: Any, step_arguments: Mapping[str, Any]) -> None:
 
 def clipping_options(scheduler: Any) -> list[str]:
     """The options of this scheduler that clip and are on."""
-    config = getattr(scheduler, "config", {})
+    config = config_of(scheduler)
     ignored = {"clip_sample"} if type(scheduler).__name__ in _IGNORE_CLIP_SAMPLE else set()
     return [option for option in _CLIPPING if config.get(option) and option not in ignored]
 
 
 def linear_advice(scheduler: Any) -> str:
     """What may be the reason that a scheduler was found not to be linear."""
-    config = getattr(scheduler, "config", {})
+    config = config_of(scheduler)
     on = [option for option in _CLIPPING if config.get(option)]
     if on:
         return f"Switch off {', '.join(on)}"

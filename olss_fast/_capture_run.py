@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from olss_fast._capture_arguments import check_count
+from olss_fast._text import quoted
 from olss_fast.errors import InputError, ScheduleError
 
 Answer = Callable[[int], Tensor]
@@ -106,8 +108,9 @@ class Driver:
         counts = () if steps is None else (steps,)
         with np.errstate(all="ignore"):
             self._guarded("set_timesteps", lambda: self.scheduler.set_timesteps(*counts, **arguments))
-        timesteps = torch.as_tensor(self.scheduler.timesteps)
+        timesteps = _timesteps(self.name, getattr(self.scheduler, "timesteps", None))
         self.timesteps = timesteps[:-1] if self.name in _ENDS_AT_CLEAN else timesteps
+        check_count(len(self.timesteps), f"the number of timesteps of {self.name} is")
         self.order = int(getattr(self.scheduler, "order", 1))
         self.begin = _check_begin(begin, len(self.timesteps), self.order)
         self._step_arguments = dict(step_arguments)
@@ -196,6 +199,22 @@ def _step_function(
         return state
 
     return with_memory
+
+
+def _timesteps(name: str, value: Any) -> Tensor:
+    """(N,) of finite numbers on the CPU. ScheduleError for what else set_timesteps left behind."""
+    try:
+        timesteps = torch.as_tensor(value)
+        usable = timesteps.device.type == "cpu" and timesteps.ndim == 1 and len(timesteps) > 0
+        usable = usable and bool(torch.isfinite(timesteps).all())
+    except (TypeError, ValueError, RuntimeError):
+        usable = False
+    if not usable:
+        raise ScheduleError(
+            f"{name} cannot be captured: after set_timesteps its timesteps are {quoted(value)}; expected one row of "
+            "finite numbers on the CPU"
+        )
+    return timesteps
 
 
 def _check_arguments(what: str, method: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast._capture_levels import levels_of, with_final_levels
+from olss_fast._capture_arguments import GRIDS, checked_arguments, config_of
+from olss_fast._capture_levels import check_falling, levels_of, with_final_levels
 from olss_fast._capture_refusals import check_protocol, linear_advice, refuse_known
 from olss_fast._capture_run import Driver, Trace
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.plan import Floats, Plan
-from olss_fast.solvers._tape import check_steps
 
 LINEARITY = 1e-9
 """Largest deviation of a run on random tensors from rows · basis, relative to the sum of the magnitudes of the terms.
@@ -32,9 +32,8 @@ LINEARITY = 1e-9
 Both sides are float64 with at most a few hundred operations an element: honest rounding stays below 1e-13, even where a
 scheduler divides by a signal level of 1e-3; the least clipping is of order 1."""
 
-MAGNITUDE = 100.0  # of the random tensors: far beyond every usual clipping range
+MAGNITUDES = (1e-2, 1e2, 1e6)  # of the random tensors: below and beyond every usual threshold and clipping range
 PROBE_SHAPE = (2, 3, 4, 5)
-_GRIDS = {"timesteps", "sigmas"}  # arguments of set_timesteps that say how many steps there are
 
 
 def capture(
@@ -60,20 +59,20 @@ def capture(
         which `recapture` derives it anew; "method", "title", and where known "prediction_type" and "schedule".
 
     Raises:
-        InputError: `steps` below 1, arguments that the scheduler's methods do not take, a `begin` beyond the timesteps.
+        InputError: `steps` below 1, more than MAX_EVALUATIONS steps, timesteps or sigmas that are no numbers of the
+            scheduler's range or along which the noise does not fall, arguments that the scheduler's methods do not
+            take, a `begin` beyond the timesteps.
         ScheduleError: no scheduler, or not one that a Plan can hold; the message says why and what to switch off.
     """
     check_protocol(scheduler)
-    arguments, stepping = dict(set_timesteps_arguments), dict(step_arguments or {})
-    if steps is not None:
-        steps = check_steps(steps)
-    elif not _GRIDS & set(arguments):
-        raise InputError("steps is None; pass a whole number of at least 1, or timesteps= or sigmas=")
+    steps, arguments, stepping = checked_arguments(scheduler, steps, set_timesteps_arguments, step_arguments)
     refuse_known(scheduler, stepping)
     driver = Driver(scheduler, steps, begin, arguments, stepping)
     record = _record(driver, scheduler, steps, arguments, stepping)
     rows, trace = _rows(driver)
-    levels = levels_of(driver, trace.scales)
+    levels = levels_of(driver, trace.scales, rows)
+    if any(arguments.get(name) is not None for name in GRIDS):
+        check_falling(driver, levels)
     metadata = {"method": "captured", "title": _title(scheduler), "scheduler": record, **levels.metadata}
     plan = Plan(
         timesteps=driver.timesteps[driver.begin :].double().numpy(),
@@ -105,8 +104,8 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
             "itself again"
         )
     if steps is not None:
-        stored = {key: value for key, value in stored.items() if key not in _GRIDS} | {"steps": steps}
-    elif _GRIDS & set(changed_arguments):
+        stored = {key: value for key, value in stored.items() if key not in GRIDS} | {"steps": steps}
+    elif set(GRIDS) & set(changed_arguments):
         stored["steps"] = None
     starts = {} if begin is None else {"begin": begin}
     return capture(scheduler, step_arguments=step_arguments, **{**stored, **starts, **changed_arguments})
@@ -117,31 +116,35 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
 
 def _rows(driver: Driver) -> tuple[Floats, Trace]:
     """(S+1, columns) and the run they come from; the run on random tensors also tells how many noises there are."""
-    start, outputs, noises, probe = _probe(driver)
-    width = 1 + driver.nfe + len(noises)
+    probes = [_probe(driver, magnitude) for magnitude in MAGNITUDES]
+    width = len(probes[0][0])
     identity = torch.eye(width, dtype=torch.float64).view(width, 1, 1, 1, width)
     trace = driver.run(identity[0], lambda i: identity[1 + i], lambda k: identity[1 + driver.nfe + k])
     rows = torch.stack([*trace.inputs, trace.sample]).reshape(-1, width).numpy().copy()
     if driver.begin:
         rows[0] = identity[0].flatten().numpy()
     _check_finite(driver, rows)
-    basis = torch.stack([start, *outputs, *noises]).reshape(width, -1).numpy()
-    found = torch.stack([*probe.inputs, probe.sample]).reshape(len(rows), -1).numpy()
-    _check_linear(driver, rows, basis, found)
+    for basis, found in probes:
+        _check_linear(driver, rows, basis, found)
     used = np.flatnonzero(np.any(rows[:, 1 + driver.nfe :] != 0, axis=0))
     return rows[:, : 1 + driver.nfe + (int(used[-1]) + 1 if used.size else 0)], trace
 
 
-def _probe(driver: Driver) -> tuple[Tensor, list[Tensor], list[Tensor], Trace]:
-    """A run on random tensors: x_T, outputs, noises and what came of them."""
+def _probe(driver: Driver, magnitude: float) -> tuple[Floats, Floats]:
+    """A run on random tensors: the basis [x_T | outputs | noises], and the network inputs and sample made of it."""
     generator = np.random.default_rng(0)
 
     def draw(_: int = 0) -> Tensor:
-        return torch.from_numpy(MAGNITUDE * generator.standard_normal(PROBE_SHAPE))
+        return torch.from_numpy(magnitude * generator.standard_normal(PROBE_SHAPE))
 
     start, outputs = draw(), [draw() for _ in range(driver.nfe)]
     trace = driver.run(start, outputs.__getitem__, draw)
-    return start, outputs, trace.noises, trace
+    return _flat([start, *outputs, *trace.noises]), _flat([*trace.inputs, trace.sample])
+
+
+def _flat(tensors: list[Tensor]) -> Floats:
+    flat: Floats = torch.stack(tensors).reshape(len(tensors), -1).numpy()
+    return flat
 
 
 def _check_finite(driver: Driver, rows: Floats) -> None:
@@ -149,11 +152,25 @@ def _check_finite(driver: Driver, rows: Floats) -> None:
     if bad.size:
         what = f"the input of evaluation {bad[0]}" if bad[0] < driver.nfe else "the sample"
         raise ScheduleError(
-            f"{driver.name} computes coefficients that are not finite for {what}; it divides by a signal or noise "
-            "level of 0 there: try another final_sigmas_type, solver_type or prediction_type, or no zero terminal SNR"
+            f"{driver.name} computes coefficients that are not finite for {what}; {_division(driver, int(bad[0]))}"
         )
     if not rows[-1].any():
         raise ScheduleError(f"{driver.name} makes a sample of zeros, whatever the network says; take more steps")
+
+
+def _division(driver: Driver, row: int) -> str:
+    """What a scheduler divided by to make a row that is not finite: equal timesteps just before it, or a level."""
+    times = driver.timesteps[driver.begin :].tolist()
+    for i in range(max(row - 3, 0), min(row, driver.nfe - 1)):
+        if times[i] == times[i + 1]:
+            return (
+                f"timesteps {i} and {i + 1} are both {times[i]:g}, and it divides by the fall of noise between them: "
+                "take fewer steps or another timestep_spacing"
+            )
+    return (
+        "it divides by a signal or noise level of 0 there: try another final_sigmas_type, solver_type or "
+        "prediction_type, or no zero terminal SNR"
+    )
 
 
 def _check_linear(driver: Driver, rows: Floats, basis: Floats, found: Floats) -> None:
@@ -174,7 +191,7 @@ def _check_linear(driver: Driver, rows: Floats, basis: Floats, found: Floats) ->
 
 def _title(scheduler: Any) -> str:
     """ "EulerDiscreteScheduler (linspace)": class and how its timesteps are spaced."""
-    config = getattr(scheduler, "config", {})
+    config = config_of(scheduler)
     kinds = ("karras", "exponential", "beta", "flow")
     notes = [str(config["timestep_spacing"])] if config.get("timestep_spacing") else []
     notes += [kind for kind in kinds if config.get(f"use_{kind}_sigmas")]
@@ -185,7 +202,7 @@ def _title(scheduler: Any) -> str:
 def _record(
     driver: Driver, scheduler: Any, steps: int | None, arguments: Mapping[str, Any], stepping: Mapping[str, Any]
 ) -> str:
-    config = {key: value for key, value in getattr(scheduler, "config", {}).items() if not key.startswith("_")}
+    config = {key: value for key, value in config_of(scheduler).items() if not key.startswith("_")}
     facts = {
         "class": driver.name,
         "config": config,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from olss_fast._files import read_bounded
 from olss_fast._text import quoted
-from olss_fast.errors import PlanError, PlanFileError, ScheduleError
+from olss_fast.errors import InputError, PlanError, PlanFileError, ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Plan
 
@@ -41,21 +41,35 @@ MAX_STEPS = 1000
 _EXPECTED = "expected the tuple (timesteps, wx, we) of a saved OLSSScheduler"
 
 
-def load_original(path: str | os.PathLike[str], *, schedule: NoiseSchedule | None = None) -> Plan:
+def load_original(path: str | os.PathLike[str], *, schedule: object = None) -> Plan:
     """The Plan in a file of the original OLSS scheduler.
 
-    `schedule` is that of the network; by default Stable Diffusion's (scaled_linear, 0.00085 to 0.012, epsilon). It
-    gives `alphas`, `sigmas` and the metadata; rows and times are the file's. A path that begins below the schedule's
-    noise end, as the published ones do, is kept as it is and said in metadata["note"].
+    `schedule` is that of the network: a NoiseSchedule, or a diffusers scheduler or its config; by default Stable
+    Diffusion's (scaled_linear, 0.00085 to 0.012, epsilon). It gives `alphas`, `sigmas` and the metadata; rows and times
+    are the file's. A path that begins below the schedule's noise end, as the published ones do, is kept as it is and
+    said in metadata["note"].
 
-    Raises PlanFileError naming the file, what was found and what was expected.
+    Raises PlanFileError naming the file, what was found and what was expected; InputError for another `schedule`.
     """
+    noise_schedule = _schedule(schedule)
     data = read_bounded(path, MAX_FILE_BYTES)
-    schedule = schedule or NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
     try:
-        return _plan(*_arrays(_unpickled(data)), schedule)
+        return _plan(*_arrays(_unpickled(data)), noise_schedule)
     except (_Refused, PlanError) as cause:
         raise PlanFileError(f"{quoted(str(path), 200)} is no file of the original OLSS scheduler: {cause}") from cause
+
+
+def _schedule(schedule: object) -> NoiseSchedule:
+    if schedule is None:
+        return NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
+    if isinstance(schedule, NoiseSchedule):
+        return schedule
+    try:
+        return NoiseSchedule.from_diffusers(schedule)
+    except ScheduleError as cause:
+        raise InputError(
+            f"schedule is {quoted(schedule)}; expected a NoiseSchedule or a diffusers scheduler: {cause}"
+        ) from cause
 
 
 class _Refused(Exception):
