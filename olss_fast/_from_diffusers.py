@@ -8,16 +8,31 @@ from typing import Any
 import numpy as np
 
 from olss_fast._noise_curves import FloatArray
+from olss_fast._text import quoted
 from olss_fast.errors import ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule, beta_schedule, without_terminal_signal
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow_prediction": "flow"}
+MOST_TIMESTEPS = 100_000  # of a training schedule: a hundred times the usual, and still quick
+_NUMBERS = (
+    "beta_start",
+    "beta_end",
+    "sigma_data",
+    "shift",
+    "flow_shift",
+    "sigma_min",
+    "sigma_max",
+    "snr_shift_scale",
+    "steps_offset",
+)
+_NEVER_NONE = ("beta_start", "beta_end", "sigma_data")
 FLOW_CLASSES = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")  # beginnings of names
 
 
 def schedule_from_diffusers(scheduler: object) -> NoiseSchedule:
     """See `NoiseSchedule.from_diffusers`."""
     config = _config(scheduler)
+    check_config(config)
     name = str(config.get("_class_name") or type(scheduler).__name__)
     prediction = str(config.get("prediction_type", "epsilon"))
     if name.startswith(FLOW_CLASSES) or config.get("use_flow_sigmas") or prediction == "flow_prediction":
@@ -34,6 +49,29 @@ def schedule_from_diffusers(scheduler: object) -> NoiseSchedule:
             "from_alphas_cumprod, .ve, .edm or .flow"
         )
     return _variance_preserving(config, _PREDICTIONS[prediction])
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """ScheduleError where an entry that says how much noise there is cannot be read, whatever the scheduler."""
+    count = config.get("num_train_timesteps", 1000)
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= MOST_TIMESTEPS:
+        raise ScheduleError(
+            f"num_train_timesteps is {quoted(count)}; expected a whole number from 1 to {MOST_TIMESTEPS}"
+        )
+    for name in _NUMBERS:
+        if name in config and not _is_number(config[name], none=name not in _NEVER_NONE):
+            raise ScheduleError(f"{name} is {quoted(config[name])}; expected a finite number")
+    betas = config.get("trained_betas")
+    try:
+        np.asarray(0.0 if betas is None else betas, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"trained_betas is {quoted(betas)}; expected a list of numbers") from error
+
+
+def _is_number(value: Any, *, none: bool) -> bool:
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return none and value is None
+    return bool(abs(value) < 1e300)
 
 
 def _config(scheduler: object) -> Mapping[str, Any]:
@@ -58,7 +96,10 @@ def _flow(config: Mapping[str, Any], name: str) -> NoiseSchedule:
 
 
 def _edm(config: Mapping[str, Any], name: str, prediction: str) -> NoiseSchedule:
-    low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
+    given = config.get("sigma_min"), config.get("sigma_max")
+    low, high = (
+        float(default if value is None else value) for value, default in zip(given, (0.002, 80.0), strict=True)
+    )
     sigma_data = float(config.get("sigma_data", 0.5))
     if prediction == "epsilon":
         return NoiseSchedule.edm(low, high, sigma_data)

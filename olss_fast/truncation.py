@@ -91,7 +91,10 @@ def _solver(plan: Plan, schedule: NoiseSchedule) -> Solver:
     if problem := mismatch(plan, schedule):
         raise InputError(f"{problem}; it can only be derived again on its own schedule")
     solver, names = _METHODS[plan.metadata["method"]]
-    given = {name: _READERS[name](plan.metadata[name]) for name in names if name in plan.metadata}
+    try:
+        given = {name: _READERS[name](plan.metadata[name]) for name in names if name in plan.metadata}
+    except ValueError as error:
+        raise InputError(f"the metadata of this {plan.metadata['method']} plan cannot be read: {error}") from error
     if "eta" in names:
         given.setdefault("eta", 0.0)
     if plan.metadata["method"] == "pndm":
@@ -102,7 +105,7 @@ def _solver(plan: Plan, schedule: NoiseSchedule) -> Solver:
 def _essence(description: str) -> list[str]:
     """ "VP linear 0.0001 to 0.02, 1000 timesteps, log-SNR -5 to 5, epsilon" -> VP, 1000 timesteps, log-SNR -5 to 5."""
     kind, *rest = (part.split(" from ")[0] for part in description.split(", "))
-    return [kind.split()[0], *(part for part in rest if "timesteps" in part or part.startswith(("log-SNR", "sigma")))]
+    return [*kind.split()[:1], *(part for part in rest if "timesteps" in part or part.startswith(("log-SNR", "sigma")))]
 
 
 def _text(times: Floats) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast._text import quoted
 from olss_fast.adapters._plan_book import Entry
 from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
@@ -44,7 +45,12 @@ class NoiseLevels:
 
         InputError where only the plan's own timesteps are known, and it can be seen (on the CPU) that this is another.
         """
-        times = torch.as_tensor(timesteps).to(device=like.device, dtype=torch.float32).reshape(-1)
+        try:
+            times = torch.as_tensor(timesteps).to(device=like.device, dtype=torch.float32).reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the timesteps of add_noise are {quoted(timesteps)}; expected a number, or one for each sample"
+            ) from error
         grid, alphas, sigmas = self.table_on(like.device)
         if not self.complete and times.device.type == "cpu" and not torch.isin(times, grid).all():
             raise InputError(

@@ -8,6 +8,7 @@ pass, and refuses everything else.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from olss_fast._from_diffusers import check_config
+from olss_fast._text import quoted
 from olss_fast.adapters._layout import check_runnable
-from olss_fast.errors import InputError, ScheduleError
+from olss_fast.errors import InputError, OlssError, ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Plan
 from olss_fast.truncation import is_analytic, rederive, truncate
 
 REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
+MOST_STEPS = 10_000  # that metadata may speak of; far beyond every sampler
+GRIDS = ("timesteps", "sigmas")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class PlanBook:
     def __post_init__(self) -> None:
         if not self.plans:
             raise InputError("no plan was given; a PlanScheduler needs at least one")
+        if self.network is not None:
+            check_config(self.network)
         self._by_steps: dict[int, Plan] = {}
         for plan in self.plans:
             check_runnable(plan)
@@ -66,7 +73,8 @@ class PlanBook:
 
     def choose(self, steps: int | None, asked: Mapping[str, Any]) -> Entry:
         """The entry for `set_timesteps(steps, **asked)`. InputError where there is none."""
-        steps = _count(asked) if steps is None else steps
+        asked = {name: _checked(name, value) for name, value in asked.items()}
+        steps = _count(asked) if steps is None else whole("num_inference_steps is", steps)
         if steps not in self._by_steps:
             have = "; ".join(f"{count}: {name_of(self._by_steps[count])}" for count in self.steps)
             raise InputError(
@@ -78,14 +86,12 @@ class PlanBook:
     def begun_at(self, entry: Entry, begin: int) -> Plan:
         """The plan of a run that begins at evaluation `begin` of the entry. InputError where there is none."""
         plan = entry.plan
-        if not isinstance(begin, int) or not 0 <= begin < len(entry.timesteps):
-            raise InputError(f"a run of {len(entry.timesteps)} timesteps cannot begin at index {begin!r}")
+        if not 0 <= begin < len(entry.timesteps):
+            raise InputError(f"a run of {len(entry.timesteps)} timesteps cannot begin at index {begin}")
         if begin == entry.begin:
             return plan
-        if entry.begin == 0 and is_captured(plan):
-            from olss_fast.capturing import recapture
-
-            return self._remember(f"{_key(plan)} {begin}", lambda: recapture(plan, begin=begin))
+        if is_captured(plan):
+            return self._remember(f"{_key(plan)} {begin}", lambda: recaptured(plan, begin=begin))
         if entry.begin == 0 and is_analytic(plan):
             schedule = self._known_schedule(plan)
             return self._remember(f"{_key(plan)} {begin}", lambda: truncate(plan, schedule, begin))
@@ -119,21 +125,19 @@ class PlanBook:
 
     def _captured(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
         facts = captured_facts(plan)
-        changed = {name: _plain(value) for name, value in asked.items() if not _is_met(name, value, steps, facts)}
-        if not changed and not facts["begin"]:
+        changed = {name: value for name, value in asked.items() if not _is_met(name, value, steps, facts)}
+        if not changed and (not facts["begin"] or scheduler_class(facts["class"]) is None):
             return plan
-        from olss_fast.capturing import recapture
-
         key = f"{_key(plan)} {json.dumps(changed, sort_keys=True, default=str)}"
-        return self._remember(key, lambda: recapture(plan, begin=0, **changed))
+        return self._remember(key, lambda: recaptured(plan, begin=0, **changed))
 
     def _entry(self, plan: Plan, steps: int) -> Entry:
-        begin = 0 if is_captured(plan) else int(plan.metadata.get("begin", 0))
+        begin = begin_of(plan)
         schedule = self.schedule if begin else None
         first, second = plan.timesteps[0], plan.timesteps[min(1, plan.nfe - 1)]
         noisiest = schedule.first if schedule is not None else first + (begin * (first - second) or begin)
         fillers = np.linspace(noisiest, first, begin + 1)[:-1]
-        order = int(captured_facts(plan).get("order", 1)) if is_captured(plan) else 1
+        order = captured_facts(plan)["order"] if is_captured(plan) else 1
         return Entry(plan, steps, begin, order, np.concatenate([fillers, plan.timesteps]))
 
     def _known_schedule(self, plan: Plan) -> NoiseSchedule:
@@ -169,35 +173,117 @@ def is_captured(plan: Plan) -> bool:
 def captured_facts(plan: Plan) -> dict[str, Any]:
     """What `capture` noted of its scheduler. InputError if it cannot be read."""
     try:
-        facts = json.loads(plan.metadata["scheduler"])
-        return dict(facts) | {"arguments": dict(facts["arguments"]), "begin": int(facts["begin"])}
+        facts: dict[str, Any] = {"step_arguments": {}, "order": 1, "config": {}} | dict(
+            json.loads(plan.metadata["scheduler"])
+        )
+        kinds = {"class": str, "config": dict, "arguments": dict, "step_arguments": dict, "begin": int, "order": int}
+        for name, kind in kinds.items():
+            if not isinstance(facts[name], kind):
+                raise TypeError(f"{name} is {quoted(facts[name])}")
+        steps = facts["steps"] if facts["steps"] is not None else 1
+        if not (0 <= facts["begin"] < MOST_STEPS and 1 <= facts["order"] <= MOST_STEPS and 1 <= steps <= MOST_STEPS):
+            raise ValueError(f"begin {facts['begin']}, order {facts['order']} and {steps} steps cannot be")
+        return facts
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"metadata['scheduler'] of a captured plan cannot be read: {error!r}; capture the scheduler again"
+            f"metadata['scheduler'] of a captured plan cannot be read: {quoted(str(error), 200)}; capture the "
+            "scheduler again"
         ) from error
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler class of diffusers with this name; None where there is none."""
+    import diffusers
+
+    kind = getattr(diffusers.schedulers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "step")
+    return kind if known else None
+
+
+def recaptured(plan: Plan, **changes: Any) -> Plan:
+    """`olss_fast.capturing.recapture`, with InputError for whatever a config or an argument makes impossible."""
+    from olss_fast.capturing import recapture
+
+    facts = captured_facts(plan)
+    what = ", ".join(f"{name}={quoted(value)}" for name, value in changes.items())
+    if scheduler_class(facts["class"]) is None:
+        raise InputError(
+            f"this plan was captured from {facts['class']}, and only classes of diffusers can be derived again; for "
+            f"this run capture the scheduler itself with {what}"
+        )
+    check_config(facts["config"])
+    try:
+        return recapture(plan, **changes)
+    except InputError:
+        raise
+    except Exception as error:  # of diffusers' own, from a config that somebody may have altered
+        detail = str(error) if isinstance(error, OlssError) else f"{type(error).__name__}: {quoted(str(error), 200)}"
+        raise InputError(f"{name_of(plan)} cannot be derived again with {what}: {detail}") from error
 
 
 def steps_of(plan: Plan) -> int:
     """The `num_inference_steps` that a plan answers to: metadata, what it was captured at, or its evaluations."""
-    try:
-        if "num_inference_steps" in plan.metadata:
-            begin = int(plan.metadata.get("begin", 0))
-            steps = int(plan.metadata["num_inference_steps"])
-            if begin < 0 or (begin and steps - begin != plan.nfe):
-                raise ValueError(f"a plan of {plan.nfe} evaluations cannot be {steps} steps from step {begin} on")
-            return steps
-        if is_captured(plan):
-            facts = captured_facts(plan)
-            order = int(facts.get("order", 1))
-            return int(facts["steps"] or (plan.nfe + order - 1) // order)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the metadata of {name_of(plan)} says no number of steps that could be: {error}") from error
+    begin = begin_of(plan)
+    if "num_inference_steps" in plan.metadata:
+        steps = _metadata_number(plan, "num_inference_steps")
+        if begin and not is_captured(plan) and steps - begin != plan.nfe:
+            raise InputError(
+                f"the metadata of {name_of(plan)} says that it begins at step {begin} of {steps}, which leaves "
+                f"{steps - begin} evaluations; correct them with plan.replace(metadata=…)"
+            )
+        return steps
+    if is_captured(plan):
+        facts = captured_facts(plan)
+        return int(facts["steps"] or (begin + plan.nfe + facts["order"] - 1) // facts["order"])
     return plan.nfe
+
+
+def begin_of(plan: Plan) -> int:
+    """The index of the timestep where the plan's first evaluation stands."""
+    if is_captured(plan):
+        return int(captured_facts(plan)["begin"])
+    return _metadata_number(plan, "begin") if "begin" in plan.metadata else 0
+
+
+def _metadata_number(plan: Plan, key: str) -> int:
+    try:
+        number = int(plan.metadata[key])
+    except ValueError:
+        number = -1
+    if not 0 <= number <= MOST_STEPS:
+        raise InputError(
+            f"metadata[{key!r}] of {name_of(plan)} is {quoted(plan.metadata[key])}; expected a whole number up to "
+            f"{MOST_STEPS}, the number of steps that a plan answers to or the first of them"
+        )
+    return number
 
 
 def name_of(plan: Plan) -> str:
     title = plan.metadata.get("title") or plan.metadata.get("method", "an unnamed plan")
     return f"{title} of {plan.nfe} evaluations"
+
+
+def whole(what: str, value: Any) -> int:
+    """`value` as an int; InputError that begins with `what` and the value."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{what} {quoted(value)}; expected a whole number") from error
+
+
+def _checked(name: str, value: Any) -> Any:
+    """An argument of set_timesteps as plain numbers, where it is one that all schedulers know."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    if name not in (*GRIDS, "mu"):
+        return plain
+    try:
+        array = np.asarray(plain, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {quoted(value)}; expected numbers") from error
+    if array.ndim != int(name in GRIDS) or not array.size or not np.isfinite(array).all():
+        expected = "a list of at least one finite number" if name in GRIDS else "a finite number"
+        raise InputError(f"{name} is {quoted(value)}; expected {expected}")
+    return plain
 
 
 def _count(asked: Mapping[str, Any]) -> int | None:
@@ -227,10 +313,6 @@ def _equal(one: Any, other: Any) -> bool:
     except (TypeError, ValueError):
         return bool(one == other)
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-9)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _key(plan: Plan) -> str:

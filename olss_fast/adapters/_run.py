@@ -8,6 +8,7 @@ Nothing is read back by the host. Only operators that work on fake tensors of a 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,19 +19,22 @@ from olss_fast.adapters._layout import Layout
 from olss_fast.errors import InputError, NetworkError
 
 Generator = torch.Generator | list[torch.Generator] | None
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8, in which nothing is computed
 
 
 class Run:
     """`step` counts this plan's evaluations; `history` is (columns, numel) in the order of `Layout`.
 
     `readable`: its values may be looked at without waiting for a device. InputError for a sample
-    that is no floating-point tensor.
+    that is no floating-point tensor of at least 16 bits.
     """
 
     def __init__(self, layout: Layout, sample: Tensor) -> None:
-        if not isinstance(sample, Tensor) or not sample.is_floating_point() or sample.numel() == 0:
+        if not isinstance(sample, Tensor) or sample.dtype not in DTYPES or sample.numel() == 0:
             what = f"{sample.dtype} {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
-            raise InputError(f"the sample is {what}; expected a floating-point tensor of latents or pixels")
+            raise InputError(
+                f"the sample is {what}; expected a floating-point tensor of latents or pixels, of 16, 32 or 64 bits"
+            )
         self.layout = layout
         self.step = 0
         self.shape, self.device, self.dtype = sample.shape, sample.device, sample.dtype
@@ -54,7 +58,7 @@ class Run:
             isinstance(model_output, Tensor)
             and model_output.shape == self.shape
             and model_output.device == self.device
-            and model_output.is_floating_point()
+            and model_output.dtype in DTYPES
         ):
             model_output = self._matching(model_output)
         layout, columns, arrived = self.layout, [self.layout.slots[k]], [model_output]
@@ -73,6 +77,12 @@ class Run:
         row = self._row(k)
         self.step, self.returned, self.version = k + 1, row, _version(row)
         return row
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        """A run that goes on alone from here. Gradients go back through what came before to the same leaves."""
+        again = copy.copy(self)
+        again.history = self.history.clone()
+        return again
 
     def first_not_finite(self) -> int | None:
         """The first evaluation whose output has a NaN or an infinity, -1 for the sample the run began with, or None."""
@@ -121,7 +131,7 @@ class Run:
     def _check(self, name: str, tensor: Any, error: type[InputError] | type[NetworkError]) -> None:
         if not isinstance(tensor, Tensor):
             raise error(f"{name} of step {self.step} is a {type(tensor).__name__}; expected a tensor")
-        if tensor.shape != self.shape or tensor.device != self.device or not tensor.is_floating_point():
+        if tensor.shape != self.shape or tensor.device != self.device or tensor.dtype not in DTYPES:
             raise error(
                 f"{name} of step {self.step} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; this run "
                 f"began with {self.dtype} {tuple(self.shape)} on {self.device}: call set_timesteps before another run"

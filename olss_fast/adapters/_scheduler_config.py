@@ -25,7 +25,9 @@ KEPT = ("_class_name", "_use_default_values")
 
 
 def plans_from(given: Any) -> tuple[Plan, ...]:
-    """Plans, or what `plans_to_config` made of them. InputError for anything else."""
+    """Plans (the values of a mapping too), or what `plans_to_config` made of them. InputError for anything else."""
+    if isinstance(given, Mapping) and all(isinstance(item, Plan) for item in given.values()):
+        given = given.values()  # by number of steps, as tuning gives them
     items = [given] if isinstance(given, (Plan, Mapping)) else given
     if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
         raise InputError(
@@ -61,7 +63,7 @@ def network_config(scheduler: Any, plans: Sequence[Plan]) -> Config | None:
 def visible_config(network: Mapping[str, Any] | None, plans: Sequence[Plan]) -> Config:
     """What pipelines read of a scheduler's config."""
     if network is not None:
-        return {key: value for key, value in network.items() if key != "_class_name"}
+        return {"num_train_timesteps": 1000} | {key: value for key, value in network.items() if key != "_class_name"}
     known = {plan.metadata.get("prediction_type") for plan in plans} & {"epsilon", "v_prediction", "sample"}
     return {"num_train_timesteps": 1000} | ({"prediction_type": known.pop()} if len(known) == 1 else {})
 

@@ -63,15 +63,16 @@ class LoopScheduler(PlanScheduler):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-        eta: float = 0.0,
+        eta: float | None = None,
         **other: Any,
     ) -> Any:
         if not self.whole:
             return super().step(model_output, timestep, sample, generator, return_dict, eta, **other)
+        self._check_arguments(eta, other)
         if self.sample is None:
             raise InputError("the pipeline came to its scheduler's step without a call of its unet")
         finished, self.sample = self.sample, None
-        return Finished(finished) if return_dict else (finished,)
+        return Finished(finished) if return_dict else (finished, finished)
 
 
 # Saved and loaded as what it is to everybody else.

@@ -18,6 +18,11 @@ on as if the initial noise had been other by d / rows[k, 0]: what a sampler does
 Writing in place goes unnoticed in torch.inference_mode and torch.compile, which count no versions; a new tensor is
 noticed.
 
+Where a run is cut: the samples between two steps are network inputs. A run that hands them out half-way (SDXL's
+`denoising_end` and `denoising_start`, a callback that interrupts) hands them out in that unit. For schedulers that
+scale their input (EulerDiscreteScheduler and its kin) the latents are then other ones than the scheduler's own, so
+both parts must run plans.
+
 A NaN from the network: on the CPU the last step looks for it; on accelerators looking would stall the device, so
 `require_finite()` does it when called.
 """
@@ -25,7 +30,6 @@ A NaN from the network: on the CPU the last step looks for it; on accelerators l
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,33 +39,38 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from olss_fast._text import quoted
 from olss_fast.adapters._layout import Layout, lay_out
 from olss_fast.adapters._noising import NoiseLevels, noise_levels
-from olss_fast.adapters._plan_book import Entry, PlanBook, captured_facts, is_captured, name_of
+from olss_fast.adapters._plan_book import Entry, PlanBook, captured_facts, is_captured, name_of, whole
 from olss_fast.adapters._run import Run
 from olss_fast.adapters._scheduler_config import network_config, plans_from, plans_to_config, visible_config
+from olss_fast.adapters._step_arguments import StepArguments, step_arguments_of
+from olss_fast.adapters._timestep_places import first_index, places
 from olss_fast.errors import InputError, NetworkError
-from olss_fast.plan import Floats, Plan
+from olss_fast.plan import Plan
 from olss_fast.truncation import mismatch
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-NEUTRAL = {"s_noise": 1.0, "s_tmax": math.inf}
-"""Values of `step` arguments, other than None, 0 and False, that ask for nothing."""
+ENDS_AT_CLEAN = ("SCMScheduler",)
+"""Classes whose `timesteps` end with 0, where no network is asked and which their pipelines leave out."""
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Runs Plans with the interface of a diffusers scheduler.
 
     Args:
-        plans: a plan, or several for different numbers of steps. `num_inference_steps` picks: a captured plan answers
-            to the steps it was captured at, others to their NFE or to metadata["num_inference_steps"].
+        plans: a plan, or several for different numbers of steps (also as the values of a mapping). What
+            `num_inference_steps` picks: a captured plan answers to the steps it was captured at, others to their NFE or
+            to metadata["num_inference_steps"].
         scheduler: the diffusers scheduler (or its config) that the network was trained with. Captured plans bring their
             own. It gives `add_noise` the levels between the plan's times and analytic plans their starts part of the
             way, and its config is kept, so that `OtherScheduler.from_config(ours.config)` works.
 
     Raises:
         InputError: a plan of two branches or several networks, two plans for one number of steps, an unreadable config.
+        ScheduleError: a config whose numbers are none.
     """
 
     _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), *FLOW_SCHEDULERS]  # noqa: RUF012
@@ -77,6 +86,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._entry: Entry | None = None
         self._layout: Layout | None = None
         self._levels: NoiseLevels | None = None
+        self._expected: StepArguments | None = None
         self.timesteps = torch.empty(0)
         self.sigmas = torch.empty(0)
         self.num_inference_steps: int | None = None
@@ -110,6 +120,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             kwargs.setdefault("scheduler", config.get("_scheduler") or dict(config))
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
+    def __len__(self) -> int:
+        """Training timesteps of the network, as of every scheduler."""
+        return int(self.config["num_train_timesteps"])
+
     @property
     def plans(self) -> tuple[Plan, ...]:
         return self._book.plans
@@ -138,7 +152,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def alphas_cumprod(self) -> Tensor:
         """alpha^2 of the training schedule at its timesteps 0 … N-1, for networks that have them."""
         schedule = self._book.schedule
-        count = int(self.config["num_train_timesteps"])
+        count = len(self)
         if schedule is None or schedule.first != count - 1:
             raise AttributeError("alphas_cumprod: the network's schedule is not known, or not one of betas")
         return torch.from_numpy(schedule.alpha(np.arange(count)) ** 2).float()
@@ -167,18 +181,20 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._entry, self.num_inference_steps, self.order = entry, entry.steps, entry.order
         dtype = torch.int64 if np.all(entry.timesteps == np.round(entry.timesteps)) else torch.float32
         with torch.inference_mode(False):  # views of a plain tensor can be told apart from copies in every mode
-            self.timesteps = torch.tensor(entry.timesteps.tolist(), dtype=dtype, device=device)
+            self.timesteps = torch.tensor(entry.timesteps.tolist() + _closing(entry.plan), dtype=dtype, device=device)
         self._levels = noise_levels(entry, self._book.schedule)
         self.sigmas = self._levels.sigmas()
+        self._expected = step_arguments_of(entry.plan)
         self._load(entry.plan)
         self._offset = entry.begin
         self._begin_index, self._run = None, None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at this index of `timesteps`. Plans are derived again for it. InputError where that cannot be."""
-        self._begin_index = begin_index
+        index = whole("a run cannot begin at index", begin_index)
         if self._entry is not None:
-            self._begin_at(begin_index)
+            self._begin_at(index)
+        self._begin_index = index
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample: it is the network's input already."""
@@ -193,7 +209,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if levels is None:
             raise InputError("add_noise was called before set_timesteps, which chooses the plan; call that first")
         alpha, sigma = levels.at(timesteps, original_samples)
-        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+        try:
+            return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+        except (TypeError, RuntimeError) as error:
+            raise InputError(
+                f"add_noise cannot add noise of shape {_shape(noise)} to samples of shape {_shape(original_samples)} "
+                f"at {alpha.numel()} timesteps: {error}"
+            ) from error
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """`add_noise`, as pipelines of flow models call it."""
@@ -208,7 +230,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-        eta: float = 0.0,
+        eta: float | None = None,
         **other: Any,
     ) -> Any:
         """Takes the network's output at `sample`, gives the next network input, or in the end the sample.
@@ -219,25 +241,31 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             sample: what the last step returned, or a changed version of it; in the first step, what the run begins
                 with.
             generator: of the noises that a stochastic plan draws.
-            eta, other: anything that asks for nothing (None, 0, False) or for what the plan was captured with.
+            eta, other: what the plan was captured with, be it the default of its scheduler's own `step`; None asks for
+                nothing, nor do 0 and False of arguments that the plan knows nothing of.
 
         Returns:
-            SchedulerOutput(prev_sample), or (prev_sample,): a new tensor of sample's dtype and shape.
+            SchedulerOutput(prev_sample), or (prev_sample, prev_sample): a new tensor of sample's dtype and shape.
+            Pipelines of consistency models decode the second after the last step, where it is the clean image; the
+            clean image that other steps predict is not computed.
 
         Raises:
             InputError: no set_timesteps, more steps than planned, another shape or device than the run began with.
             NetworkError: an output of another shape or device, or (on the CPU, at the last step) one that is not
                 finite.
         """
-        if eta or other:
-            self._check_arguments({"eta": eta, **other})
+        previous = other.pop("prev_timestep", None)
+        if eta is not None or other:
+            self._check_arguments(eta, other)
         run = self._run
         if run is None or run.step == 0:
             run = self._start(timestep, sample)
+        if previous is not None:
+            self._check_previous(previous, self._offset + run.step + 1)
         row = run.advance(model_output, sample, generator)
         if run.step == run.steps and run.readable and not torch.compiler.is_compiling():
             self._check_end(row)
-        return SchedulerOutput(prev_sample=row) if return_dict else (row,)
+        return SchedulerOutput(prev_sample=row) if return_dict else (row, row)
 
     def _check_end(self, sample: Tensor) -> None:
         if not torch.isfinite(sample).all():
@@ -284,16 +312,27 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise InputError("set_timesteps was not called yet, which chooses the plan; call that first")
         return self._entry
 
-    def _check_arguments(self, asked: Mapping[str, Any]) -> None:
+    def _check_arguments(self, eta: float | None, other: Mapping[str, Any]) -> None:
         """InputError for an argument of `step` that asks for what the plan does not do."""
-        plan = self._chosen().plan
-        has = captured_facts(plan).get("step_arguments", {}) if is_captured(plan) else {}
-        for name, value in asked.items():
-            if isinstance(value, Tensor) or (value and value not in (has.get(name), NEUTRAL.get(name))):
-                raise InputError(
-                    f"step was asked for {name}={value!r}, and {name_of(plan)} has {has.get(name)!r}; a plan's "
-                    f"coefficients are fixed: capture the scheduler with step_arguments={{{name!r}: …}}"
-                )
+        if self._expected is None:
+            raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
+        self._expected.check({"eta": eta, **other})
+
+    def _check_previous(self, told: Any, index: int) -> None:
+        """`prev_timestep` of UnCLIPScheduler is where a step goes: to the next timestep, as every plan does."""
+        found = places(told, self.timesteps, self._chosen().timesteps)
+        if found is not None and index not in found:
+            raise InputError(
+                f"step {index - 1} was asked to go to prev_timestep={quoted(told)}; the plan goes to its next timestep"
+            )
+
+
+def _closing(plan: Plan) -> list[float]:
+    return [0.0] if is_captured(plan) and captured_facts(plan)["class"] in ENDS_AT_CLEAN else []
+
+
+def _shape(tensor: Any) -> Any:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
 
 
 def check_slot(pipe: Any) -> Any:
@@ -317,21 +356,3 @@ def check_slot(pipe: Any) -> Any:
             "schedulers that need model_output, timestep and sample alone"
         )
     return slot
-
-
-def first_index(timestep: Any, timesteps: Tensor, values: Floats) -> int:
-    """The place of a run's first timestep in `timesteps`, whose numbers are `values`, without waiting for a device.
-
-    A view of `timesteps` says it by its offset; numbers and CPU tensors are compared; for all else it is 0. Of equal
-    timesteps the second is meant, as in diffusers: the first belongs to the step before (Heun).
-    """
-    if torch.compiler.is_compiling():
-        return 0
-    if isinstance(timestep, Tensor):
-        if timestep._base is timesteps:
-            return int(timestep.storage_offset())
-        if timestep.device.type != "cpu" or timestep.numel() == 0:
-            return 0
-        timestep = timestep.flatten()[0].item()
-    found = np.flatnonzero(np.float32(timestep) == values.astype(np.float32)).tolist()
-    return int(found[min(1, len(found) - 1)]) if found else 0

@@ -1,0 +1,72 @@
+"""The further arguments of `step`, eta, s_churn and the like: a plan's coefficients hold for one value of each.
+
+A captured plan expects the value it was captured with: `step_arguments`, else the default in the signature of the
+scheduler's own class. So pipe(eta=0.0) cannot pass unnoticed over a plan of a TCDScheduler, whose default is 0.3.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from olss_fast._text import quoted
+from olss_fast.adapters._plan_book import captured_facts, is_captured, name_of, scheduler_class
+from olss_fast.errors import InputError
+from olss_fast.plan import Plan
+
+NEUTRAL = {"s_noise": 1.0, "s_tmax": math.inf}
+"""Values, other than None, 0 and False, that ask for nothing of a plan that expects nothing."""
+OURS = {"generator", "return_dict", "prev_timestep"}  # which PlanScheduler.step looks at itself
+
+
+@dataclass(frozen=True)
+class StepArguments:
+    """What the plan called `name` expects, by argument; of all others it takes neutral values."""
+
+    name: str
+    expected: Mapping[str, Any]
+
+    def check(self, asked: Mapping[str, Any]) -> None:
+        """InputError for a value that asks for something else. None asks for nothing."""
+        for argument, value in asked.items():
+            if value is not None and not self._is_met(argument, value):
+                raise InputError(
+                    f"step was asked for {argument}={quoted(value)}, and {self.name} {self._has(argument)}; its "
+                    f"coefficients are fixed. Call the pipeline with what it has, or "
+                    f"capture(scheduler, steps, step_arguments={{{argument!r}: {quoted(value)}}})"
+                )
+
+    def _is_met(self, argument: str, value: Any) -> bool:
+        if isinstance(value, (Tensor, np.ndarray)):
+            return False
+        if self.expected.get(argument) is None:
+            return not value or bool(value == NEUTRAL.get(argument))
+        return bool(value == self.expected[argument])
+
+    def _has(self, argument: str) -> str:
+        if self.expected.get(argument) is None:
+            return f"has no {argument}"
+        return f"was captured with {argument}={quoted(self.expected[argument])}"
+
+
+def step_arguments_of(plan: Plan) -> StepArguments:
+    """InputError for a captured plan whose facts cannot be read."""
+    if not is_captured(plan):
+        return StepArguments(name_of(plan), {})
+    facts = captured_facts(plan)
+    return StepArguments(name_of(plan), {**_defaults(facts["class"]), **facts["step_arguments"]})
+
+
+@cache
+def _defaults(class_name: str) -> Mapping[str, Any]:
+    """Those of the class's `step`; nothing for a class that diffusers does not have."""
+    kind = scheduler_class(class_name)
+    parameters = [] if kind is None else list(inspect.signature(kind.step).parameters.values())
+    return {each.name: each.default for each in parameters if each.default is not each.empty and each.name not in OURS}
