@@ -164,7 +164,7 @@ def sample(
     if classes:
         raise InputError("--classes are for class-conditional models: leave them out with --prompts")
     from olss_fast.adapters.pipeline_files import pipeline_images
-    from olss_fast.adapters.pipeline_network import schedule_of
+    from olss_fast.adapters.pipeline_slot import schedule_of
     from olss_fast.adapters.plan_scheduler import PlanScheduler
 
     pipe, calls = subject.pipeline(count, [] if plan is None else [plan])

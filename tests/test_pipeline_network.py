@@ -79,7 +79,7 @@ def test_the_first_question_is_answered_from_the_opening(pipe: Any) -> None:
 
 
 def test_more_questions_than_timesteps(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olss_fast.adapters.pipeline_network.QUESTIONS", 4)
+    monkeypatch.setattr("olss_fast.adapters.pipeline_slot.QUESTIONS", 4)
     x = torch.randn(1, 4, 8, 8)
     with open_pipeline(pipe, [{"prompt": "a", "guidance_scale": 2.0}], teacher_steps=4) as network:
         answers = [ask(network, x, 500.0) for _ in range(12)]

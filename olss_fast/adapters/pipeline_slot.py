@@ -1,0 +1,153 @@
+"""What stands in the scheduler slot of a pipeline while it is asked from outside; see `pipeline_network`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from greenlet import getcurrent
+from torch import Tensor
+
+from olss_fast.errors import InputError, NetworkError
+from olss_fast.noise_schedule import NoiseSchedule
+
+QUESTIONS = 1000  # timesteps a pipeline is given at least; a call that has used them up is begun again
+
+
+class Slot:
+    """What stands in the scheduler slot of a pipeline while it is asked from outside.
+
+    `teacher_steps` T evaluation times of the schedule, each repeated, make the grid that the pipeline sees: so whatever
+    share of it an image-to-image call skips (`strength`), it begins at a time of the teacher, number `begin`.
+    """
+
+    order = 1
+
+    def __init__(self, scheduler: Any, teacher_steps: int, repeats: int | None = None) -> None:
+        self._original = scheduler
+        self.teacher_steps = teacher_steps
+        self.repeats = repeats or max(1, math.ceil(QUESTIONS / teacher_steps))
+        self.scales_noise = False
+        self.schedule: NoiseSchedule | None = None
+        self.begin_index: int | None = None
+        self.index = 0
+        self.asked_from = getcurrent()
+        self.sample: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    # --- what pipelines call ----------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        **other: Any,
+    ) -> None:
+        schedule = schedule_of(self._original, mu)
+        times = torch.as_tensor(schedule.timesteps(self.teacher_steps, "trailing"), dtype=torch.float32)
+        self.schedule, self.times, self.num_inference_steps = schedule, times, self.length
+        self.timesteps = times.repeat_interleave(self.repeats).to(device)
+        self.sigmas = torch.as_tensor(schedule.sigma(self.timesteps.cpu().numpy()), dtype=torch.float32)
+        self._amplitude = float(schedule.start_amplitude(schedule.first) * schedule.input_scale(schedule.first))
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What unit noise is multiplied by. That it was read says that the pipeline does so."""
+        self.scales_noise = True
+        return self._amplitude
+
+    @property
+    def length(self) -> int:
+        """Timesteps that the pipeline is given."""
+        return self.teacher_steps * self.repeats
+
+    @property
+    def begin(self) -> int:
+        """At which of the teacher's evaluations the pipeline begins."""
+        return math.ceil((self.begin_index or 0) / self.repeats)
+
+    @property
+    def step_index(self) -> int:
+        return self.index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self.begin_index = begin_index
+        if self.begin >= self.teacher_steps:
+            raise InputError(f"the call begins at the end of the schedule (timestep {begin_index} of {self.length})")
+        self.timesteps[begin_index] = self.times[self.begin]
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """input_scale (alpha x0 + sigma eps) at `timesteps` (B,)."""
+        if self.schedule is None:
+            raise InputError("the pipeline adds noise before it has set its timesteps")
+        t = timesteps.detach().double().cpu().numpy()
+        scale = self.schedule.input_scale(t)
+        shape = (-1,) + (1,) * (original_samples.ndim - 1)
+        alpha, sigma = (
+            torch.as_tensor(scale * level).to(original_samples).view(shape)
+            for level in (self.schedule.alpha(t), self.schedule.sigma(t))
+        )
+        return alpha * original_samples + sigma * noise.to(original_samples)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        return self.add_noise(sample, noise, timestep)
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any) -> Any:
+        """Hands `model_output` to who asked, waits for the next question, and returns it as the next latents."""
+        if self.sample is None:
+            self.index = self._place_of(timestep)
+        elif float(timestep) != float(self.timesteps[self.index]):
+            raise InputError(
+                f"the pipeline asked its network at timestep {float(timestep):g} instead of "
+                f"{float(self.timesteps[self.index]):g}: it copies its timesteps, and cannot be tuned from outside"
+            )
+        if model_output.shape != sample.shape:
+            raise NetworkError(
+                f"the pipeline hands its scheduler an output of shape {tuple(model_output.shape)} for latents of shape "
+                f"{tuple(sample.shape)}: expected the same shape (networks that predict the variance cannot be tuned)"
+            )
+        self.sample = sample
+        x, t = self.asked_from.switch(model_output)
+        self.index += 1
+        if self.index < self.length:  # beyond it the call ends, and is begun again
+            self.timesteps[self.index] = t
+        x = x.to(sample.dtype)
+        return (x, x) if how.get("return_dict") is False else Answer(x)  # consistency models' pipelines take two
+
+    def _place_of(self, timestep: Any) -> int:
+        """The index of the first timestep: where it lies in `timesteps`, of which it is a view."""
+        if self.begin_index is not None:
+            return self.begin_index
+        if isinstance(timestep, Tensor) and timestep.data_ptr() != self.timesteps[0].data_ptr():
+            raise InputError("the pipeline begins inside its timesteps without set_begin_index: it cannot be tuned")
+        return 0
+
+
+class Answer:
+    """What diffusers' schedulers return: an object with `prev_sample`."""
+
+    def __init__(self, prev_sample: Tensor) -> None:
+        self.prev_sample = prev_sample
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.prev_sample,)[index]
+
+
+def schedule_of(scheduler: Any, mu: float | None = None) -> NoiseSchedule:
+    """The noise schedule of a scheduler; `mu` is the shift of flow matching that depends on the image's size."""
+    config = dict(scheduler.config)
+    if config.get("use_dynamic_shifting"):
+        if mu is None:
+            raise InputError("the scheduler shifts by resolution (use_dynamic_shifting), but its pipeline gave no mu")
+        linear = config.get("time_shift_type") == "linear"
+        config |= {"use_dynamic_shifting": False, "shift": float(mu) if linear else math.exp(mu)}
+    return NoiseSchedule.from_diffusers({"_class_name": type(scheduler).__name__, **config})
