@@ -19,7 +19,8 @@ from olss_fast.kernels import StepState, lincomb, start, step
 
 SHAPES = {"SD 1.5": (1, 4, 64, 64), "SDXL": (1, 4, 128, 128), "16 channels": (1, 16, 128, 128)}
 STEPS = [
-    *(("SD 1.5", k, dtype) for k in (3, 19) for dtype in (torch.float32, torch.bfloat16)),
+    ("SD 1.5", 3, torch.float32),
+    ("SD 1.5", 19, torch.bfloat16),
     ("16 channels", 19, torch.float32),
 ]
 IN_TORCH = "torch operations one by one"
@@ -94,8 +95,7 @@ def bench_step_on_the_cpu(versus: Callable[..., Any], model: str, k: int, dtype:
     versus(ours, lambda: in_torch(output, list(columns), weights, 7.5), name=IN_TORCH)
 
 
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "separate"])
-@pytest.mark.parametrize("k", [4, 40])
+@pytest.mark.parametrize(("k", "stacked"), [(4, True), (40, False)], ids=["4 stacked", "40 separate"])
 def bench_lincomb_on_the_cpu(versus: Callable[..., Any], k: int, stacked: bool) -> None:
     """k tensors of 16 x 128 x 128 in float32."""
     tensors = torch.randn(k, 16 * 128 * 128)

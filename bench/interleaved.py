@@ -2,19 +2,22 @@
 
 A round times blocks in the order A B B A (A ours, B the reference) and gives one ratio,
 
-    r = (a_1 + a_2) / (b_1 + b_2),        a, b: nanoseconds a call,
+    r = (a_1 + a_2) / (b_1 + b_2),        a, b: nanoseconds a call.
 
-and what is reported is the median of r over all rounds. Within a round both sides have the same clock frequency and the
-same neighbours, so these cancel; a drift over the round cancels to first order, because A and B have the same mean
-place in it; each side comes once after itself and once after the other, so what one leaves in the caches cancels too.
-A round that something interrupted is an outlier, and a median does not see how far out it lies. (The ratio of two
-medians, or of two minima, would compare the quietest moments of either side, which need not be the same ones.)
+Both sides of a round have the same clock frequency and the same neighbours; a drift over the round cancels to first
+order, because A and B have the same mean place in it; each side comes once after itself and once after the other, so
+what one leaves in the caches cancels too. What does not cancel is that a busy machine slows one side more than the
+other: over a minute on two shared cores, r moved with the time that a round took, up in three comparisons and down in a
+fourth (correlation of the logarithms 0.5 to 0.8, and -0.5 to -0.8). So only the quietest quarter of the rounds counts,
+those whose product of both times is least, which favours neither side; what is reported is the
 
-The standard error of a median is 1.2533 s / sqrt(n) for normal errors; s is taken from the interquartile range q, which
-outliers do not move, as q / 1.349. Rounds go on until it is below `PRECISION`, or time is up.
+    median of r over the quietest quarter of the rounds.
 
-The clock is the processor's time of this thread, so waiting for a slice of a busy machine's time does not count: at a
-load of 2 to 3 on two cores the worst standard error after 4 s was 7% with `time.perf_counter_ns`, and 3% with this. It
+Rounds end when their time is up, not when they agree: a machine stays busy for seconds, during which rounds agree to
+half a percent on a ratio that is 10% off. So a benchmark's rounds come in several short turns (see bench/conftest.py)
+with all others between them, and are put together with `joined`.
+
+The clock is the processor's time of this thread, so waiting for a slice of a busy machine's time does not count. It
 sees neither other threads (set `torch.set_num_threads(1)`) nor a GPU. Only the standard library is needed.
 """
 
@@ -24,17 +27,15 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Call = Callable[[], object]
 
 CLOCK = time.thread_time_ns
-PRECISION = 0.006  # relative standard error of the ratio at which rounds end
 BLOCK = 1_000_000  # ns; as many calls as fill it are timed together, so that reading the clock costs nothing
-LEAST_ROUNDS, MOST_ROUNDS = 40, 2000
-SECONDS = 3.0  # of rounds; slow calls end by it, with at least FEWEST_ROUNDS
-FEWEST_ROUNDS = 5
+SECONDS = 0.3  # of rounds
+QUIET = 0.25  # the part of the rounds that counts
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,22 @@ class Comparison:
     reference: tuple[float, ...]
 
     @property
-    def ratios(self) -> list[float]:
-        return [a / b for a, b in zip(self.ours, self.reference, strict=True)]
+    def quiet(self) -> Comparison:
+        """The quietest rounds."""
+        count = math.ceil(QUIET * len(self.ours))
+        pairs = sorted(zip(self.ours, self.reference, strict=True), key=math.prod)[:count]
+        return Comparison(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
 
     @property
     def ratio(self) -> float:
-        return statistics.median(self.ratios)
+        quiet = self.quiet
+        return statistics.median(a / b for a, b in zip(quiet.ours, quiet.reference, strict=True))
 
-    @property
-    def standard_error(self) -> float:
-        """Of `ratio`, relative to it; infinite for a single round."""
-        if len(self.ours) < 2:
-            return math.inf
-        low, _, high = statistics.quantiles(self.ratios, n=4)
-        return 1.2533 * (high - low) / 1.349 / math.sqrt(len(self.ours)) / self.ratio
+
+def joined(parts: Sequence[Comparison]) -> Comparison:
+    """The rounds of all of them."""
+    ours, reference = ([x for part in parts for x in getattr(part, side)] for side in ("ours", "reference"))
+    return Comparison(tuple(ours), tuple(reference))
 
 
 def compare(ours: Call, reference: Call, *, seconds: float = SECONDS) -> Comparison:
@@ -73,21 +76,14 @@ def compare(ours: Call, reference: Call, *, seconds: float = SECONDS) -> Compari
 
 
 def _rounds(ours: Call, reference: Call, calls: tuple[int, int], seconds: float) -> Comparison:
-    started = time.perf_counter()
+    end = time.perf_counter() + seconds
     a: list[float] = []
     b: list[float] = []
-    while len(a) < MOST_ROUNDS:
+    while not a or time.perf_counter() < end:
         a_1, b_1 = _block(ours, calls[0]), _block(reference, calls[1])
         b_2, a_2 = _block(reference, calls[1]), _block(ours, calls[0])
         a.append(0.5e-9 * (a_1 + a_2))
         b.append(0.5e-9 * (b_1 + b_2))
-        late = len(a) >= FEWEST_ROUNDS and time.perf_counter() - started > seconds
-        if late or (len(a) % LEAST_ROUNDS == 0 and _comparison(a, b).standard_error <= PRECISION):
-            break
-    return _comparison(a, b)
-
-
-def _comparison(a: list[float], b: list[float]) -> Comparison:
     return Comparison(tuple(a), tuple(b))
 
 

@@ -38,7 +38,6 @@ class Row:
     rounds: int
     unit: str = SECONDS
     ratio: float | None = None
-    standard_error: float | None = None
     reference: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
     spread: float = 0.0
@@ -99,7 +98,6 @@ def _merged(rows: Sequence[Row]) -> Row:
     if any(row.counts != first.counts for row in rows):
         raise InputError(f"{quoted(first.name)} has other counts in other runs: it is not deterministic")
     ratios = [row.ratio for row in rows if row.ratio is not None]
-    errors = [row.standard_error for row in rows if row.standard_error is not None]
     return Row(
         name=first.name,
         median=statistics.median(row.median for row in rows),
@@ -107,7 +105,6 @@ def _merged(rows: Sequence[Row]) -> Row:
         rounds=sum(row.rounds for row in rows),
         unit=first.unit,
         ratio=statistics.median(ratios) if ratios else None,
-        standard_error=statistics.median(errors) if errors else None,
         reference=first.reference,
         counts=first.counts,
         spread=statistics.stdev(map(math.log, ratios)) if len(ratios) > 1 else first.spread,
@@ -141,7 +138,7 @@ def _results(about: Mapping[str, Any], rows: Sequence[Row]) -> Results:
 def _run_row(data: Any) -> Row:
     """A benchmark of pytest-benchmark's file: its statistics and what the fixtures added."""
     stats, extra = _of(data, "stats", dict), _of(data, "extra_info", dict)
-    wanted = {key: extra[key] for key in ("ratio", "standard_error", "reference", "counts") if key in extra}
+    wanted = {key: extra[key] for key in ("ratio", "reference", "counts") if key in extra}
     figures = {key: stats.get(key) for key in ("median", "iqr", "rounds")}
     return _row({"name": _of(data, "fullname", str).removeprefix("bench/"), **figures, **wanted})
 
@@ -152,7 +149,7 @@ def _row(data: Any) -> Row:
     counts = data.get("counts", {})
     if not isinstance(counts, dict) or not all(type(value) is int for value in counts.values()):
         raise InputError(f"{what}counts are {quoted(counts)}, expected whole numbers by name")
-    ratio, error = data.get("ratio"), data.get("standard_error")
+    ratio = data.get("ratio")
     return Row(
         name=name,
         median=_number(data.get("median"), what + "median", least=0.0),
@@ -160,7 +157,6 @@ def _row(data: Any) -> Row:
         rounds=int(_number(data.get("rounds"), what + "rounds", least=1)),
         unit=str(data.get("unit", SECONDS)),
         ratio=None if ratio is None else _number(ratio, what + "ratio", least=1e-12),
-        standard_error=None if error is None else _number(error, what + "standard_error", least=0.0),
         reference=str(data.get("reference", "")),
         counts=counts,
         spread=_number(data.get("spread", 0.0), what + "spread", least=0.0),
