@@ -53,9 +53,7 @@ def levels_of(driver: Driver, scales: list[float], rows: Floats) -> Levels:
     indices = range(driver.begin, len(driver.timesteps))
     pairs = [_input_levels(driver, schedule, i, scale) for i, scale in zip(indices, scales, strict=True)]
     alphas, sigmas = np.maximum(pairs, 0.0).T  # cos(1.5708) is -4e-6
-    if config_of(scheduler).get(
-        "invert_sigmas"
-    ):  # time runs up to the data: what is called noise level is the signal's
+    if config_of(scheduler).get("invert_sigmas"):  # time runs up to the data: its noise level is the signal's
         alphas, sigmas = sigmas, alphas
     metadata = _metadata(scheduler, schedule)
     exact = _exact_output(driver, metadata.get("prediction_type"))

@@ -1,4 +1,4 @@
-"""What capture promises beside the rows: levels, noise columns, metadata, refusals, recapture, the table of classes."""
+"""What capture promises beside the rows: levels, noise columns, metadata, recapture, the table of classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 diffusers.logging.set_verbosity_error()
 
-from olss_fast.capturing import LINEARITY, capture, recapture  # noqa: E402
+from plain_schedulers import Described, Plain, PlainDdim, PlainExploding, PlainFlow, PlainVelocity, Wrapped  # noqa: E402
+
+from olss_fast.capturing import capture, recapture  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -103,35 +105,46 @@ def test_levels_that_cannot_be_known_are_refused() -> None:
         capture(Plain(), 3)
 
 
-class Plain:
-    """The least interface of a scheduler: Euler from 1 to 0, with nothing said about levels."""
-
-    def set_timesteps(self, num_inference_steps: int) -> None:
-        self.timesteps = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
-
-    def step(self, model_output: Any, timestep: Any, sample: Any) -> tuple[Any]:
-        return (sample - timestep * model_output / len(self.timesteps),)
-
-
-class Described(Plain):
-    """Plain with a config and add_noise, and a fault on request."""
-
-    config = {"prediction_type": "epsilon"}  # noqa: RUF012
-    fault = staticmethod(lambda sample: sample)
-
-    def step(self, model_output: Any, timestep: Any, sample: Any) -> tuple[Any]:
-        return (self.fault(super().step(model_output, timestep, sample)[0]),)
-
-    def add_noise(self, original_samples: Any, noise: Any, timesteps: Any) -> Any:
-        return original_samples + timesteps.double() * noise
-
-
 def test_any_object_with_the_interface_is_captured() -> None:
     plan = capture(Described(), 4)
     assert plan.nfe == 4
     np.testing.assert_allclose(plan.rows[-1, 1:], -np.array([1.0, 0.75, 0.5, 0.25]) / 4)
     with pytest.raises(InputError, match="no scheduler Described"):
         recapture(plan, begin=1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("kind", "prediction"),
+    [(PlainFlow, "flow"), (PlainExploding, "epsilon"), (PlainDdim, "epsilon"), (PlainVelocity, "v_prediction")],
+)
+def test_tables_of_a_plain_scheduler_are_read(kind: Any, prediction: str, steps: int) -> None:
+    plan = capture(kind(), steps)
+    assert plan.metadata["prediction_type"] == prediction
+    assert np.abs(plan.point_mass_residual()).max() < 1e-9  # float64 tables
+    assert (plan.alphas[-1], plan.sigmas[-1]) == pytest.approx((1.0, 0.0), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler", "FlowMatchEulerDiscreteScheduler"]
+)
+def test_predictions_are_found_without_a_config(name: str) -> None:
+    """A wrapper that passes on everything but the config: the same plan."""
+    scheduler = getattr(diffusers, name)()
+    plan, expected = capture(Wrapped(scheduler), 5), capture(scheduler, 5)
+    assert plan == expected
+    assert plan.metadata["prediction_type"] == expected.metadata["prediction_type"]
+    np.testing.assert_array_equal(plan.sigmas, expected.sigmas)
+
+
+def test_a_prediction_that_is_not_known_is_left_open() -> None:
+    scheduler = Described()
+    scheduler.config = {}  # type: ignore[misc]
+    plan = capture(scheduler, 4)
+    assert "prediction_type" not in plan.metadata
+    assert (plan.alphas[-1], plan.sigmas[-1]) == (1.0, 0.0)
+    scheduler.config = None  # type: ignore[assignment, misc]
+    assert capture(scheduler, 4) == plan
 
 
 # --- noises -----------------------------------------------------------------------------------------------------------
@@ -199,115 +212,6 @@ def test_states_are_not_rounded_where_the_scheduler_casts_to_float32() -> None:
     scales = (scheduler.sigmas**2 + 1) ** 0.5
     unscaled = plan.rows[:-1, 0] * scales[:-1].double().numpy()
     np.testing.assert_allclose(unscaled, plan.rows[-1, 0], rtol=1e-15)
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "message"),
-    [
-        (object(), "no diffusers scheduler"),
-        (diffusers.DDIMScheduler, "no diffusers scheduler"),
-        (diffusers.DDIMScheduler(), "clip_sample=False"),
-        (diffusers.DDIMScheduler(thresholding=True), "clip_sample=False, thresholding=False"),
-        (diffusers.DDPMScheduler(), "clip_sample=False"),
-        (diffusers.DPMSolverMultistepScheduler(thresholding=True), "thresholding=False"),
-        (diffusers.UniPCMultistepScheduler(thresholding=True), "thresholding=False"),
-        (diffusers.CMStochasticIterativeScheduler(), "clip_denoised=False"),
-        (diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range"), "fixed_small"),
-        (diffusers.UnCLIPScheduler(clip_sample=False, variance_type="learned_range"), "fixed_small"),
-        (diffusers.RePaintScheduler(), "needs the image and the mask"),
-        (diffusers.VQDiffusionScheduler(num_vec_classes=5), "discrete tokens"),
-        (diffusers.ScoreSdeVeScheduler(), "has no step"),
-        (diffusers.KarrasVeScheduler(), "step takes model_output, sigma_hat"),
-        (diffusers.DDIMInverseScheduler(clip_sample=False), "does not run from noise to data"),
-        (diffusers.DPMSolverMultistepInverseScheduler(), "does not run from noise to data"),
-        (diffusers.HeliosScheduler(), "stages=1"),
-        (diffusers.IPNDMScheduler(), "a sample of zeros"),
-    ],
-    ids=lambda value: type(value).__name__ if not isinstance(value, str) else value.split()[0],
-)
-def test_schedulers_that_are_no_plans(scheduler: Any, message: str) -> None:
-    with pytest.raises(ScheduleError, match=message):
-        capture(scheduler, 1)
-
-
-def test_what_is_advised_works() -> None:
-    scheduler = diffusers.DDIMScheduler(thresholding=True)
-    assert capture(scheduler.from_config(scheduler.config, clip_sample=False, thresholding=False), 3).nfe == 3
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (lambda x: x.clamp(-1.5, 1.5), "not linear"),
-        (lambda x: x + 1.0, "not linear"),
-        (lambda x: x * x, "not linear"),
-        (lambda x: x - x.mean(dim=(-1, -2), keepdim=True), "not linear"),
-        (lambda x: x.flip(-1), "not linear"),
-        (lambda x: x / x.abs().amax().clamp(min=1.0), "not linear"),
-        (lambda x: torch.round(x, decimals=5), "not linear"),
-        (lambda x: x.repeat(1, 2, 1, 1), "keeps the shape"),
-        (lambda x: x + torch.rand(x.shape), "draws with torch.rand"),
-        (lambda x: x + torch.randn(1), r"draws noise of shape \(1,\)"),
-        (lambda x: x[7], "cannot be captured: at evaluation 0"),
-    ],
-)
-def test_unknown_schedulers_are_found_out(fault: Any, message: str) -> None:
-    scheduler = Described()
-    scheduler.fault = fault  # type: ignore[assignment]
-    with pytest.raises(ScheduleError, match=message):
-        capture(scheduler, 3)
-
-
-def test_a_wide_clipping_range_is_refused_as_well() -> None:
-    with pytest.raises(ScheduleError, match="clip_sample=False"):
-        capture(ddim(clip_sample=True, clip_sample_range=1e6), 3)
-
-
-def test_the_bound_of_linearity_leaves_room_for_rounding_only() -> None:
-    """DDIM with 1 / alpha = 160 at its first step and 50 steps stays four orders of magnitude below LINEARITY."""
-    scheduler = Described()
-    scheduler.fault = lambda x: x * (1.0 + 1e-13 * torch.sign(x))  # type: ignore[assignment]
-    assert LINEARITY == 1e-9
-    assert capture(scheduler, 3).nfe == 3
-    scheduler.fault = lambda x: x * (1.0 + 1e-7 * torch.sign(x))  # type: ignore[assignment]
-    with pytest.raises(ScheduleError, match="not linear"):
-        capture(scheduler, 3)
-
-
-@pytest.mark.parametrize("steps", [0, -1, 2.5, True, "5"])
-def test_unusable_steps(steps: Any) -> None:
-    with pytest.raises(InputError, match="steps is"):
-        capture(ddim(), steps)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "steps is None"),
-        ({"steps": 5, "sigmas": [1.0]}, "set_timesteps does not take sigmas; it takes num_inference_steps, device"),
-        ({"steps": 5, "step_arguments": {"churn": 1}}, "step does not take churn"),
-        ({"steps": 5, "begin": 5}, "begin is 5; expected a whole number from 0 to 4"),
-        ({"steps": 5, "begin": -1}, "begin is -1"),
-        ({"steps": 5, "begin": 1.0}, "begin is 1.0"),
-        ({"steps": 5, "step_arguments": {"generator": torch.Generator()}}, "cannot be written down"),
-    ],
-)
-def test_unusable_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        capture(ddim(), **arguments)
-
-
-def test_a_run_cannot_start_inside_a_step() -> None:
-    with pytest.raises(InputError, match="multiple of 2"):
-        capture(diffusers.HeunDiscreteScheduler(**SD), 5, begin=3)
-
-
-def test_what_the_scheduler_rejects_is_said_in_its_words() -> None:
-    with pytest.raises(ScheduleError, match="at set_timesteps, `num_inference_steps`: 2000 cannot be larger"):
-        capture(ddim(), 2000)
 
 
 # --- metadata and recapture -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.adapters.original_olss import load_original
+from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 
@@ -107,6 +109,20 @@ def test_another_schedule(tmp_path: Path) -> None:
     plan = load_original(saved(tmp_path / "olss.bin"), schedule=schedule)
     np.testing.assert_allclose(plan.alphas[:-1], schedule.alpha(TIMES.numpy()), rtol=1e-15)
     assert plan.metadata["prediction_type"] == "v_prediction"
+
+
+def test_the_schedule_of_a_diffusers_scheduler(tmp_path: Path) -> None:
+    """Or of its config. What is neither is refused before the file is read."""
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "prediction_type": "v_prediction"}
+    path = saved(tmp_path / "olss.bin")
+    for schedule in (config, SimpleNamespace(config=config)):
+        plan = load_original(path, schedule=schedule)
+        expected = NoiseSchedule.named("linear", prediction_type="v_prediction")
+        np.testing.assert_allclose(plan.alphas[:-1], expected.alpha(TIMES.numpy()), rtol=1e-12)
+        assert plan.metadata["prediction_type"] == "v_prediction"
+    for unusable in ("x", 3, {}, object(), False):
+        with pytest.raises(InputError, match=r"schedule is .*; expected a NoiseSchedule or a diffusers scheduler"):
+            load_original(tmp_path / "no such file", schedule=unusable)
 
 
 @pytest.mark.parametrize(("first", "noted"), [(898, True), (998, True), (999, False)])
