@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from kernel_counts import Counts, count
+from kernel_counts import Counts, count, count_sampler
 
 from olss_fast import PlanScheduler, capture
 
@@ -113,6 +113,13 @@ def bench_operators_of_a_step(exactly: Callable[..., Any], benchmark: Any, dtype
         means = {what: sum(getattr(step, what) for step in steps) / len(steps) for what in vars(Counts())}
         benchmark.extra_info[name] = means
         print(f"{name:16}{means['kernels']:10.1f}{means['syncs']:8.2f}{means['uploads']:9.2f}")
+    sampler = count_sampler(capture(PEERS["DPM++ 2M"], STEPS), guided=True, dtype=dtype)
+    assert sampler == Counts(kernels=STEPS + 1, syncs=0, uploads=0)
+    benchmark.extra_info["Sampler"] = {what: value / STEPS for what, value in vars(sampler).items()}
+    means = benchmark.extra_info["Sampler"]
+    print(
+        f"{'Sampler, guided':16}{means['kernels']:10.1f}{means['syncs']:8.2f}{means['uploads']:9.2f}   guidance included"
+    )
     for step in counts[OURS]:
         assert step.kernels <= 3
         assert step.syncs == step.uploads == 0

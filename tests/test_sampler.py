@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kernel_counts import Counter, Counts
+from kernel_counts import Counts, count_sampler
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import olss_fast
 from olss_fast import NoiseSchedule, Plan, solvers
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors import graph
-from olss_fast.executors.fused import FusedLoop
 from olss_fast.executors.loops import KEPT
 from olss_fast.sampler import Sampler
 
@@ -38,10 +37,8 @@ class Net(torch.nn.Module):
         super().__init__()
         self.mix = torch.nn.Conv2d(4, 4, 1, dtype=dtype)
         torch.nn.init.eye_(self.mix.weight[:, :, 0, 0])
-        self.calls = 0
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        self.calls += 1
         t = (timestep / 1000).view(-1, 1, 1, 1).to(x.dtype)
         shift = 0.0 if y is None else (y.to(x.dtype) / 10).view(-1, 1, 1, 1)
         return scale * torch.tanh(self.mix(x) * (0.5 + t) + shift)
@@ -95,10 +92,11 @@ def test_every_backend_is_the_reference(
     sampler = Sampler(
         PLANS[name], net, backend="graph" if backend == "unrolled" else backend, unroll=backend == "unrolled", **how
     )
-    net.calls = 0
+    calls: list[object] = []
+    net.register_forward_pre_hook(lambda *call: calls.append(call))
     got = sampler(noise, generator=seeded[1])
     warm_up = {"fused": 0, "graph": 1, "unrolled": PLANS[name].nfe}[backend]
-    assert net.calls == PLANS[name].nfe + warm_up  # one call an evaluation, guided or not
+    assert len(calls) == PLANS[name].nfe + warm_up  # one call an evaluation, guided or not
     # float32 rows of about ten terms of size 10 against float64 ones
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert got.dtype == noise.dtype
@@ -265,12 +263,24 @@ def test_plan_of_another_length_gets_more_room(net: Net, noise: Tensor, fake_gra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_kernel_a_step_and_nothing_for_the_host(dtype: torch.dtype, guided: bool) -> None:
     """Counted with fake CUDA tensors, guidance, history, next input and next time included."""
-    plan, counts = PLANS["unipc"], Counts()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        like = torch.empty(2, 4, 64, 64, dtype=dtype, device="cuda")
-        output = torch.empty(4 if guided else 2, 4, 64, 64, dtype=dtype, device="cuda")
-        loop = FusedLoop(lambda x, time, model: output, like, plan, doubled=guided)
-        loop.plan = plan  # its tables are data: nothing of the loop depends on them
-        with Counter(counts):
-            loop.run()
+    plan = PLANS["unipc"]
+    counts = count_sampler(plan, guided=guided, dtype=dtype)
     assert counts == Counts(kernels=plan.nfe + 1, syncs=0, uploads=0)  # and one to begin with
+
+
+def test_composes_with_a_compiled_network(net: Net, noise: Tensor, fake_graphs: None) -> None:
+    expected = olss_fast.sample(PLANS["unipc"], net, noise, **GUIDED)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for backend in ("fused", "graph"):
+        got = Sampler(PLANS["unipc"], compiled, backend=backend, **GUIDED)(noise)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_composes_with_an_ahead_of_time_package(net: Net, noise: Tensor, tmp_path: Path) -> None:
+    example = (noise, torch.zeros(2), torch.tensor([3, 7]))
+    exported = torch.export.export(net.eval(), example)
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "net.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    sampler = Sampler(PLANS["unipc"], lambda x, t, y: package(x, t, y), backend="fused", conditioning={"y": example[2]})
+    expected = olss_fast.sample(PLANS["unipc"], net, noise, conditioning={"y": example[2]})
+    torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from olss_fast import PlanScheduler
+from olss_fast import Plan, PlanScheduler
+from olss_fast.executors.fused import FusedLoop
 
 aten = torch.ops.aten
 TRANSFERS = {"copy_", "_to_copy", "lift_fresh_copy"}
@@ -85,6 +86,20 @@ def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
     if isinstance(index, slice):
         return aten.slice(tensor, 0, index.start, index.stop)
     return aten.select(tensor, 0, index)
+
+
+def count_sampler(plan: Plan, *, guided: bool, dtype: torch.dtype = torch.float32) -> Counts:
+    """Counts of a whole run of `Sampler`'s fused executor, whose step is also what the graph executor captures: the
+    network is not counted; guidance, history, next input and next time are."""
+    counts = Counts()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        like = torch.empty(2, 4, 64, 64, dtype=dtype, device="cuda")
+        output = torch.empty(4 if guided else 2, 4, 64, 64, dtype=dtype, device="cuda")
+        loop = FusedLoop(lambda x, time, model: output, like, plan, doubled=guided)
+        loop.plan = plan  # its tables are data: nothing of the loop depends on them
+        with Counter(counts):
+            loop.run()
+    return counts
 
 
 def count(scheduler: Any, steps: int, dtype: torch.dtype = torch.float32) -> list[Counts]:
