@@ -74,7 +74,7 @@ KINDS = {
     "LMSDiscreteScheduler": Kind(ALL, SPACINGS),
     "LTXEulerAncestralRFScheduler": Kind(),
     "MiniMaxH3Scheduler": Kind(rejected_steps=(1,)),
-    "PNDMScheduler": Kind(NOT_SAMPLE, SPACINGS, rejected_steps=(1, 2)),  # Runge-Kutta needs three
+    "PNDMScheduler": Kind(NOT_SAMPLE, SPACINGS, rejected_steps=(1, 2)),  # Runge-Kutta needs four
     "SASolverScheduler": Kind(WITH_FLOW, SPACINGS),
     "SCMScheduler": Kind(arguments={"intermediate_timesteps": None}),
     "TCDScheduler": Kind(ALL, SPACINGS),
