@@ -71,7 +71,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 def _is_number(value: Any, *, none: bool) -> bool:
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         return none and value is None
-    return bool(abs(value) < 1e300)
+    return bool(-1e300 < value < 1e300)
 
 
 def _config(scheduler: object) -> Mapping[str, Any]:

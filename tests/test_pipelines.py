@@ -98,6 +98,37 @@ def test_eta_of_ddim_pipelines() -> None:
         sample(pipe, PlanScheduler.from_pipe(pipe, plan), eta=0.3, output_type="np")
 
 
+def test_eta_of_stable_diffusion_pipelines() -> None:
+    """They pass eta=0.0 to every step that takes one; TCD's own default is 0.3, which a capture without eta has."""
+    pipe, tcd = tiny.stable_diffusion(), diffusers.TCDScheduler(**tiny.BETAS)
+    call = {"prompt": "a cat", "guidance_scale": 5.0, **SIDES}
+    assert_same(pipe, tcd, capture(tcd, STEPS, step_arguments={"eta": 0.0}), **call)
+    assert_same(pipe, tcd, capture(tcd, STEPS), eta=0.3, **call)
+    with pytest.raises(olss_fast.errors.InputError, match=r"step_arguments=\{'eta': 0\.0\}"):
+        sample(pipe, PlanScheduler.from_pipe(pipe, capture(tcd, STEPS)), **call)
+    ddim = SCHEDULERS["DDIM"]
+    plan = capture(ddim, STEPS, step_arguments={"eta": 1.0})
+    assert_same(pipe, ddim, plan, eta=1.0, **call)
+    with pytest.raises(olss_fast.errors.InputError, match=r"captured with eta=1\.0"):
+        sample(pipe, PlanScheduler.from_pipe(pipe, plan), **call)
+
+
+@pytest.mark.parametrize("image", [None, IMAGE])
+def test_latent_consistency_models(image: Any) -> None:
+    """Their pipelines unpack two values of a step, and decode the second in the end."""
+    parts = tiny.stable_diffusion().components | {"unet": tiny.conditional_unet(time_cond_proj_dim=8)}
+    lcm = diffusers.LCMScheduler(**tiny.BETAS, clip_sample=False)
+    if image is None:
+        pipe = tiny.quiet(diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False))
+        call, steps = SIDES, {"original_inference_steps": 20}
+    else:
+        pipe = tiny.quiet(diffusers.LatentConsistencyModelImg2ImgPipeline(**parts, requires_safety_checker=False))
+        call, steps = {"image": image, "strength": 0.6}, {"original_inference_steps": 30, "strength": 0.6}
+    plan = capture(lcm, 4, **steps)
+    original = {"original_inference_steps": steps["original_inference_steps"]}
+    assert_same(pipe, lcm, plan, prompt="a cat", num_inference_steps=4, **original, **call)
+
+
 FLOW_PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SD3": (tiny.sd3, {}),
     "SD3 image to image": (
