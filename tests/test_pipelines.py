@@ -113,6 +113,16 @@ def test_eta_of_stable_diffusion_pipelines() -> None:
         sample(pipe, PlanScheduler.from_pipe(pipe, plan), **call)
 
 
+def test_eta_of_an_accelerated_pipeline() -> None:
+    """One call for the whole loop holds to the arguments of the capture as well."""
+    pipe = tiny.stable_diffusion()
+    olss_fast.accelerate(pipe, capture(diffusers.TCDScheduler(**tiny.BETAS), 2, step_arguments={"eta": 0.0}))
+    call = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent", **SIDES}
+    assert pipe(**call)[0].isfinite().all()
+    with pytest.raises(olss_fast.errors.InputError, match=r"captured with eta=0\.0"):
+        pipe(eta=0.3, **call)
+
+
 @pytest.mark.parametrize("image", [None, IMAGE])
 def test_latent_consistency_models(image: Any) -> None:
     """Their pipelines unpack two values of a step, and decode the second in the end."""

@@ -207,6 +207,22 @@ def test_length_and_alphas_cumprod() -> None:
     assert not hasattr(PlanScheduler(solvers.ddim(SCHEDULE, 2), {}), "alphas_cumprod")
 
 
+def test_step_arguments_in_a_compiled_loop() -> None:
+    torch._dynamo.reset()
+    scheduler = ready(capture(DDIM, 3), 3)
+    expected = run(scheduler, SINGLE)
+
+    def loop(sample: torch.Tensor) -> torch.Tensor:
+        for timestep in scheduler.timesteps:
+            output = torch.sin(sample.roll(1, -1) + timestep / 300.0)
+            sample = scheduler.step(output, timestep, sample, eta=0.0, return_dict=False)[0]
+        return sample
+
+    scheduler.set_timesteps(3)
+    found = torch.compile(loop, fullgraph=True, backend="eager")(SINGLE)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_copy_in_the_middle_of_a_run_with_gradients() -> None:
     """The copy goes on alone, and its gradients reach the same start."""
     scheduler = ready(solvers.dpm_solver_pp(SCHEDULE, 5))
@@ -299,6 +315,7 @@ def test_an_unknown_kind_of_schedule_is_named_when_it_is_needed() -> None:
         {"steps": 10**9},
         {"steps": "3"},
         {"arguments": []},
+        {"arguments": {"steps": 10**9}},
         {"step_arguments": None},
     ],
 )

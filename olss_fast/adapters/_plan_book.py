@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast._from_diffusers import check_config
+from olss_fast._from_diffusers import MOST_TIMESTEPS, check_config
 from olss_fast._text import quoted
 from olss_fast.adapters._layout import check_runnable
 from olss_fast.errors import InputError, OlssError, ScheduleError
@@ -212,6 +212,9 @@ def recaptured(plan: Plan, **changes: Any) -> Plan:
             f"this run capture the scheduler itself with {what}"
         )
     check_config(facts["config"])
+    for name, value in {**facts["config"], **facts["arguments"]}.items():
+        if isinstance(value, int) and abs(value) > MOST_TIMESTEPS:  # lists that long would be made
+            raise InputError(f"{name} of this captured plan is {quoted(value)}; expected at most {MOST_TIMESTEPS}")
     try:
         return recapture(plan, **changes)
     except InputError:

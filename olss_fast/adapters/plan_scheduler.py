@@ -95,7 +95,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._run: Run | None = None
 
     @classmethod
-    def from_pipe(cls, pipe: Any, plans: Plan | Iterable[Plan], *, check: bool = True) -> PlanScheduler:
+    def from_pipe(
+        cls, pipe: Any, plans: Plan | Mapping[Any, Plan] | Iterable[Plan], *, check: bool = True
+    ) -> PlanScheduler:
         """A PlanScheduler for `pipe.scheduler`, which stays as it is: assign it.
 
         InputError if the pipeline has no slot for it, or (unless `check` is False) a plan was made for another
@@ -250,7 +252,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             clean image that other steps predict is not computed.
 
         Raises:
-            InputError: no set_timesteps, more steps than planned, another shape or device than the run began with.
+            InputError: no set_timesteps, more steps than planned, another shape or device than the run began with, a
+                first timestep that is none of the plan's.
             NetworkError: an output of another shape or device, or (on the CPU, at the last step) one that is not
                 finite.
         """
