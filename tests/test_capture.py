@@ -51,7 +51,7 @@ def load_table() -> ModuleType:
 
 TABLE = load_table()
 PAGE = (ROOT / "docs" / "schedulers.md").read_text(encoding="utf-8")
-CAPTURED = re.findall(r"^\| (\w+) \| \d+ \|", PAGE, flags=re.MULTILINE)
+CAPTURED = re.findall(r"^\| (\w+) \| \d+ \| \d+ \|", PAGE, flags=re.MULTILINE)
 LEFT_BEHIND = {"IPNDMScheduler"}  # diffusers loses all signal where it divides by alpha = 0; its rows show it
 
 
