@@ -117,9 +117,7 @@ def bench_operators_of_a_step(exactly: Callable[..., Any], benchmark: Any, dtype
     assert sampler == Counts(kernels=STEPS + 1, syncs=0, uploads=0)
     benchmark.extra_info["Sampler"] = {what: value / STEPS for what, value in vars(sampler).items()}
     means = benchmark.extra_info["Sampler"]
-    print(
-        f"{'Sampler, guided':16}{means['kernels']:10.1f}{means['syncs']:8.2f}{means['uploads']:9.2f}   guidance included"
-    )
+    print(f"{'Sampler':16}{means['kernels']:10.1f}{means['syncs']:8.2f}{means['uploads']:9.2f}   guidance included")
     for step in counts[OURS]:
         assert step.kernels <= 3
         assert step.syncs == step.uploads == 0
