@@ -33,7 +33,7 @@ Both sides are float64 with at most a few hundred operations an element: honest 
 scheduler divides by a signal level of 1e-3; the least clipping is of order 1."""
 
 MAGNITUDES = (1e-2, 1e2, 1e6)  # of the random tensors: below and beyond every usual threshold and clipping range
-PROBE_SHAPE = (2, 3, 4, 5)
+PROBE_SHAPE = (2, 3, 4, 5)  # for each magnitude
 
 
 def capture(
@@ -116,26 +116,30 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
 
 def _rows(driver: Driver) -> tuple[Floats, Trace]:
     """(S+1, columns) and the run they come from; the run on random tensors also tells how many noises there are."""
-    probes = [_probe(driver, magnitude) for magnitude in MAGNITUDES]
-    width = len(probes[0][0])
+    basis, found = _probe(driver)
+    width = len(basis)
     identity = torch.eye(width, dtype=torch.float64).view(width, 1, 1, 1, width)
     trace = driver.run(identity[0], lambda i: identity[1 + i], lambda k: identity[1 + driver.nfe + k])
     rows = torch.stack([*trace.inputs, trace.sample]).reshape(-1, width).numpy().copy()
     if driver.begin:
         rows[0] = identity[0].flatten().numpy()
     _check_finite(driver, rows)
-    for basis, found in probes:
-        _check_linear(driver, rows, basis, found)
+    for of_one_magnitude in zip(*(np.split(each, len(MAGNITUDES), axis=1) for each in (basis, found)), strict=True):
+        _check_linear(driver, rows, *of_one_magnitude)
     used = np.flatnonzero(np.any(rows[:, 1 + driver.nfe :] != 0, axis=0))
     return rows[:, : 1 + driver.nfe + (int(used[-1]) + 1 if used.size else 0)], trace
 
 
-def _probe(driver: Driver, magnitude: float) -> tuple[Floats, Floats]:
-    """A run on random tensors: the basis [x_T | outputs | noises], and the network inputs and sample made of it."""
+def _probe(driver: Driver) -> tuple[Floats, Floats]:
+    """A run on random tensors: the basis [x_T | outputs | noises], and the network inputs and sample made of it.
+
+    Samples of each of MAGNITUDES lie behind one another in the batch.
+    """
     generator = np.random.default_rng(0)
+    magnitudes = np.repeat(MAGNITUDES, PROBE_SHAPE[0]).reshape(-1, *(1 for _ in PROBE_SHAPE[1:]))
 
     def draw(_: int = 0) -> Tensor:
-        return torch.from_numpy(magnitude * generator.standard_normal(PROBE_SHAPE))
+        return torch.from_numpy(magnitudes * generator.standard_normal((len(magnitudes), *PROBE_SHAPE[1:])))
 
     start, outputs = draw(), [draw() for _ in range(driver.nfe)]
     trace = driver.run(start, outputs.__getitem__, draw)
