@@ -122,15 +122,23 @@ class Denoiser:
 
     def _join(self, unconditional: dict[str, Any], conditional: dict[str, Any]) -> dict[str, Any] | None:
         """Arguments of one doubled batch, unconditional half first; None if some argument cannot be doubled."""
-        joined: dict[str, Any] = {}
-        for name, given in conditional.items():
-            if self._per_sample(self.conditioning[name]):
-                joined[name] = torch.cat([unconditional[name], given])
-            elif _same(given, unconditional[name]):
-                joined[name] = given
-            else:
-                return None
-        return joined
+        try:
+            return {
+                name: self._join_one(self.conditioning[name], unconditional[name], given)
+                for name, given in conditional.items()
+            }
+        except _CannotJoin:
+            return None
+
+    def _join_one(self, whole: Any, without: Any, given: Any) -> Any:
+        """`whole` is the argument before slicing, which tells whether it belongs to the samples."""
+        if isinstance(given, Mapping) and isinstance(without, Mapping) and set(given) == set(without):
+            return {key: self._join_one(whole[key], without[key], each) for key, each in given.items()}
+        if self._per_sample(whole):
+            return torch.cat([without, given])
+        if _same(given, without):
+            return given
+        raise _CannotJoin
 
     def _per_sample(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.samples
@@ -139,11 +147,17 @@ class Denoiser:
         return {name: self._slice_one(value, samples, x) for name, value in arguments.items()}
 
     def _slice_one(self, value: Any, samples: slice, x: Tensor) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._slice_one(each, samples, x) for key, each in value.items()}
         if not isinstance(value, Tensor):
             return value
         if self._per_sample(value):
             value = value[samples]
         return value.to(x.device)
+
+
+class _CannotJoin(Exception):
+    """The two halves of a guided pair differ in an argument that cannot be handed to both at once."""
 
 
 def _arguments(given: Any, name: str) -> dict[str, Any]:

@@ -61,7 +61,11 @@ class Sampler:
     ) -> None:
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+        if not isinstance(plan, Plan):
+            raise InputError(f"plan is a {type(plan).__name__}; expected a Plan")
         self.networks: list[Any] = list(network) if isinstance(network, (list, tuple)) else [network]
+        if not self.networks or not all(callable(each) for each in self.networks):
+            raise InputError(f"network must be a callable or a list of callables, got {network!r}")
         self.device = torch.device(device) if device is not None else _device_of(self.networks)
         if backend == "graph":
             require_cuda(self.device)
@@ -106,6 +110,10 @@ class Sampler:
     def require_finite(self) -> None:
         """NetworkError that names the first evaluation of the last run that was not finite. Waits for the device."""
         self._loops.require_finite()
+
+    def reset(self) -> None:
+        """Lets go of all buffers and graphs: for changes of a network that no capture sees, as of adapters' scales."""
+        self._loops.reset()
 
     def stats(self) -> Stats:
         """What was done so far; see `Stats`."""

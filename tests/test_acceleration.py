@@ -35,7 +35,7 @@ class Recorded:
 
 @pytest.fixture(params=["fused", "graph"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(graph, "capture", lambda function, pool: function() or Recorded(function))
+    monkeypatch.setattr(graph, "capture", lambda function, pool, device: function() or Recorded(function))
     monkeypatch.setattr("olss_fast.adapters.acceleration.require_cuda", lambda device: None)
     return request.param
 
@@ -160,3 +160,41 @@ def test_bad_backends(backend: str, message: str) -> None:
     pipe = tiny_pipelines.unet2d()
     with pytest.raises(InputError, match=message):
         olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend=backend)
+
+
+def test_other_calls_of_the_network_are_its_own(backend: str) -> None:
+    pipe = tiny_pipelines.unet2d()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = pipe.unet(x, 10).sample
+        olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend=backend)
+        images(pipe)
+        assert torch.equal(pipe.unet(x, 10).sample, expected)
+
+
+def test_a_scheduler_that_takes_the_slot_again_has_its_loop() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    own, expected = pipe.scheduler, images(pipe)
+    olss_fast.accelerate(pipe, olss_fast.capture(own, STEPS), backend="fused")
+    images(pipe)
+    pipe.scheduler = own
+    assert_same(images(pipe), expected)
+
+
+def test_accelerated_twice() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    scheduler, expected = pipe.scheduler, images(pipe)
+    plan = olss_fast.capture(scheduler, STEPS)
+    olss_fast.accelerate(pipe, plan, backend="fused")
+    handle = olss_fast.accelerate(pipe, plan, backend="fused")
+    assert_same(images(pipe), expected)
+    handle.restore()
+    assert pipe.scheduler is scheduler
+
+
+def test_a_run_that_is_cut_is_run_step_by_step() -> None:
+    pipe = tiny_pipelines.sdxl()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    expected = images(pipe, denoising_end=0.6)
+    olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend="fused")
+    assert_same(images(pipe, denoising_end=0.6), expected)

@@ -69,7 +69,7 @@ class FakeGraph:
 
 @pytest.fixture
 def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(function: Callable[[], None], pool: Any) -> FakeGraph:
+    def capture(function: Callable[[], None], pool: Any, device: Any) -> FakeGraph:
         function()  # the warm-up, whose traces the loop must not keep
         return FakeGraph(function)
 
@@ -152,7 +152,7 @@ def test_weights_that_change_in_place_are_honoured_and_moved_ones_noticed(
 
 
 def test_a_network_that_cannot_be_captured_falls_back(net: Net, noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(function: Callable[[], None], pool: Any) -> FakeGraph:
+    def refuse(function: Callable[[], None], pool: Any, device: Any) -> FakeGraph:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graph, "capture", refuse)
@@ -284,3 +284,98 @@ def test_composes_with_an_ahead_of_time_package(net: Net, noise: Tensor, tmp_pat
     sampler = Sampler(PLANS["unipc"], lambda x, t, y: package(x, t, y), backend="fused", conditioning={"y": example[2]})
     expected = olss_fast.sample(PLANS["unipc"], net, noise, conditioning={"y": example[2]})
     torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)
+
+
+def nested(x: Tensor, t: Tensor, extra: dict[str, Any]) -> Tensor:
+    assert len(extra["y"]) == len(x)
+    return torch.tanh(x + (extra["y"] / 10).view(-1, 1, 1, 1)) * extra["scale"]
+
+
+def test_nested_arguments_belong_to_samples_too(noise: Tensor) -> None:
+    """As the added conditions of SDXL do."""
+    given = {"extra": {"y": torch.tensor([1.0, 2.0]), "scale": 0.5}}
+    without = {"extra": {"y": torch.tensor([0.0, 0.0]), "scale": 0.5}}
+    how: dict[str, Any] = {"conditioning": given, "unconditional": without, "guidance_scale": 2.0}
+    expected = olss_fast.sample(PLANS["ddim"], nested, noise, **how)
+    torch.testing.assert_close(Sampler(PLANS["ddim"], nested, **how)(noise), expected, rtol=1e-4, atol=1e-5)
+    one_by_one = olss_fast.sample(PLANS["ddim"], nested, noise, batch_size=1, **how)
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bad_call_is_no_reason_to_give_up_graphs(net: Net, noise: Tensor, fake_graphs: None) -> None:
+    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    sampler(noise)
+    with pytest.raises(TypeError, match="nonsense"):
+        sampler(noise, nonsense=1)
+    sampler(noise)
+    assert sampler.stats().backend == "graph"
+    assert sampler.stats().reason == ""
+
+
+def test_one_shape_that_cannot_be_captured_leaves_the_others(
+    net: Net, noise: Tensor, monkeypatch: pytest.MonkeyPatch, fake_graphs: None
+) -> None:
+    usual = graph.capture
+
+    def picky(function: Callable[[], None], pool: Any, device: Any) -> Any:
+        if len(noise) == wanted:
+            raise RuntimeError("not this one")
+        return usual(function, pool, device)
+
+    monkeypatch.setattr(graph, "capture", picky)
+    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    wanted = len(noise)
+    sampler(noise)
+    assert sampler.stats().backend == "fused"
+    wanted = -1
+    sampler(noise[:1])
+    assert sampler.stats().backend == "graph"
+    assert "not this one" in sampler.stats().reason
+
+
+@pytest.mark.parametrize("backend", ["fused", "graph"])
+def test_buffers_outlive_inference_mode(backend: str, net: Net, noise: Tensor, fake_graphs: None) -> None:
+    sampler = Sampler(PLANS["ddim"], net, backend=backend)
+    with torch.inference_mode():
+        first = sampler(noise)
+    torch.testing.assert_close(sampler(noise), first)
+
+
+def test_room_only_grows(net: Net, noise: Tensor, fake_graphs: None) -> None:
+    sampler = Sampler(solvers.ddim(SCHEDULE, 40), net, backend="graph")
+    for _ in range(3):
+        sampler(noise)
+        sampler.plan = PLANS["ddim eta"]
+        sampler(noise)
+        sampler.plan = solvers.ddim(SCHEDULE, 40)
+    assert sampler.stats().captures == 2
+
+
+def test_networks_that_work_in_place(noise: Tensor) -> None:
+    def in_place(x: Tensor, t: Tensor) -> Tensor:
+        return x.mul_(0.5)
+
+    expected = olss_fast.sample(PLANS["ddim"], lambda x, t: 0.5 * x, noise)
+    got = Sampler(PLANS["ddim"], in_place, backend="fused")(noise)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_are_told_apart_by_type(noise: Tensor) -> None:
+    seen: list[Any] = []
+
+    def remember(x: Tensor, t: Tensor, flag: Any) -> Tensor:
+        seen.append(flag)
+        return x
+
+    sampler = Sampler(solvers.ddim(SCHEDULE, 1), remember, backend="fused")
+    for flag in (1, True, [1], (1,)):
+        sampler(noise, flag=flag)
+    assert [(type(each), each) for each in seen] == [(int, 1), (bool, True), (list, [1]), (tuple, (1,))]
+
+
+def test_a_reset_captures_again(net: Net, noise: Tensor, fake_graphs: None) -> None:
+    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    sampler(noise)
+    sampler.reset()
+    sampler(noise)
+    assert sampler.stats().captures == 2

@@ -67,7 +67,7 @@ class Cuda:
         torch.cuda.synchronize()
 
     def capture(self, run: Run) -> graph.Graph:
-        return graph.capture(run, None)
+        return graph.capture(run, None, torch.device("cuda", torch.cuda.current_device()))
 
     def compile(self, function: Any, **how: Any) -> Any:
         return torch.compile(function, **how)
@@ -101,7 +101,7 @@ class Dry:
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
-        graph.capture = lambda function, pool: _Recorded(function)
+        graph.capture = lambda function, pool, device: _Recorded(function)
         import olss_fast.sampler
 
         olss_fast.sampler.require_cuda = lambda device: None
@@ -115,7 +115,7 @@ class Dry:
         pass
 
     def capture(self, run: Run) -> graph.Graph:
-        return graph.capture(run, None)
+        return graph.capture(run, None, torch.device("cpu"))
 
     def compile(self, function: Any, **how: Any) -> Any:
         return function

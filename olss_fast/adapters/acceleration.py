@@ -6,7 +6,8 @@ then with the output has no effect, and its scheduler's step hands out the finis
 
 So callbacks are called once, at the end. This is done for text-to-image Stable Diffusion and SDXL, and for DDPM and
 DDIM pipelines of a UNet2DModel. Every other pipeline gets the plan as a `PlanScheduler`, which runs it step by step;
-so does a call that needs more than guidance of the outputs (`guidance_rescale`), or whose plan draws fresh noise.
+so does a call that needs more than guidance of the outputs (`guidance_rescale`), that is cut (`denoising_end`), or
+whose plan draws fresh noise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast.adapters.plan_scheduler import PlanScheduler
+from olss_fast.adapters.plan_scheduler import PlanScheduler, check_slot
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
@@ -32,6 +33,7 @@ BACKENDS = ("auto", "fused", "graph")
 class LoopScheduler(PlanScheduler):
     """A PlanScheduler that shows one timestep, whose step hands out the samples that `Acceleration` made there."""
 
+    handle: Acceleration | None = None
     stepwise: Callable[[], bool] = staticmethod(lambda: True)  # whether this call has to be run step by step
     whole = False
     sample: Tensor | None = None
@@ -71,7 +73,7 @@ class LoopScheduler(PlanScheduler):
         self._check_arguments(eta, other)
         if self.sample is None:
             raise InputError("the pipeline came to its scheduler's step without a call of its unet")
-        finished, self.sample = self.sample, None
+        finished, self.sample, self.whole = self.sample, None, False
         return Finished(finished) if return_dict else (finished, finished)
 
 
@@ -90,6 +92,9 @@ class Acceleration:
     """What `accelerate` did to a pipeline. `stats()` as of `Sampler`; `restore()` takes it back."""
 
     def __init__(self, pipe: Any, plans: Plan | Sequence[Plan], backend: str, check: bool) -> None:
+        check_slot(pipe)
+        if isinstance(pipe.scheduler, LoopScheduler) and pipe.scheduler.handle is not None:
+            pipe.scheduler.handle.restore()
         self.pipe, self.original = pipe, pipe.scheduler
         self.reason = ""
         self.loops: Loops | None = None
@@ -102,22 +107,28 @@ class Acceleration:
         if backend == "graph":
             require_cuda(device)
         chosen = ("graph" if device.type == "cuda" else "fused") if backend == "auto" else backend
-        self.loops = Loops([pipe.unet], chosen)
-        self.forward = pipe.unet.forward
-        self.before = {name: value for name, value in vars(pipe.unet).items() if name == "forward"}
+        self.unet = pipe.unet
+        self.loops = Loops([self.unet], chosen)
+        self.forward = self.unet.forward
+        self.before = {name: value for name, value in vars(self.unet).items() if name == "forward"}
         scheduler: Any = LoopScheduler.from_pipe(pipe, plans, check=check)
-        scheduler.stepwise = lambda: getattr(pipe, "_guidance_rescale", 0.0) > 0.0
+        scheduler.stepwise, scheduler.handle = self._stepwise, self
         self.scheduler = pipe.scheduler = scheduler
-        pipe.unet.forward = self._whole_loop
+        self.unet.forward = self._whole_loop
 
     def restore(self) -> None:
         """The pipeline's own scheduler and network again."""
         self.pipe.scheduler = self.original
         if self.loops is not None:
-            own = vars(self.pipe.unet)  # a compiled module has a forward of its own there, others their class's
-            own.pop("forward")
+            own = vars(self.unet)  # a compiled module has a forward of its own there, others their class's
+            own.pop("forward", None)
             own.update(self.before)
             self.loops = None
+
+    def _stepwise(self) -> bool:
+        """Whether the pipeline's present call needs its loop: outputs that are rescaled, a run that is cut."""
+        pipe = self.pipe
+        return getattr(pipe, "_guidance_rescale", 0.0) > 0.0 or getattr(pipe, "_denoising_end", None) is not None
 
     def require_finite(self) -> None:
         """NetworkError that names the first evaluation of the last run that was not finite. Waits for the device."""
@@ -132,7 +143,7 @@ class Acceleration:
     def _whole_loop(self, sample: Tensor, timestep: Any, *args: Any, **arguments: Any) -> Any:
         """Stands in for the network's forward: runs the whole loop where the pipeline asks for its one timestep."""
         scheduler, loops = self.scheduler, self.loops
-        if loops is None or not getattr(scheduler, "whole", False) or scheduler.sample is not None:
+        if loops is None or self.pipe.scheduler is not scheduler or not scheduler.whole or scheduler.sample is not None:
             return self.forward(sample, timestep, *args, **arguments)
         plan = scheduler._chosen().plan
         doubled = bool(getattr(self.pipe, "do_classifier_free_guidance", False))

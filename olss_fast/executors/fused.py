@@ -28,11 +28,12 @@ class FusedLoop:
 
     like: an empty tensor (B, …) of the network's dtype, device and memory format. doubled: the network is handed both
     halves of a guided pair, unconditional first. The network gets the same two tensors, x and its times, in every call.
+    room: evaluations and noises that there is room for at least.
     """
 
     backend = "fused"
 
-    def __init__(self, ask: Ask, like: Tensor, plan: Plan, *, doubled: bool) -> None:
+    def __init__(self, ask: Ask, like: Tensor, plan: Plan, *, doubled: bool, room: tuple[int, int] = (0, 0)) -> None:
         if plan.branches == 2 and not doubled:
             raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
         self.ask, self.batch = ask, like.shape[0]
@@ -41,8 +42,8 @@ class FusedLoop:
         self.state: Any = StepState.empty(
             self.x,
             self.time,
-            steps=max(LEAST_ROOM, plan.nfe),
-            noises=plan.noises,
+            steps=max(LEAST_ROOM, plan.nfe, room[0]),
+            noises=max(plan.noises, room[1]),
             branches=plan.branches,
             doubled=doubled,
         )
@@ -93,7 +94,8 @@ class FusedLoop:
     def evaluate(self, model: int) -> None:
         """One network call and the step after it."""
         output = self.ask(self.x, self.time, model)
-        if output.dtype != self.x.dtype or output.stride() != self.x.stride():
+        same = output is self.x or output._base is self.x  # a network that works in place
+        if same or output.dtype != self.x.dtype or output.stride() != self.x.stride():
             output = torch.empty_like(self.x).copy_(output)
         step(output, self.state)
 

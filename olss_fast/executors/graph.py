@@ -28,24 +28,45 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
-def capture(function: Callable[[], None], pool: Any) -> Graph:
-    """`function` as a CUDA graph in the memory `pool`, warmed up on a stream of its own."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        function()
+def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Graph:
+    """`function` as a CUDA graph in the memory `pool`, warmed up on a stream of its own.
+
+    The last warm-up refuses what waits for the device, such as `.item()`: found inside a capture it would leave the
+    stream and the allocator in disorder. Autocast keeps no copies of weights: a graph would read them after their end.
+    """
+    with torch.cuda.device(device), uncached_autocast():
+        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        mode = torch.cuda.get_sync_debug_mode()
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP - 1):
+                    function()
+                torch.cuda.set_sync_debug_mode("error")
+                function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                function()
+        finally:
+            torch.cuda.set_stream(before)
     return graph
+
+
+def uncached_autocast() -> torch.autocast:
+    """Autocast as it is, without its cache."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", enabled=enabled, dtype=dtype, cache_enabled=False)
 
 
 class GraphLoop(FusedLoop):
     """One graph of network and step for each network of a plan, or with `unroll` one of the whole loop.
 
-    networks: whose parameters the graphs read. pool: memory shared with other loops that never run at the same time.
+    networks: whose parameters the graphs read. pool: gives the memory that is shared with other loops, which never run
+    at the same time. Whatever else a graph depends on (adapters' scales, train or eval) is as it was when captured.
     """
 
     backend = "graph"
@@ -58,15 +79,16 @@ class GraphLoop(FusedLoop):
         *,
         doubled: bool,
         networks: Sequence[Any] = (),
-        pool: Any = None,
+        pool: Callable[[], Any] = lambda: None,
         unroll: bool = False,
+        room: tuple[int, int] = (0, 0),
     ) -> None:
-        super().__init__(ask, like, plan, doubled=doubled)
+        super().__init__(ask, like, plan, doubled=doubled, room=room)
         self.networks, self.pool, self.unroll = networks, pool, unroll
         self.captures = self.replays = 0
         self.moved = ""  # the parameter because of which the last capture was repeated
         self._graphs: dict[object, Graph] = {}
-        self._addresses: dict[str, int] = {}
+        self._watched: list[tuple[dict[str, Tensor | None], str, str, int]] = []
 
     def run(self) -> Tensor:
         assert self.plan is not None
@@ -87,29 +109,38 @@ class GraphLoop(FusedLoop):
     def _graph(self, key: object, function: Callable[[], Any]) -> Graph:
         if key not in self._graphs:
             start(self.state)
-            self._graphs[key] = capture(function, self.pool)
-            self._addresses = addresses(self.networks)
+            self._graphs[key] = capture(function, self.pool(), self.x.device)
+            self._watched = watched(self.networks)
             self.captures += 1
         return self._graphs[key]
 
     def _forget_if_moved(self) -> None:
         """Drops the graphs if a parameter's storage was replaced since they were captured."""
-        if not self._graphs:
-            return
-        now = addresses(self.networks)
-        if now != self._addresses:
-            names = [name for name in {**self._addresses, **now} if self._addresses.get(name) != now.get(name)]
-            self.moved = names[0]
-            self._graphs.clear()
+        for owner, key, name, address in self._watched if self._graphs else []:
+            tensor = owner.get(key)
+            if tensor is None or tensor.data_ptr() != address:
+                self.moved = name
+                self._graphs.clear()
+                return
+
+    @property
+    def alive(self) -> bool:
+        """Whether it holds graphs."""
+        return bool(self._graphs)
 
 
-def addresses(networks: Sequence[Any]) -> dict[str, int]:
-    """Where every parameter and buffer of the networks lies in memory, by name."""
-    found: dict[str, int] = {}
+def watched(networks: Sequence[Any]) -> list[tuple[dict[str, Tensor | None], str, str, int]]:
+    """Each parameter and buffer of the networks: where its module keeps it, its name, and its address."""
+    found = []
     for i, network in enumerate(networks):
         if isinstance(network, torch.nn.Module):
-            tensors = [*network.named_parameters(), *network.named_buffers()]
-            found |= {f"{i}.{name}" if len(networks) > 1 else name: each.data_ptr() for name, each in tensors}
+            prefix = f"{i}." if len(networks) > 1 else ""
+            for path, module in network.named_modules():
+                for owner in (module._parameters, module._buffers):
+                    for key, tensor in owner.items():
+                        if tensor is not None:
+                            name = prefix + (f"{path}.{key}" if path else key)
+                            found.append((owner, key, name, tensor.data_ptr()))
     return found
 
 
