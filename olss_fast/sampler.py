@@ -35,7 +35,7 @@ class Sampler:
         plan: any Plan; `sampler.plan = other` swaps it in place.
         network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, or a list of networks.
         shape, dtype, device: of the noise; given a shape, everything is made ready at once, else by the first call.
-            dtype and device default to those of the network's parameters.
+            dtype and device default to those of the network's parameters, else of the noise.
         conditioning, unconditional, guidance_scale: as for `olss_fast.sample`. Arguments of a call replace those of the
             same name here. `sampler.guidance_scale = other` swaps the scale in place.
         backend: one of BACKENDS. A network that cannot be captured falls back to fused, and `stats()` says why.
@@ -67,15 +67,14 @@ class Sampler:
         if not self.networks or not all(callable(each) for each in self.networks):
             raise InputError(f"network must be a callable or a list of callables, got {network!r}")
         self.device = torch.device(device) if device is not None else _device_of(self.networks)
-        if backend == "graph":
+        if backend == "graph" and self.device is not None:
             require_cuda(self.device)
-        self.backend = ("graph" if self.device.type == "cuda" else "fused") if backend == "auto" else backend
-        self.dtype = dtype or network_dtype(self.networks[0], torch.float32)
+        self.backend, self.dtype = backend, dtype
         self.plan, self.guidance_scale = plan, guidance_scale
         self._conditioning, self._unconditional = dict(conditioning or {}), unconditional
-        self._loops = Loops(self.networks, self.backend, unroll=unroll)
+        self._loops = Loops(self.networks, "fused" if backend == "auto" else backend, unroll=unroll)
         if shape is not None:
-            self(torch.zeros(tuple(shape), dtype=self.dtype, device=self.device))
+            self(torch.zeros(tuple(shape), dtype=dtype or network_dtype(self.networks[0], torch.float32)))
 
     def __call__(
         self,
@@ -123,6 +122,11 @@ class Sampler:
         self, noise: Tensor, given: dict[str, Any], without: Conditioning | None, generator: torch.Generator | None
     ) -> Tensor:
         _check_shape(noise)
+        device = self.device or noise.device
+        if self.backend == "auto":
+            self._loops.backend = "graph" if device.type == "cuda" else "fused"
+        elif self.backend == "graph":
+            require_cuda(device)
         denoiser = Denoiser(
             self.networks,
             samples=noise.shape[0],
@@ -135,10 +139,10 @@ class Sampler:
         return self._loops.run(
             self.plan,
             noise,
-            denoiser.arguments(noise.to(self.device), doubled=doubled),
+            denoiser.arguments(noise.to(device), doubled=doubled),
             self._asking,
-            dtype=self.dtype,
-            device=self.device,
+            dtype=self.dtype or network_dtype(self.networks[0], noise.dtype),
+            device=device,
             doubled=doubled,
             guidance_scale=self.guidance_scale,
             step_noise=draw_step_noise(self.plan, noise, generator),
@@ -157,12 +161,12 @@ class Sampler:
         return twice
 
 
-def _device_of(networks: Sequence[Any]) -> torch.device:
+def _device_of(networks: Sequence[Any]) -> torch.device | None:
     for network in networks:
         if isinstance(network, torch.nn.Module):
             for parameter in network.parameters():
                 return parameter.device
-    return torch.device("cpu")
+    return None
 
 
 def _check_shape(noise: Any) -> None:
