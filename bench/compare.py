@@ -4,13 +4,14 @@
     python bench/compare.py --update run-1.json run-2.json run-3.json       # these are the baseline from now on
 
 Times are compared as ratios to a reference that was measured in the same run, counts exactly; a row of the baseline
-that the run lacks fails too. Exit code 0: all passed; 1: something is worse; 2: a file cannot be used.
+that the run lacks fails too. If a ratio is worse, run again and give both files: what is worse in one run only is noise.
+Exit code 0: all passed; 1: something is worse; 2: a file cannot be used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from rows import Results, Row, middle, read, write_baseline
+from rows import Results, Row, read, write_baseline
 
 from olss_fast._text import printable
 from olss_fast.errors import InputError
@@ -52,16 +53,23 @@ class Verdict:
         return self.outcome in FAILED
 
 
-def judge(baseline: Mapping[str, Row], run: Mapping[str, Row]) -> list[Verdict]:
-    """A verdict on every ratio and every count that either side has, in the baseline's order, new ones last."""
-    names = dict.fromkeys(name for rows in (baseline, run) for name, row in rows.items() if row.gated)
-    return [verdict for name in names for verdict in _verdicts(name, baseline.get(name), run.get(name))]
+def judge(baseline: Mapping[str, Row], runs: Sequence[Mapping[str, Row]]) -> list[Verdict]:
+    """A verdict on every ratio and every count that either side has, in the baseline's order, new ones last.
+
+    Of several runs of one tree a ratio is worse if it is worse in every one: what keeps a machine busy passes.
+    """
+    names = dict.fromkeys(name for rows in (baseline, *runs) for name, row in rows.items() if row.gated)
+    return [
+        verdict for name in names for verdict in _verdicts(name, baseline.get(name), [run.get(name) for run in runs])
+    ]
 
 
-def _verdicts(name: str, before: Row | None, after: Row | None) -> Iterator[Verdict]:
-    old, new = _figures(before), _figures(after)
-    for figure in old | new:
-        yield Verdict(name, figure, old.get(figure), new.get(figure), _outcome(figure, old, new))
+def _verdicts(name: str, before: Row | None, after: Sequence[Row | None]) -> Iterator[Verdict]:
+    old, new = _figures(before), [_figures(row) for row in after]
+    for figure in dict.fromkeys(figure for each in (old, *new) for figure in each):
+        found = sorted(each[figure] for each in new if figure in each)
+        outcome = _outcome(old.get(figure), found)
+        yield Verdict(name, figure, old.get(figure), _shown_of(found, outcome), outcome)
 
 
 def _figures(row: Row | None) -> dict[str, float]:
@@ -70,15 +78,18 @@ def _figures(row: Row | None) -> dict[str, float]:
     return ({} if row.ratio is None else {f"of {row.reference}": row.ratio}) | dict(row.counts)
 
 
-def _outcome(figure: str, old: Mapping[str, float], new: Mapping[str, float]) -> str:
-    if figure not in new:
-        return "missing"
-    if figure not in old:
-        return "new"
-    if isinstance(old[figure], int):
-        return "same" if old[figure] == new[figure] else "changed"
-    change = new[figure] / old[figure]
-    return "worse" if change > GATE else "better" if change < 1 / GATE else "same"
+def _outcome(before: float | None, found: Sequence[float]) -> str:
+    """`found` is sorted; whole numbers are counts."""
+    if before is None or not found:
+        return "missing" if before is not None else "new"
+    if isinstance(before, int):
+        return "same" if found[0] == found[-1] == before else "changed"
+    return "worse" if found[0] > GATE * before else "better" if found[-1] < before / GATE else "same"
+
+
+def _shown_of(found: Sequence[float], outcome: str) -> float | None:
+    """The one that decided; else the middle one."""
+    return None if not found else found[0] if outcome == "worse" else found[len(found) // 2]
 
 
 def too_noisy(rows: Mapping[str, Row]) -> list[str]:
@@ -120,7 +131,7 @@ def described(about: Mapping[str, Any]) -> str:
 
 
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Files of `pytest bench --benchmark-json`; medians if several.")],
+    runs: Annotated[list[Path], typer.Argument(help="Files of `pytest bench --benchmark-json`, of one tree.")],
     baseline: Annotated[Path, typer.Option(help="What to compare with.")] = BASELINE,
     update: Annotated[bool, typer.Option("--update", help="Make the runs the baseline.")] = False,
 ) -> None:
@@ -128,7 +139,7 @@ def main(
     console = Console(soft_wrap=True)
     try:
         results = [read(path) for path in runs]
-        passed = _update(console, baseline, results) if update else _gate(console, read(baseline), middle(results))
+        passed = _update(console, baseline, results) if update else _gate(console, read(baseline), results)
     except InputError as error:
         console.print(Text(str(error)))
         raise typer.Exit(2) from error
@@ -146,10 +157,10 @@ def _update(console: Console, path: Path, runs: list[Results]) -> bool:
     return not noisy
 
 
-def _gate(console: Console, baseline: Results, run: Results) -> bool:
-    verdicts = judge(baseline.rows, run.rows)
+def _gate(console: Console, baseline: Results, runs: list[Results]) -> bool:
+    verdicts = judge(baseline.rows, [run.rows for run in runs])
     failed = [each for each in verdicts if each.failed]
-    console.print(Text(f"baseline: {described(baseline.about)}\nnow:      {described(run.about)}"))
+    console.print(Text(f"baseline: {described(baseline.about)}\nnow:      {described(runs[0].about)}"))
     console.print(table(verdicts))
     summary = f"{len(failed)} of {len(verdicts)} figures failed" if failed else f"{len(verdicts)} figures passed"
     console.print(Text(f"{summary}; a ratio may be {GATE - 1:.1%} above the baseline's"))

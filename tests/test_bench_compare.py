@@ -32,7 +32,7 @@ def rows(*each: Row) -> dict[str, Row]:
 
 
 def outcomes(baseline: dict[str, Row], run: dict[str, Row]) -> dict[str, str]:
-    return {verdict.figure: verdict.outcome for verdict in compare.judge(baseline, run)}
+    return {verdict.figure: verdict.outcome for verdict in compare.judge(baseline, [run])}
 
 
 def benchmark(**changed: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_counts_are_compared_exactly() -> None:
 
 def test_missing_and_new_figures_are_named_and_only_missing_ones_fail() -> None:
     before, after = rows(row("gone"), row(counts={"kernels": 2, "syncs": 0})), rows(row(), row("fresh"))
-    verdicts = compare.judge(before, after)
+    verdicts = compare.judge(before, [after])
     assert {(each.name, each.figure) for each in verdicts if each.outcome == "missing"} == {
         ("gone", "of torch"),
         ("gone", "kernels"),
@@ -100,7 +100,7 @@ def test_another_reference_is_another_figure() -> None:
 
 def test_rows_without_ratio_and_counts_are_not_compared() -> None:
     plain = row(ratio=None, counts={})
-    assert compare.judge(rows(plain), {}) == []
+    assert compare.judge(rows(plain), [{}]) == []
 
 
 def test_the_gate_lies_between_noise_and_the_slowdown() -> None:
@@ -164,14 +164,21 @@ def test_update_and_compare(tmp_path: Path, call: Callable[..., tuple[int, str]]
     assert call(run_file(tmp_path / "empty.json"), *baseline)[0] == 1  # nothing was run: everything is missing
 
 
-def test_the_middle_of_three_runs_passes_though_one_of_them_would_not(
+def test_of_several_runs_a_ratio_fails_if_it_is_worse_in_every_one(
     tmp_path: Path, call: Callable[..., tuple[int, str]]
 ) -> None:
-    baseline = tmp_path / "baseline.json"
-    files = [run_file(tmp_path / f"{i}.json", benchmark(ratio=ratio)) for i, ratio in enumerate((0.5, 0.7, 0.51))]
-    assert call("--update", files[0], "--baseline", baseline)[0] == 0
-    assert call(files[1], "--baseline", baseline)[0] == 1
-    assert call(*files, "--baseline", baseline)[0] == 0
+    baseline = ("--baseline", tmp_path / "baseline.json")
+    files = [run_file(tmp_path / f"{i}.json", benchmark(ratio=ratio)) for i, ratio in enumerate((0.5, 0.7, 0.6, 0.51))]
+    assert call("--update", files[0], *baseline)[0] == 0
+    code, output = call(files[1], files[2], *baseline)
+    assert code == 1
+    assert "+20.0%" in output  # the least of them
+    assert call(*files[1:], *baseline)[0] == 0
+
+
+def test_a_count_fails_if_it_changed_in_any_run() -> None:
+    runs = [rows(row()), rows(row(counts={"kernels": 3}))]
+    assert [each.outcome for each in compare.judge(rows(row()), runs)] == ["same", "changed"]
 
 
 def test_a_noisy_baseline_is_named(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
