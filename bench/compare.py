@@ -4,7 +4,7 @@
     python bench/compare.py --update run-1.json run-2.json run-3.json       # these are the baseline from now on
 
 Times are compared as ratios to a reference that was measured in the same run, counts exactly; a row of the baseline
-that the run lacks fails too. If a ratio is worse, run again and give both files: what is worse in one run only is noise.
+that the run lacks fails too. If a ratio is worse, run again and give all files: only what is worse in every run fails.
 Exit code 0: all passed; 1: something is worse; 2: a file cannot be used.
 """
 
