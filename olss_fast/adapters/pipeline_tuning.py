@@ -178,7 +178,8 @@ def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwo
     if network.begin:
         return []
     schedule = network.schedule.metadata()["schedule"]
-    classes = dict.fromkeys([type(scheduler), *getattr(scheduler, "compatibles", [])])
+    kin = sorted(getattr(scheduler, "compatibles", []), key=lambda kind: str(kind.__name__))  # a set's order is chance
+    classes = dict.fromkeys([type(scheduler), *kin])
     off = {name: False for name in NONLINEAR if scheduler.config.get(name)}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # settings that a class does not have are no news here
