@@ -53,6 +53,12 @@ def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
         raise InputError(f"{name} is {describe(tensor)}; expected contiguous {dtype} {shape} on {device}")
 
 
+def expect_count(name: str, count: object, *, least: int) -> None:
+    """InputError unless `count` is a whole number of at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise InputError(f"{name} is {count!r}; expected a whole number of at least {least}")
+
+
 def expect_dense(name: str, tensor: Tensor) -> None:
     """InputError unless the elements fill one stretch of memory, in any order of the dimensions."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:

@@ -29,12 +29,14 @@ def lincomb(tensors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float
     Raises:
         InputError: anything else, or tensors that require a gradient.
     """
-    first = tensors[0] if len(tensors) else None
-    if first is None:
+    if not isinstance(tensors, (Tensor, list, tuple)) or (isinstance(tensors, Tensor) and tensors.ndim == 0):
+        raise InputError(f"tensors is {describe(tensors)}; expected a tensor (k, ...), or a list of k tensors")
+    if len(tensors) == 0:
         raise InputError("lincomb was given no tensors; expected at least one")
+    first = tensors[0]
     expect_dense("tensors[0]", first)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=accumulator(first.dtype), device=first.device)
+        weights = _as_tensor(weights, first)
     expect("weights", weights, accumulator(first.dtype), (len(tensors),), first.device)
     if isinstance(tensors, Tensor):
         refuse_gradients("lincomb", (tensors, weights))
@@ -104,6 +106,13 @@ def _fake(tensors: Any, weights: Tensor) -> Tensor:
 
 define("lincomb_stacked", "(Tensor tensors, Tensor weights) -> Tensor", _run_stacked, fake=_fake)
 define("lincomb_separate", "(Tensor[] tensors, Tensor weights) -> Tensor", _run_separate, fake=_fake)
+
+
+def _as_tensor(weights: Sequence[float], first: Tensor) -> Tensor:
+    try:
+        return torch.tensor(weights, dtype=accumulator(first.dtype), device=first.device)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"weights is {weights!r}; expected a number for each tensor, or a tensor of them") from error
 
 
 def _expect_like(name: str, tensor: Tensor, first: Tensor) -> None:

@@ -32,6 +32,7 @@ from olss_fast.kernels._checks import (
     define,
     describe,
     expect,
+    expect_count,
     expect_dense,
     flat,
     refuse_gradients,
@@ -71,10 +72,17 @@ class StepState(NamedTuple):
     def empty(
         cls, x: Tensor, time: Tensor, *, steps: int, noises: int = 0, branches: int = 1, doubled: bool = False
     ) -> StepState:
-        """Room for plans of up to `steps` evaluations and `noises` noises, around a network's two inputs."""
+        """Room for plans of up to `steps` evaluations and `noises` noises, around a network's two inputs.
+
+        Raises InputError for steps < 1 or noises < 0, else as `step` does.
+        """
+        _check_branches(branches, doubled)
+        expect_count("steps", steps, least=1)
+        expect_count("noises", noises, least=0)
+        expect_dense("x", x)
         columns, height = 1 + steps * branches + noises, steps + 1
         sums = accumulator(x.dtype)
-        return cls(
+        state = cls(
             history=x.new_empty((columns, x.numel() // (1 + doubled))),
             rows=x.new_zeros((height, columns), dtype=sums),
             timesteps=x.new_zeros(height, dtype=torch.float32),
@@ -87,6 +95,8 @@ class StepState(NamedTuple):
             branches=branches,
             doubled=doubled,
         )
+        _check_state(state)
+        return state
 
     @property
     def programs(self) -> int:
@@ -168,8 +178,8 @@ def step_reference(
     tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time
     state = StepState(*tensors, branches, doubled)
     row = int(finished) // state.programs + 1
-    if row >= len(rows):
-        raise InputError(f"step {row - 1} was asked for, and the rows of this run end with {row - 1} steps; call start")
+    if not 1 <= row < len(rows):
+        raise InputError(f"step {row - 1} was asked for, and the rows of this run are for {len(rows) - 1}; call start")
     outputs = state.halves(output)
     if doubled and branches == 1:
         unconditional, conditional = outputs.to(rows.dtype)
@@ -256,15 +266,13 @@ define("step", f"(Tensor output, Tensor(h!) history, {_STATE}", _run_step, fake=
 
 
 def _check_state(state: StepState) -> None:
-    history, rows, x = state.history, state.rows, state.x
-    if (state.branches, state.doubled) not in {(1, False), (1, True), (2, True)}:
-        raise InputError(
-            f"branches is {state.branches!r} and doubled {state.doubled!r}; expected one branch, or two of a doubled "
-            "batch, which holds the unconditional and the conditional half"
-        )
+    if not isinstance(state, StepState):
+        raise InputError(f"state is a {type(state).__name__}; expected a StepState, such as StepState.empty makes")
+    history, rows, x, time = state.history, state.rows, state.x, state.time
+    _check_branches(state.branches, state.doubled)
     expect_dense("x", x)
-    _check_history(history, x, 1 + state.doubled)
     _check_batch(x, state.doubled)
+    _check_history(history, x, 1 + state.doubled)
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not 2 <= rows.shape[0] <= _most_rows(state):
         raise InputError(
             f"rows is {describe(rows)}; expected 2 to {_most_rows(state)} rows, for which the history of "
@@ -278,7 +286,17 @@ def _check_state(state: StepState) -> None:
     expect("finished", state.finished, torch.int32, (), device)
     expect("noise_counts", state.noise_counts, torch.int32, (height,), device)
     expect("noise_start", state.noise_start, torch.int32, (), device)
-    expect("time", state.time, torch.float32, (state.time.numel(),), device)
+    if not isinstance(time, Tensor) or time.ndim != 1:
+        raise InputError(f"time is {describe(time)}; expected (T,) {torch.float32}: as many as the network is handed")
+    expect("time", time, torch.float32, (time.numel(),), device)
+
+
+def _check_branches(branches: int, doubled: bool) -> None:
+    if not isinstance(doubled, bool) or type(branches) is not int or not 1 <= branches <= 1 + doubled:
+        raise InputError(
+            f"branches is {branches!r} and doubled {doubled!r}; expected one branch, or two of a doubled batch, which "
+            "holds the unconditional and the conditional half"
+        )
 
 
 def _check_history(history: Tensor, x: Tensor, halves: int) -> None:

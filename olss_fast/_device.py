@@ -14,7 +14,7 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     try:
         probe = torch.empty(1, device=device)
         probe.cpu()  # refuses 'meta', whose tensors hold no numbers
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"device is {str(device)!r}, which torch cannot use: {reason}; use 'cpu' or 'cuda'") from error
     return probe.device

@@ -20,6 +20,9 @@ Network = Callable[..., Any]
 
 Conditioning = Mapping[str, Any]
 
+LARGEST_SCALE = float(np.finfo(np.float32).max)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what noise and networks may be of
+
 
 class Denoiser:
     """A network (or several, for a model schedule) with its conditioning and guidance.
@@ -40,23 +43,16 @@ class Denoiser:
         guidance_scale: float = 1.0,
         doubled: bool = True,
     ) -> None:
-        listed: list[Any] = list(network) if isinstance(network, (list, tuple)) else [network]
-        if not listed or not all(callable(each) for each in listed):
-            raise InputError(f"network must be a callable or a list of callables, got {network!r}")
-        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float, np.floating)):
-            raise InputError(f"guidance_scale must be a number, got {guidance_scale!r}")
-        self.networks: tuple[Network, ...] = tuple(listed)
+        self.networks = checked_networks(network)
         self.samples = samples
-        self.guidance_scale = float(guidance_scale)
-        self.conditioning = _arguments(conditioning, "conditioning")
-        self.unconditional = None if unconditional is None else _arguments(unconditional, "unconditional")
+        self.guidance_scale = checked_guidance_scale(guidance_scale)
+        self.conditioning = checked_arguments(conditioning, "conditioning")
+        self.unconditional = None if unconditional is None else checked_arguments(unconditional, "unconditional")
         self.doubled = doubled
         self.evaluations = 0
         self._check()
 
     def _check(self) -> None:
-        if not torch.isfinite(torch.tensor(self.guidance_scale)):
-            raise InputError(f"guidance_scale must be finite, got {self.guidance_scale}")
         if self.unconditional is None:
             if self.guidance_scale != 1.0:
                 raise InputError(
@@ -160,12 +156,31 @@ class _CannotJoin(Exception):
     """The two halves of a guided pair differ in an argument that cannot be handed to both at once."""
 
 
-def _arguments(given: Any, name: str) -> dict[str, Any]:
+def checked_networks(network: Any) -> list[Network]:
+    """One network or several as a list. `InputError` for what cannot be called."""
+    listed = list(network) if isinstance(network, (list, tuple)) else [network]
+    if not listed or not all(callable(each) for each in listed):
+        raise InputError(f"network must be a callable or a list of callables, got {network!r}")
+    return listed
+
+
+def checked_guidance_scale(scale: Any) -> float:
+    """`InputError` for what is not a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
+        raise InputError(f"guidance_scale must be a number, got {scale!r}")
+    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:  # nor is NaN
+        raise InputError(f"guidance_scale must be finite in float32, got {scale}")
+    return float(scale)
+
+
+def checked_arguments(given: Any, name: str) -> dict[str, Any]:
     """A checked copy of `conditioning` or `unconditional`, numpy arrays made tensors."""
     if given is None:
         return {}
-    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+    if not isinstance(given, Mapping):
         raise InputError(f"{name} must be a mapping of argument names to values, got {type(given).__name__}")
+    if not all(isinstance(key, str) for key in given):
+        raise InputError(f"{name} must be a mapping of argument names to values, got the keys {list(given)}")
     return {key: torch.as_tensor(value) if isinstance(value, np.ndarray) else value for key, value in given.items()}
 
 
@@ -213,8 +228,11 @@ def call_network(network: Network, x: Tensor, time: Tensor, arguments: Mapping[s
             f"the network returned shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
             "a raw output must have the input's shape (networks that also predict the variance: pass its first half)"
         )
-    if not output.is_floating_point():
-        raise NetworkError(f"the network returned dtype {output.dtype}, expected a floating-point tensor")
+    if not output.is_floating_point() or output.layout != torch.strided:
+        raise NetworkError(
+            f"the network returned dtype {output.dtype} and layout {output.layout}, expected a floating-point tensor "
+            "of ordinary layout"
+        )
     return output
 
 
@@ -231,13 +249,24 @@ def require_finite(outputs: Tensor, *, step: int, first_sample: int) -> None:
 
 def check_noise(noise: Any) -> None:
     """Raise `InputError` unless `noise` is a finite floating-point tensor (P, ...) with at least one sample."""
-    if not isinstance(noise, Tensor):
-        raise InputError(f"noise must be a tensor of shape (samples, ...), got {type(noise).__name__}")
-    if not noise.is_floating_point() or noise.ndim < 2 or noise.numel() == 0:
-        raise InputError(
-            f"noise must be a floating-point tensor of shape (samples, ...), got {noise.dtype} of {tuple(noise.shape)}"
-        )
+    check_noise_kind(noise)
     finite = torch.isfinite(noise).flatten(1).all(1)
     if not bool(finite.all()):
         bad = torch.nonzero(~finite).flatten().tolist()
         raise InputError(f"noise holds NaN or infinity in sample(s) {bad[:8]}")
+
+
+def check_noise_kind(noise: Any) -> None:
+    """What `check_noise` does without a look at the values, which on a GPU would be a wait."""
+    if not isinstance(noise, Tensor):
+        raise InputError(f"noise must be a tensor of shape (samples, ...), got {type(noise).__name__}")
+    if noise.layout != torch.strided or noise.is_nested or noise.is_meta:
+        raise InputError(
+            f"noise must be an ordinary tensor that holds its values, got {noise.layout}"
+            f"{', nested' if noise.is_nested else ''} on {noise.device}"
+        )
+    if noise.dtype not in FLOATS or noise.ndim < 2 or noise.numel() == 0:
+        raise InputError(
+            f"noise must be a floating-point tensor of shape (samples, ...), got {noise.dtype} of {tuple(noise.shape)}"
+            "; float16, bfloat16, float32 and float64 are"
+        )

@@ -17,11 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olss_fast._device import pick_device
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
 from olss_fast.executors.loops import Loops, Stats
-from olss_fast.network import Conditioning, Denoiser, Network, call_network, check_noise
+from olss_fast.network import (
+    FLOATS,
+    Conditioning,
+    Denoiser,
+    Network,
+    call_network,
+    check_noise,
+    check_noise_kind,
+    checked_arguments,
+    checked_guidance_scale,
+    checked_networks,
+)
 from olss_fast.plan import Plan
 from olss_fast.sampling import check_plan_fits, draw_step_noise, network_dtype, sample
 
@@ -61,20 +73,37 @@ class Sampler:
     ) -> None:
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-        if not isinstance(plan, Plan):
-            raise InputError(f"plan is a {type(plan).__name__}; expected a Plan")
-        self.networks: list[Any] = list(network) if isinstance(network, (list, tuple)) else [network]
-        if not self.networks or not all(callable(each) for each in self.networks):
-            raise InputError(f"network must be a callable or a list of callables, got {network!r}")
-        self.device = torch.device(device) if device is not None else _device_of(self.networks)
+        if dtype is not None and dtype not in FLOATS:
+            raise InputError(f"dtype is {dtype!r}; expected torch.float16, bfloat16, float32 or float64, or None")
+        self.plan, self.guidance_scale = plan, guidance_scale
+        self.networks = checked_networks(network)
+        self.device = pick_device(device) if device is not None else _device_of(self.networks)
         if backend == "graph" and self.device is not None:
             require_cuda(self.device)
         self.backend, self.dtype = backend, dtype
-        self.plan, self.guidance_scale = plan, guidance_scale
-        self._conditioning, self._unconditional = dict(conditioning or {}), unconditional
+        self._conditioning = checked_arguments(conditioning, "conditioning")
+        self._unconditional = None if unconditional is None else checked_arguments(unconditional, "unconditional")
         self._loops = Loops(self.networks, "fused" if backend == "auto" else backend, unroll=unroll)
         if shape is not None:
-            self(torch.zeros(tuple(shape), dtype=dtype or network_dtype(self.networks[0], torch.float32)))
+            self._warm_up(shape)
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        if not isinstance(plan, Plan):
+            raise InputError(f"plan is a {type(plan).__name__}; expected a Plan, such as solvers.ddim(schedule, 20)")
+        self._plan = plan
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        self._guidance_scale = checked_guidance_scale(scale)
 
     def __call__(
         self,
@@ -118,10 +147,20 @@ class Sampler:
         """What was done so far; see `Stats`."""
         return Stats("reference", 0, 0, "", 0, None) if self.backend == "reference" else self._loops.stats()
 
+    def _warm_up(self, shape: Sequence[int]) -> None:
+        """A run on zeros, with a generator of its own: torch's global ones stay as they are."""
+        sizes = tuple(shape) if isinstance(shape, (list, tuple)) else ()
+        if len(sizes) < 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise InputError(f"shape is {shape!r}; expected the noise's, (samples, ...): two whole numbers or more")
+        dtype = self.dtype or network_dtype(self.networks[0], torch.float32)
+        self(torch.zeros(sizes, dtype=dtype), generator=torch.Generator())
+
     def _run(
         self, noise: Tensor, given: dict[str, Any], without: Conditioning | None, generator: torch.Generator | None
     ) -> Tensor:
-        _check_shape(noise)
+        check_noise_kind(noise)
+        if noise.device.type == "cpu":  # elsewhere a look at the values would be a wait
+            check_noise(noise)
         device = self.device or noise.device
         if self.backend == "auto":
             self._loops.backend = "graph" if device.type == "cuda" else "fused"
@@ -167,12 +206,3 @@ def _device_of(networks: Sequence[Any]) -> torch.device | None:
             for parameter in network.parameters():
                 return parameter.device
     return None
-
-
-def _check_shape(noise: Any) -> None:
-    if not isinstance(noise, Tensor) or noise.device.type == "cpu":
-        check_noise(noise)  # looks at the values too, which on a GPU would be a wait
-    elif not noise.is_floating_point() or noise.ndim < 2 or noise.numel() == 0:
-        raise InputError(
-            f"noise must be a floating-point tensor of shape (samples, ...), got {noise.dtype} of {tuple(noise.shape)}"
-        )

@@ -84,6 +84,11 @@ def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
 
 def draw_step_noise(plan: Plan, noise: Tensor, generator: torch.Generator | None) -> Tensor | None:
     """The fresh unit noises (Z, B, …) of a stochastic plan, float32; None for a deterministic one."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator is a {type(generator).__name__}; expected a torch.Generator, such as "
+            "torch.Generator().manual_seed(0)"
+        )
     if plan.noises == 0:
         return None
     device = generator.device if generator is not None else noise.device

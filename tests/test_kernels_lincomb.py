@@ -77,6 +77,13 @@ def test_the_operators_are_what_their_schemas_say() -> None:
     ("tensors", "weights", "message"),
     [
         ([], [], "no tensors"),
+        (None, [1], "tensors is a NoneType; expected a tensor"),
+        (torch.tensor(3.0), [1], r"tensors is torch.float32 \(\)"),
+        ({"a": torch.zeros(3)}, [1], "tensors is a dict"),
+        (torch.zeros(2, 3), None, "weights is None; expected a number for each tensor"),
+        (torch.zeros(2, 3), 3, r"weights is .*\(\).* expected contiguous torch.float32 \(2,\)"),
+        (torch.zeros(2, 3), ["a", "b"], r"weights is \['a', 'b'\]"),
+        (torch.zeros(2, 3), [10**400, 1], "weights is .*expected a number"),
         (torch.zeros(0, 3), [], "no tensors"),
         ([torch.zeros(3, dtype=torch.int64)], [1], r"tensors\[0\] is torch.int64"),
         ([torch.zeros(3), torch.zeros(4)], [1, 1], r"tensors\[1\] is .*\(4,\)"),

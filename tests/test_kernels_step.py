@@ -252,12 +252,49 @@ def test_unusable_outputs_are_named(output: Any, message: str) -> None:
         ({"x": torch.zeros(3, 4).t()}, "outermost in memory"),
         ({"doubled": False, "branches": 2}, "branches is 2 and doubled False"),
         ({"branches": 3}, "branches is 3"),
+        ({"branches": 1.0}, "branches is 1.0"),
+        ({"branches": []}, r"branches is \[\]"),
+        ({"doubled": 1}, "doubled 1; expected"),
+        ({"history": None}, "history is a NoneType"),
+        ({"rows": 3}, "rows is a int"),
+        ({"time": None}, r"time is a NoneType; expected \(T,\)"),
+        ({"finished": 0}, "finished is a int"),
     ],
 )
 def test_unusable_states_are_named(changes: dict[str, Any], message: str) -> None:
     for call in (start, lambda state: step(state.x.clone(), state)):
         with pytest.raises(InputError, match=message):
             call(small_state(**changes))
+
+
+@pytest.mark.parametrize("state", [None, (1, 2), torch.zeros(3)], ids=str)
+def test_what_is_no_state_is_named(state: Any) -> None:
+    for call in (start, lambda state: step(torch.zeros(4, 3), state)):
+        with pytest.raises(InputError, match=f"state is a {type(state).__name__}; expected a StepState"):
+            call(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": -1}, "steps is -1; expected a whole number of at least 1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": True}, "steps is True"),
+        ({"noises": -1}, "noises is -1; expected a whole number of at least 0"),
+        ({"branches": 3}, "branches is 3 and doubled True"),
+        ({"branches": 2, "doubled": False}, "branches is 2 and doubled False"),
+        ({"x": None}, "x is a NoneType"),
+        ({"x": torch.zeros(4, 3, dtype=torch.int32)}, "x is torch.int32"),
+        ({"x": torch.zeros(3, 3)}, "even first dimension"),
+        ({"time": None}, "time is a NoneType"),
+        ({"time": torch.zeros(2).double()}, "time is torch.float64"),
+    ],
+)
+def test_room_for_nothing_usable_is_named(changes: dict[str, Any], message: str) -> None:
+    usual: dict[str, Any] = {"x": torch.zeros(4, 3), "time": torch.zeros(2), "steps": 2, "doubled": True}
+    with pytest.raises(InputError, match=message):
+        StepState.empty(**{**usual, **changes})
 
 
 def test_shared_memory_is_named() -> None:

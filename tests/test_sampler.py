@@ -223,17 +223,9 @@ def test_what_is_not_finite_is_named(noise: Tensor) -> None:
         Sampler(plan, bad, backend="fused")(noise)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"backend": "cuda"}, "backend is 'cuda'"),
-        ({"backend": "graph"}, "needs a CUDA device, got cpu"),
-        ({"guidance_scale": 2.0, "shape": SHAPE}, "needs the unconditional arguments too"),
-    ],
-)
-def test_bad_input(arguments: dict[str, Any], message: str, net: Net) -> None:
-    with pytest.raises(InputError, match=message):
-        Sampler(PLANS["ddim"], net, **arguments)
+def test_a_graph_needs_a_gpu(net: Net) -> None:
+    with pytest.raises(InputError, match="needs a CUDA device, got cpu"):
+        Sampler(PLANS["ddim"], net, backend="graph")
 
 
 def test_a_shape_makes_everything_ready(net: Net, fake_graphs: None) -> None:
