@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from olss_fast.adapters.pipeline_tuning import tune_pipeline
     from olss_fast.adapters.plan_scheduler import PlanScheduler
     from olss_fast.capturing import capture
+    from olss_fast.engine.building import build
+    from olss_fast.engine.engine import Engine, load_engine
+    from olss_fast.engine.shapes import Profile
     from olss_fast.noise_schedule import NoiseSchedule
     from olss_fast.plan import Plan
     from olss_fast.report import Candidate, Report
@@ -29,17 +32,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Candidate",
+    "Engine",
     "NoiseSchedule",
     "Plan",
     "PlanScheduler",
+    "Profile",
     "Report",
     "Sampler",
     "TuneResult",
     "__version__",
     "accelerate",
+    "build",
     "capture",
     "demo",
     "errors",
+    "load_engine",
     "metrics",
     "sample",
     "solvers",
@@ -50,15 +57,19 @@ __all__ = [
 _SUBMODULES = {"demo", "errors", "metrics", "solvers"}
 _HOME = {
     "Candidate": "report",
+    "Engine": "engine.engine",
     "NoiseSchedule": "noise_schedule",
     "Plan": "plan",
     "PlanScheduler": "adapters.plan_scheduler",
+    "Profile": "engine.shapes",
     "Report": "report",
     "Sampler": "sampler",
     "TuneResult": "tuning",
     "SchedulerMixin": "adapters.plan_scheduler",  # diffusers looks here for the base class of what it loads from here
     "accelerate": "adapters.acceleration",
+    "build": "engine.building",
     "capture": "capturing",
+    "load_engine": "engine.engine",
     "sample": "sampling",
     "tune": "tuning",
     "tune_pipeline": "adapters.pipeline_tuning",

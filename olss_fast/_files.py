@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from olss_fast._text import printable
@@ -29,25 +30,29 @@ _ADVICE = {
 }
 
 
-def write_atomically(path: AnyPath, data: bytes, *, error: type[OlssError] = PlanFileError) -> None:
+def write_atomically(
+    path: AnyPath, data: bytes | Sequence[memoryview], *, error: type[OlssError] = PlanFileError
+) -> None:
     """Write `data` to `path` so that after a crash the file is the old one or the new one, never a part.
 
     A temporary file in the same folder is written, flushed to the disk and renamed over `path`; then the folder is
-    flushed. If anything fails the temporary file is removed and what was at `path` stays as it was. (A process
-    killed outright may leave a `.<random>.tmp` file, which is safe to delete.)
+    flushed. If anything fails the temporary file is removed and what was at `path` stays as it was. Where the system
+    can (Linux), the temporary file has no name before it is whole, so that a process killed outright leaves nothing;
+    elsewhere it may leave a `.<random>.tmp` file, which is safe to delete.
 
     Raises `error` (PlanFileError unless told): the disk is full, the folder is missing or may not be written, or
     `path` is a folder, a device or a symbolic link (a rename would replace the link and not what it points to).
     """
+    buffers = [memoryview(data)] if isinstance(data, bytes) else data
     try:
         target = Path(path)
         _check_target(target)
         temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
-        _write_new(temporary, target, data)
+        _write_new(temporary, target, buffers)
         _flush_folder(target.parent)
     except (OSError, ValueError, TypeError) as cause:
         hint = ", and create the folder first" if isinstance(cause, FileNotFoundError) else ""
-        raise error(f"cannot write {len(data)} bytes to {_shown(path)}: {_reason(cause)}{hint}") from cause
+        raise error(f"cannot write {sum(map(len, buffers))} bytes to {_shown(path)}: {_reason(cause)}{hint}") from cause
 
 
 def read_bounded(path: AnyPath, limit: int, *, error: type[OlssError] = PlanFileError) -> bytes:
@@ -63,9 +68,9 @@ def read_bounded(path: AnyPath, limit: int, *, error: type[OlssError] = PlanFile
         if status.st_size > limit:
             raise OSError(f"it has {status.st_size} bytes; expected at most {limit}; is it the right file?")
         with source.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise OSError(f"it grew beyond {limit} bytes while it was read; is it the right file?")
+            data = file.read(status.st_size + 1)  # room is made for as much as is asked for
+        if len(data) > status.st_size:
+            raise OSError(f"it grew beyond {status.st_size} bytes while it was read; is it the right file?")
     except (OSError, ValueError, TypeError) as cause:
         raise error(f"cannot read {_shown(path)}: {_reason(cause)}") from cause
     return data
@@ -80,19 +85,42 @@ def _check_target(target: Path) -> None:
         raise OSError(f"it is {_kind(mode)}; give the path of a file, or of one to be created")
 
 
-def _write_new(temporary: Path, target: Path, data: bytes) -> None:
-    # O_EXCL never follows a link that somebody placed there; mode 0666 leaves the permissions to the user's umask.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, flags, 0o666)
+def _write_new(temporary: Path, target: Path, buffers: Sequence[memoryview]) -> None:
+    descriptor = _nameless(target.parent)
+    named = descriptor is None
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        with os.fdopen(_named(temporary) if descriptor is None else descriptor, "wb") as file:
+            file.writelines(buffers)
             file.flush()
             os.fsync(file.fileno())
+            if not named:
+                # A folder, unused beside an absolute path, is what makes Python follow the link to the file.
+                here = f"/proc/self/fd/{file.fileno()}"
+                os.link(here, temporary, src_dir_fd=file.fileno(), follow_symlinks=True)
+                named = True
         temporary.replace(target)
     except BaseException:  # also on Ctrl-C: leave nothing half-written behind
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if named:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        raise
+
+
+def _named(temporary: Path) -> int:
+    # O_EXCL never follows a link that somebody placed there; mode 0666 leaves the permissions to the user's umask.
+    return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def _nameless(folder: Path) -> int | None:
+    """A file that the folder does not list yet; None where the system or the file system has no such thing."""
+    flag = getattr(os, "O_TMPFILE", 0)
+    if not flag or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.open(folder, flag | os.O_WRONLY, 0o666)
+    except OSError as cause:
+        if cause.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+            return None  # the second way has the better message for a folder that is missing
         raise
 
 

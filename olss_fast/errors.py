@@ -37,3 +37,15 @@ class StoreError(OlssError, OSError):
 
 class ModelError(OlssError, OSError):
     """A model folder cannot be used: missing weights, or a pipeline of an unsupported kind."""
+
+
+class EngineFileError(OlssError, OSError):
+    """An engine file cannot be read or written: truncated, altered, of another version, or the disk is full."""
+
+
+class MachineError(OlssError, RuntimeError):
+    """An engine was built for another machine, or for other versions, than those that it is loaded on."""
+
+
+class BuildError(OlssError, RuntimeError):
+    """A network cannot be made an engine: it cannot be exported, or what was compiled is not the same function."""

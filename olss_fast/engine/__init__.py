@@ -1,0 +1,16 @@
+"""Engine files: a network compiled ahead of time, its weights and its plans in one file that needs neither the model's
+Python code nor diffusers to run, from Python or from a C++ program.
+
+| module | what it knows |
+|---|---|
+| `container` | the bytes of a file |
+| `manifest` | what a file says about itself |
+| `machine` | what this machine is, and why an engine may not fit it |
+| `shapes`, `arguments`, `inputs` | shapes and conditioning: what is built for, and whether a call keeps to it |
+| `compiled`, `weights` | export, compilation, and compiled code that is loaded |
+| `cache` | compiled code by what it was compiled from |
+| `building`, `engine` | `build`; `Engine` and `load_engine` |
+| `runtime` | builds the C++ program `olss-run` |
+
+The first three need the standard library alone, so that looking at a file costs no start of torch.
+"""

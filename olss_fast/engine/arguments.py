@@ -1,0 +1,65 @@
+"""A network's arguments as a flat list of tensors: what compiled code takes.
+
+Nested mappings and sequences are flattened to names with dots ("added_cond_kwargs.text_embeds"). What is no tensor is
+baked into the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from olss_fast.errors import InputError
+from olss_fast.network import call_network
+
+
+def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors."""
+    flat: dict[str, Any] = {}
+    for key, value in arguments.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, name + "."))
+        elif isinstance(value, (list, tuple)) and any(isinstance(each, (Tensor, np.ndarray)) for each in value):
+            flat.update(flatten({str(i): each for i, each in enumerate(value)}, name + "."))
+        else:
+            flat[name] = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+    return flat
+
+
+def require_names(arguments: object, what: str) -> Mapping[str, Any]:
+    """InputError unless `arguments` is a mapping of names, each of which is a Python name."""
+    given = {} if arguments is None else arguments
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) and key.isidentifier() for key in given):
+        raise InputError(
+            f"{what} is {type(given).__name__}; expected a mapping of the network's argument names to values"
+        )
+    return given
+
+
+class FlatNetwork(nn.Module):
+    """`network` as forward(x, time, *tensors): the tensors in the order in which `flatten(example)` has them."""
+
+    def __init__(self, network: nn.Module, example: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.network = network
+        self._example = example
+
+    def forward(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
+        left = list(reversed(tensors))
+        return call_network(self.network, x, time, _filled(self._example, left))
+
+
+def _filled(value: Any, left: list[Tensor]) -> Any:
+    """`value` with its tensors replaced by the last ones of `left`, in turn."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return left.pop()
+    if isinstance(value, Mapping):
+        return {key: _filled(each, left) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_filled(each, left) for each in value])
+    return value

@@ -1,0 +1,267 @@
+"""The bytes of an engine file, and of an entry of the cache.
+
+An ordinary safetensors file: 8 bytes little-endian length of the header, the header as UTF-8 JSON padded with spaces
+to a multiple of 8, the data. The header's `__metadata__` has one entry, named after the format ("olss_fast.engine"):
+the manifest, a JSON object as a string. Its first member is
+
+    sha256    64 lower-case hexadecimal digits, SHA-256(SHA-256(piece 0) SHA-256(piece 1) …), the pieces being 4 MiB of
+              the file each, the last one what is left, in which these digits are read as zeros. Their place is the
+              first in the header where they occur.
+
+so that any altered bit is noticed, wherever it is, at the speed of all cores. It finds accidents and is no signature:
+a file that somebody meant to alter has a right sum too. Therefore everything below is checked as well, and an engine
+may be loaded with the digest that it ought to have.
+
+Forbidden, each with its own message: a header above 16 MiB or beyond the end of the file; a header or manifest that is
+no JSON object, repeats a name, nests too deeply, or holds NaN; another format or version; tensors of another dtype, of
+a size that is not theirs, that overlap, leave gaps, or end elsewhere than the file; another checksum. There is no
+compression and there are no paths: nothing can unfold to more than the file's size, or to a place outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NoReturn
+
+from olss_fast._files import AnyPath, read_bounded, write_atomically
+from olss_fast._text import quoted
+from olss_fast.errors import EngineFileError
+
+VERSION = 1
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_FILE_BYTES = 2**40
+PIECE = 4 * 2**20
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+_BLANK = "0" * 64
+_COPY_AGAIN = "copy the file again, or build it again"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One tensor as it lies in a file: safetensors' name of its dtype, shape, and bytes in C order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @classmethod
+    def of_bytes(cls, data: bytes | memoryview) -> Blob:
+        return cls("U8", (len(data),), memoryview(data))
+
+
+class Refused(Exception):
+    """The reason why bytes are no file of this kind; whoever knows the file's name makes an EngineFileError of it."""
+
+
+def refuse(reason: str) -> NoReturn:
+    raise Refused(reason)
+
+
+def encode(kind: str, manifest: Mapping[str, object], blobs: Mapping[str, Blob]) -> list[memoryview]:
+    """The file's content as buffers, one after the other. `manifest` is without sha256, format and version."""
+    entry = {"sha256": _BLANK, "format": kind, "version": VERSION, **manifest}
+    header: dict[str, object] = {"__metadata__": {kind: json.dumps(entry, allow_nan=False)}}
+    end = 0
+    for name, blob in blobs.items():
+        begin, end = end, end + len(blob.data)
+        header[name] = {"dtype": blob.dtype, "shape": list(blob.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise EngineFileError(f"the header would have {len(text)} bytes; a file's has at most {MAX_HEADER_BYTES}")
+    blank = len(text).to_bytes(8, "little") + text
+    data = [blob.data.cast("B") if blob.data.nbytes else memoryview(b"") for blob in blobs.values()]
+    found = digest([memoryview(blank), *data])
+    return [memoryview(blank.replace(_BLANK.encode(), found.encode(), 1)), *data]
+
+
+def write(path: AnyPath, buffers: Sequence[memoryview]) -> None:
+    """Atomically; see `write_atomically`. Raises EngineFileError."""
+    write_atomically(path, buffers, error=EngineFileError)
+
+
+def read(path: AnyPath, kind: str) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """Manifest and tensors of a file, wholly verified. Raises EngineFileError."""
+    data = read_bounded(path, MAX_FILE_BYTES, error=EngineFileError)
+    try:
+        return decode(data, kind)
+    except Refused as cause:
+        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
+
+
+def read_manifest(path: AnyPath, kind: str) -> dict[str, Any]:
+    """The manifest alone, from the header alone: nothing behind it is read or verified. Raises EngineFileError."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(file.read(8), size)
+            return _manifest(_header(file.read(length)), kind)
+    except (OSError, ValueError, TypeError, Refused) as cause:
+        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
+
+
+def decode(data: bytes, kind: str) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """Every check before what relies on it: header, format, version, table, checksum. Raises `Refused`."""
+    length = _header_length(data[:8], len(data))
+    header = _header(data[8 : 8 + length])
+    manifest = _manifest(header, kind)
+    body = memoryview(data)[8 + length :]
+    blobs = _blobs({name: value for name, value in header.items() if name != "__metadata__"}, body)
+    _check_digest(data, 8 + length, manifest["sha256"])
+    return manifest, blobs
+
+
+def digest(buffers: Iterable[memoryview]) -> str:
+    """The checksum of the format over the content in `buffers`, in which its own digits are zeros already."""
+    parts = list(_pieces(buffers))
+    if len(parts) < 4:
+        sums = [_sha256(part) for part in parts]
+    else:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
+            sums = list(pool.map(_sha256, parts))
+    return hashlib.sha256(b"".join(sums)).hexdigest()
+
+
+def _sha256(buffers: Sequence[memoryview]) -> bytes:
+    total = hashlib.sha256()
+    for each in buffers:
+        total.update(each)
+    return total.digest()
+
+
+def _pieces(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """The content in pieces of PIECE bytes, each a list of views."""
+    piece: list[memoryview] = []
+    room = PIECE
+    for buffer in buffers:
+        rest = buffer
+        while len(rest):
+            piece.append(rest[:room])
+            room -= len(piece[-1])
+            rest = rest[len(piece[-1]) :]
+            if room == 0:
+                yield piece
+                piece, room = [], PIECE
+    if piece:
+        yield piece
+
+
+def _check_digest(data: bytes, body: int, claimed: str) -> None:
+    blank = data[:body].replace(claimed.encode(), _BLANK.encode(), 1)
+    found = digest([memoryview(blank), memoryview(data)[body:]])
+    if found != claimed:
+        refuse(
+            f"its content has the digest {found[:12]}… and it says {claimed[:12]}…: damaged or altered; {_COPY_AGAIN}"
+        )
+
+
+# --- the header ----------------------------------------------------------------------------------------------------
+
+
+def _header_length(first: bytes, size: int) -> int:
+    if len(first) < 8:
+        refuse(f"it has {size} bytes; a safetensors file begins with 8 bytes of header length; {_COPY_AGAIN}")
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER_BYTES:
+        refuse(
+            f"its first 8 bytes announce a header of {length} bytes; expected at most {MAX_HEADER_BYTES}; is it an "
+            "engine file at all?"
+        )
+    if 8 + length > size:
+        refuse(f"it has {size} bytes, but its header should reach to byte {8 + length}: truncated; {_COPY_AGAIN}")
+    return length
+
+
+def _header(text: bytes) -> dict[str, Any]:
+    return _json_object(text, "the safetensors header")
+
+
+def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        value = json.loads(decoded, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as cause:  # decoding and JSON errors are ValueErrors
+        refuse(f"{what} is not valid JSON ({quoted(str(cause))}); {_COPY_AGAIN}")
+    if not isinstance(value, dict):
+        refuse(f"{what} is {quoted(value)}; expected a JSON object")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # Two readers may pick different ones of two equal names; a file must have one meaning.
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError(f"a name occurs twice among {quoted(sorted(name for name, _ in pairs))}")
+    return members
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _manifest(header: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The manifest, of this format and version; what else is in it is looked at by who knows its meaning."""
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or set(metadata) != {kind} or not isinstance(metadata[kind], str):
+        refuse(
+            f"its __metadata__ is {quoted(metadata)}; expected the single entry {kind!r}: perhaps a plan or a model "
+            "and not an engine?"
+        )
+    manifest = _json_object(metadata[kind], f"the entry {kind!r}")
+    if manifest.get("format") != kind:
+        refuse(f"its format is {quoted(manifest.get('format'))}; expected {kind!r}")
+    version = manifest.get("version")
+    if isinstance(version, bool) or version != VERSION:
+        refuse(
+            f"it was written in version {quoted(version)} of the format; this release of olss_fast reads version "
+            f"{VERSION}: build the engine again with this release, or use the release that built it"
+        )
+    claimed = manifest.get("sha256")
+    if not isinstance(claimed, str) or len(claimed) != 64 or not set(claimed) <= set("0123456789abcdef"):
+        refuse(f"its sha256 is {quoted(claimed)}; expected 64 hexadecimal digits")
+    return manifest
+
+
+# --- the tensors ---------------------------------------------------------------------------------------------------
+
+
+def _blobs(table: dict[str, Any], body: memoryview) -> dict[str, Blob]:
+    blobs, end = {}, 0
+    for name, described in table.items():
+        dtype, shape, begin, stop = _row(name, described)
+        if begin != end:
+            refuse(f"tensor {quoted(name)} begins at byte {begin} of the data; expected {end}, where the last one ends")
+        if stop > len(body):
+            refuse(f"tensor {quoted(name)} ends at byte {stop} of {len(body)} bytes of data: truncated; {_COPY_AGAIN}")
+        blobs[name] = Blob(dtype, shape, body[begin:stop])
+        end = stop
+    if end != len(body):
+        refuse(f"its tensors end at byte {end} of {len(body)} bytes of data: something was appended")
+    return blobs
+
+
+def _row(name: str, described: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end, which fit each other."""
+    if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
+        refuse(f"tensor {quoted(name)} is described by {quoted(described)}; expected dtype, shape and data_offsets")
+    dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        refuse(f"tensor {quoted(name)} has dtype {quoted(dtype)}; expected one of {', '.join(ITEM_BYTES)}")
+    if not _naturals(shape) or len(shape) > 16 or not _naturals(offsets) or len(offsets) != 2:
+        refuse(f"tensor {quoted(name)} has shape {quoted(shape)} and data_offsets {quoted(offsets)}; expected sizes")
+    size = prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != size:
+        refuse(f"tensor {quoted(name)} of {dtype} {quoted(shape)} has {size} bytes; its data_offsets are {offsets}")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _naturals(value: object) -> bool:
+    """A list of integers from 0 to the largest file. (In Python, JSON's `true` would pass for 1.)"""
+    return isinstance(value, list) and all(type(number) is int and 0 <= number <= MAX_FILE_BYTES for number in value)

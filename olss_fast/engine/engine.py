@@ -1,0 +1,300 @@
+"""`Engine`: compiled code, weights and plans, ready to sample; `load_engine` reads one from a file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olss_fast._files import AnyPath
+from olss_fast._text import quoted
+from olss_fast.engine import container, inputs, machine, manifest
+from olss_fast.engine.compiled import LIBRARY, LoadedCode, hash_code
+from olss_fast.engine.container import Blob, refuse
+from olss_fast.engine.manifest import FORMAT, Manifest
+from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
+from olss_fast.errors import EngineFileError, InputError, MachineError, PlanFileError
+from olss_fast.executors.loops import Loops, Stats
+from olss_fast.network import Conditioning, Denoiser
+from olss_fast.plan import Plan
+from olss_fast.plan_io import plan_from_bytes, plan_to_bytes
+from olss_fast.sampling import check_plan_fits, draw_step_noise
+
+
+class Engine:
+    """A network compiled ahead of time, with its weights and plans. Made by `build` and `load_engine`.
+
+    `engine(noise, **conditioning)` checks what it is given against what the engine was built for, and samples. It may
+    be called from several threads; each has buffers of its own.
+
+    manifest: what the file says about itself, `manifest.facts` is all of it. plans: by name; the first is the default.
+    network: the compiled network, `network(x, time, *tensors)`; it checks nothing.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        plans: Mapping[str, Plan],
+        code: Mapping[str, bytes],
+        weights: Mapping[str, Tensor],
+        unconditional: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        self.manifest, self.plans, self.device = manifest, dict(plans), device
+        self._code, self._unconditional = dict(code), dict(unconditional)
+        self.network = LoadedCode(code, weights, device)
+        self._threads = threading.local()
+
+    def __call__(
+        self,
+        noise: Tensor,
+        *,
+        steps: int | None = None,
+        plan: str | Plan | None = None,
+        guidance_scale: float | None = None,
+        unconditional: Conditioning | None = None,
+        generator: torch.Generator | None = None,
+        **conditioning: Any,
+    ) -> Tensor:
+        """The samples (B, …) of unit Gaussian `noise` (B, …).
+
+        Args:
+            noise: contiguous and finite, of the engine's dtype, on its device, of a shape in its profile.
+            steps, plan: the plan with that NFE, or of that name, or any other; default: the engine's first.
+            guidance_scale: default: the engine's. unconditional: those of the engine are replaced, name by name.
+            generator: draws the fresh noises of a stochastic plan.
+            conditioning: the network's arguments; a number stands for every sample.
+
+        Raises:
+            InputError: any of these is other than the engine was built for. NetworkError: outputs that are not finite.
+        """
+        chosen = self._chosen(steps, plan)
+        scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
+        self._check_guidance(chosen, scale)
+        inputs.check_noise(noise, self.manifest, self.device)
+        without = {**self._unconditional, **(unconditional or {})}
+        tensors = inputs.network_inputs(self.manifest, noise.shape[0], self.device, conditioning, without)
+        loops = self._loops()
+        result = loops.run(
+            chosen,
+            noise,
+            tensors,
+            lambda held: lambda x, time, model: self.network(x, time, *held),
+            dtype=noise.dtype,
+            device=self.device,
+            doubled=self.manifest.doubled,
+            guidance_scale=float(scale),
+            step_noise=draw_step_noise(chosen, noise, generator),
+        )
+        if result.device.type == "cpu" and not bool(torch.isfinite(result).all()):
+            loops.require_finite()
+        return result
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """What the code reads, by the names of the network's state_dict."""
+        return self.network.weights
+
+    def stats(self) -> Stats:
+        """What this thread's calls did; see `Stats`."""
+        return self._loops().stats()
+
+    def update_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Writes other weights over those in use, without a build: a fine-tuned model, LoRA merged into its weights.
+
+        Names are those of the network's state_dict; some may be left out. Not while another thread samples.
+
+        Raises InputError, before anything is written: unknown names, other shapes, dtypes that are no numbers of the
+        same kind.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise InputError(f"state_dict is a {type(state_dict).__name__}; expected a mapping of names to tensors")
+        known = {**dict.fromkeys(self.manifest.facts["unused"]), **self.weights}
+        unknown = sorted(str(name) for name in state_dict if name not in known)
+        if unknown:
+            raise InputError(f"the engine has no weights {_listed(unknown)}; its weights are {_listed(self.weights)}")
+        taken = {name: value for name, value in state_dict.items() if name in self.weights}
+        faults = [fault for name, value in taken.items() if (fault := _unfit(name, value, self.weights[name]))]
+        if faults:
+            raise InputError(f"weights that do not fit, nothing was changed: {'; '.join(faults[:8])}")
+        with torch.no_grad():
+            for name, value in taken.items():
+                self.weights[name].copy_(value)
+
+    def save(self, path: AnyPath) -> None:
+        """Writes the engine file, atomically, with the weights as they are now. Raises EngineFileError."""
+        weights = {name: to_blob(each) for name, each in sorted(self.weights.items())}
+        plans = {name: Blob.of_bytes(plan_to_bytes(plan)) for name, plan in self.plans.items()}
+        blobs = {f"code/{name}": Blob.of_bytes(content) for name, content in self._code.items()}
+        blobs |= {f"plans/{name}": blob for name, blob in plans.items()}
+        blobs |= {f"unconditional/{name}": to_blob(each) for name, each in self._unconditional.items()}
+        blobs |= {f"weights/{name}": blob for name, blob in weights.items()}
+        facts = {
+            name: fact for name, fact in self.manifest.facts.items() if name not in ("sha256", "format", "version")
+        }
+        facts["strides"] = strides_of(self.weights)
+        facts["hashes"] = {"weights": hash_weights(weights), "code": hash_code(self._code)}
+        container.write(path, container.encode(FORMAT, facts, blobs))
+
+    def _loops(self) -> Loops:
+        if not hasattr(self._threads, "loops"):
+            self._threads.loops = Loops([], "graph" if self.device.type == "cuda" else "fused")
+        loops: Loops = self._threads.loops
+        return loops
+
+    def _chosen(self, steps: int | None, plan: str | Plan | None) -> Plan:
+        if steps is not None and plan is not None:
+            raise InputError("steps and plan were both given; expected one of them")
+        if isinstance(plan, Plan):
+            return plan
+        if plan is not None and plan in self.plans:
+            return self.plans[plan]
+        if plan is None and steps is None:
+            return next(iter(self.plans.values()))
+        for each in self.plans.values():
+            if plan is None and each.nfe == steps:
+                return each
+        wanted = f"plan {plan!r}" if steps is None else f"plan of {steps} steps"
+        has = ", ".join(f"{name} ({each.nfe} steps)" for name, each in self.plans.items())
+        raise InputError(f"the engine has no {wanted}; it has {has}; any other Plan can be given as plan=")
+
+    def _check_guidance(self, plan: Plan, scale: float) -> None:
+        doubled = self.manifest.doubled
+        if not doubled and plan.branches == 2:
+            raise InputError("this plan keeps both outputs of a guided pair apart: build the engine with unconditional")
+        if not doubled and scale != 1.0:
+            raise InputError(f"guidance_scale is {scale!r}, but this engine is built without guidance: expected 1")
+        either: dict[str, Any] | None = {} if doubled else None
+        check_plan_fits(plan, Denoiser([self.network], samples=1, unconditional=either, guidance_scale=scale))
+
+
+def load_engine(path: AnyPath, *, device: torch.device | str | None = None, sha256: str | None = None) -> Engine:
+    """An engine from its file. **The file's machine code is run**: load only what comes from somebody you trust.
+
+    Everything is verified before any of it is run: form, checksum, plans, and that it was built for this machine and
+    these versions. On a GPU the loop is captured at the profile's `opt`.
+
+    Args:
+        path: an engine file. device: default: the kind that it was built for. sha256: the digest that the file ought to
+        have, from somebody you trust (`olss-fast inspect` shows it).
+
+    Raises:
+        EngineFileError: no engine file, damaged, altered, of another version, or another one than `sha256` says.
+        MachineError: built for another machine, or other versions; all that does not fit is named.
+    """
+    facts, blobs = container.read(path, FORMAT)
+    try:
+        if sha256 is not None and facts["sha256"] != sha256:
+            refuse(f"its digest is {facts['sha256']}; expected {quoted(sha256, 80)}: it is another file than you mean")
+        found = manifest.parse(facts)
+        parts = _parts(blobs)
+        _check_hashes(found, parts)
+        plans = _plans(found, parts["plans"])
+        _check_code(parts["code"])
+        place = _place(found, device)
+        return _assembled(found, plans, parts, place)
+    except container.Refused as cause:
+        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
+
+
+def _assembled(
+    found: Manifest, plans: dict[str, Plan], parts: dict[str, dict[str, Blob]], device: torch.device
+) -> Engine:
+    strides = found.facts["strides"]
+    weights = {name: from_blob(name, blob, strides.get(name), device) for name, blob in parts["weights"].items()}
+    without = {name: from_blob(name, blob, None, device) for name, blob in parts["unconditional"].items()}
+    _check_unconditional(found, without)
+    code = {name: bytes(blob.data) for name, blob in parts["code"].items()}
+    engine = Engine(found, plans, code, weights, without, device)
+    if device.type == "cuda":
+        warm_up(engine)
+    return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """One run at the profile's `opt`, so that buffers, and on a GPU the graph, are there before the first call."""
+    found = engine.manifest
+    noise = torch.zeros(found.profile.opt, dtype=getattr(torch, found.dtype), device=engine.device)
+    zeros: dict[str, Any] = {each.name: 0 for each in found.inputs}
+    given = zeros if found.doubled else None
+    with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
+        engine(noise, unconditional=given, **zeros)
+
+
+def _parts(blobs: Mapping[str, Blob]) -> dict[str, dict[str, Blob]]:
+    """By folder: code, plans, unconditional, weights. Raises `Refused` for a tensor that belongs to none."""
+    parts: dict[str, dict[str, Blob]] = {"code": {}, "plans": {}, "unconditional": {}, "weights": {}}
+    for full, blob in blobs.items():
+        folder, _, name = full.partition("/")
+        if folder not in parts or not name:
+            refuse(f"it holds the tensor {quoted(full)}; expected one of {', '.join(f'{each}/…' for each in parts)}")
+        parts[folder][name] = blob
+    return parts
+
+
+def _check_hashes(found: Manifest, parts: dict[str, dict[str, Blob]]) -> None:
+    code = {name: bytes(blob.data) for name, blob in parts["code"].items()}
+    for what, value in (("weights", hash_weights(parts["weights"])), ("code", hash_code(code))):
+        claimed = found.facts["hashes"][what]
+        if value != claimed:
+            refuse(
+                f"the hash of its {what} is {value[:12]}… and it says {quoted(claimed, 16)}: altered; build it again"
+            )
+
+
+def _plans(found: Manifest, blobs: dict[str, Blob]) -> dict[str, Plan]:
+    if set(blobs) != set(found.plan_names):
+        refuse(f"it holds the plans {quoted(sorted(blobs), 200)} and names {quoted(found.plan_names, 200)}")
+    try:
+        plans = {name: plan_from_bytes(bytes(blobs[name].data), source=f"plan {name}") for name in found.plan_names}
+    except PlanFileError as cause:
+        refuse(str(cause))
+    for name, plan in plans.items():
+        if int(plan.models.max()) > 0 or (plan.branches == 2 and not found.doubled):
+            refuse(f"plan {quoted(name)} needs more than one network, or guidance that the engine has not")
+    return plans
+
+
+def _check_code(blobs: Mapping[str, Blob]) -> None:
+    foreign = [name for name in blobs if not manifest.CODE_FILE.fullmatch(name)]
+    if LIBRARY not in blobs or foreign:
+        refuse(f"its code is {quoted(sorted(blobs), 200)}; expected {LIBRARY} and plain names beside it")
+
+
+def _check_unconditional(found: Manifest, given: Mapping[str, Tensor]) -> None:
+    by_name = {each.name: each for each in found.inputs}
+    if not found.doubled and given:
+        refuse(f"it has unconditional arguments {quoted(sorted(given))} but no guidance")
+    for name, value in given.items():
+        if name not in by_name:
+            refuse(f"its unconditional argument {quoted(name)} is none of its inputs {quoted(sorted(by_name))}")
+        try:
+            inputs.tensors_of([by_name[name]], {name: value}, 1, value.device, "unconditional")
+        except InputError as cause:
+            refuse(str(cause))
+
+
+def _place(found: Manifest, device: torch.device | str | None) -> torch.device:
+    wanted = str(device if device is not None else found.device)
+    faults = machine.mismatches(found.facts["built_with"], found.facts["machine"], wanted)
+    if faults:
+        raise MachineError(f"this engine does not fit this machine: {'; '.join(faults)}")
+    return torch.empty(0, device=wanted).device
+
+
+def _unfit(name: str, value: object, held: Tensor) -> str:
+    if not isinstance(value, Tensor):
+        return f"{name} is a {type(value).__name__}, expected a tensor"
+    if value.shape != held.shape:
+        return f"{name} has shape {tuple(value.shape)}, expected {tuple(held.shape)}"
+    if value.is_floating_point() != held.is_floating_point() or value.dtype not in DTYPES.values():
+        return f"{name} is {value.dtype}, expected {held.dtype}"
+    return ""
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,118 @@
+"""What a call hands to an engine, against what the engine was built for. Compiled code checks nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olss_fast._text import quoted
+from olss_fast.engine.arguments import flatten
+from olss_fast.engine.manifest import Input, Manifest
+from olss_fast.errors import InputError
+
+
+def check_noise(noise: object, manifest: Manifest, device: torch.device) -> Tensor:
+    """The noise, or InputError: rank, sizes, dtype, device, memory order, values. Waits for the device."""
+    if not isinstance(noise, Tensor):
+        raise InputError(f"noise is a {type(noise).__name__}; expected a tensor of {manifest.profile}")
+    manifest.profile.check(noise.shape)
+    _check_kind("noise", noise, manifest.dtype, device)
+    if not noise.is_contiguous():
+        raise InputError(f"noise has the strides {noise.stride()}, it is not contiguous; call .contiguous() first")
+    if not bool(torch.isfinite(noise).all()):
+        raise InputError("the noise holds NaN or infinity")
+    return noise
+
+
+def network_inputs(
+    manifest: Manifest,
+    samples: int,
+    device: torch.device,
+    conditioning: Mapping[str, Any],
+    unconditional: Mapping[str, Any],
+) -> list[Tensor]:
+    """The tensors after x and time, in the code's order: of both halves, unconditional first, where it is doubled.
+
+    Raises InputError: missing or unknown names, a wrong shape, dtype or device; halves that differ in an argument that
+    belongs to no sample.
+    """
+    given = tensors_of(manifest.inputs, flatten(conditioning), samples, device, "conditioning")
+    if not manifest.doubled:
+        if unconditional:
+            raise InputError(f"unconditional was given, but this engine is built without guidance: {_knows(manifest)}")
+        return [each.contiguous() for each in given]
+    without = tensors_of(manifest.inputs, flatten(unconditional), samples, device, "unconditional", one_row=True)
+    return [_joined(*each) for each in zip(manifest.inputs, without, given, strict=True)]
+
+
+def tensors_of(
+    inputs: Sequence[Input],
+    flat: Mapping[str, Any],
+    samples: int,
+    device: torch.device,
+    what: str,
+    *,
+    one_row: bool = False,
+) -> list[Tensor]:
+    """One tensor an input, of the input's shape at this number of samples. A number stands for every sample, and with
+    `one_row` so does a tensor of one row."""
+    names = [each.name for each in inputs]
+    missing, extra = sorted(set(names) - set(flat)), sorted(set(flat) - set(names))
+    if missing or extra:
+        found = [f"{', '.join(missing)} is missing"] if missing else []
+        found += [f"{quoted(', '.join(extra))} is unknown"] if extra else []
+        takes = ", ".join(names) or "none"
+        raise InputError(f"{what}: {' and '.join(found)}; this engine takes the arguments: {takes}")
+    return [_tensor(each, flat[each.name], samples, device, f"{what}[{each.name!r}]", one_row) for each in inputs]
+
+
+def _tensor(expected: Input, value: Any, samples: int, device: torch.device, what: str, one_row: bool) -> Tensor:
+    shape = (samples, *expected.shape[1:]) if expected.per_sample else expected.shape
+    sizes = tuple(int(size) for size in shape)
+    if isinstance(value, (bool, int, float)):
+        return torch.full(
+            sizes, _number(value, expected.dtype, what), dtype=getattr(torch, expected.dtype), device=device
+        )
+    if not isinstance(value, Tensor):
+        raise InputError(f"{what} is a {type(value).__name__}; expected a {expected.dtype} tensor of shape {sizes}")
+    _check_kind(what, value, expected.dtype, device)
+    if one_row and expected.per_sample and value.shape == (1, *sizes[1:]):
+        return value.expand(sizes)
+    if tuple(value.shape) != sizes:
+        raise InputError(f"{what} has shape {tuple(value.shape)}; expected {sizes}")
+    return value
+
+
+def _number(value: float, dtype: str, what: str) -> float:
+    kind: torch.dtype = getattr(torch, dtype)
+    if kind.is_floating_point:
+        return float(value)
+    least, most = (0, 1) if kind == torch.bool else (torch.iinfo(kind).min, torch.iinfo(kind).max)
+    if not least <= value <= most or value != int(value):
+        raise InputError(f"{what} is {value}, which is no {dtype}")
+    return int(value)
+
+
+def _joined(expected: Input, without: Tensor, given: Tensor) -> Tensor:
+    if expected.per_sample:
+        return torch.cat([without, given])
+    if not torch.equal(without, given):
+        raise InputError(
+            f"conditioning and unconditional differ in {expected.name!r}, which belongs to no sample, and the network "
+            "is asked about both at once: give both the same"
+        )
+    return given.contiguous()
+
+
+def _check_kind(what: str, tensor: Tensor, dtype: str, device: torch.device) -> None:
+    if tensor.dtype != getattr(torch, dtype):
+        raise InputError(f"{what} is {tensor.dtype}; this engine takes {dtype}: convert it, or build another engine")
+    if tensor.device != device:
+        raise InputError(f"{what} lies on {tensor.device}; this engine runs on {device}: move it there")
+
+
+def _knows(manifest: Manifest) -> str:
+    return "build it with unconditional={...} for guidance" if manifest.inputs else "its network takes no arguments"

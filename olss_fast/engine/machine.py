@@ -1,0 +1,149 @@
+"""What this machine and its software are, as far as compiled code depends on them. Nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from importlib import metadata
+from typing import Any
+
+from olss_fast import __version__
+
+# The flags of /proc/cpuinfo that name instructions which a compiler may use.
+INSTRUCTIONS = re.compile(
+    r"(sse|ssse|avx|amx|vaes|vpclmul)\w*|fma4?|f16c|bmi[12]|abm|popcnt|movbe|adx|aes|pclmulqdq|gfni|sha_ni|xop|tbm"
+    r"|asimd\w*|sve\w*|sme(?!p)\w*|i8mm|bf16|fphp|atomics|lrcpc|dotprod|crc32"
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Of what an engine is built with. Starts torch."""
+    import torch
+
+    cuda = torch.version.cuda
+    return {
+        "olss_fast": __version__,
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "cuda": cuda,
+        "driver": _driver() if cuda is not None and torch.cuda.is_available() else None,
+    }
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine, for code on `device` ("cpu", "cuda" or "cuda:1")."""
+    if device.partition(":")[0] != "cuda":
+        return _described("cpu", _processor(), None, instructions())
+    import torch
+
+    return _described("cuda", torch.cuda.get_device_name(device), list(torch.cuda.get_device_capability(device)), [])
+
+
+def _described(device: str, name: str, capability: list[int] | None, flags: list[str]) -> dict[str, Any]:
+    return {
+        "device": device,
+        "name": name,
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "capability": capability,
+        "instructions": flags,
+    }
+
+
+def instructions() -> list[str]:
+    """The processor's instruction sets, by the names that Linux gives them; none where it does not tell."""
+    return sorted(flag for flag in set(_cpuinfo("flags", "Features").split()) if INSTRUCTIONS.fullmatch(flag))
+
+
+def mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str | None = None) -> list[str]:
+    """Why an engine with these facts does not run here: what it needs, what there is, what to do. Empty if it does.
+
+    device: where it is to run; None: on the kind of device that it was built for. Starts torch.
+    """
+    import torch
+
+    found = []
+    rebuild = "build the engine again here"
+    for what, here in (("system", platform.system()), ("architecture", platform.machine())):
+        if machine[what] != here:
+            found.append(f"it was built for {what} {machine[what]}, this is {here}: {rebuild}")
+    if _minor(built_with["torch"]) != _minor(torch.__version__):
+        found.append(
+            f"it was built with torch {built_with['torch']}, here is {torch.__version__}, and compiled code fits one "
+            f"minor version alone: install torch {_minor(built_with['torch'])}, or {rebuild}"
+        )
+    kind = machine["device"]
+    if device is not None and device.partition(":")[0] != kind:
+        found.append(f"it was built for {kind} and is to run on {device}: build one for {device}")
+    if kind == "cpu":
+        lacking = sorted(set(machine["instructions"]) - set(instructions()))
+        if lacking:
+            found.append(
+                f"its code may use the instructions {', '.join(lacking)}, which this processor lacks: {rebuild}"
+            )
+        return found
+    return found + _gpu_mismatches(built_with, machine, device or kind)
+
+
+def _gpu_mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str) -> list[str]:
+    import torch
+
+    if torch.version.cuda is None:
+        return [f"it was built for CUDA, and torch {torch.__version__} is a build without: install one with CUDA"]
+    if not torch.cuda.is_available():
+        return ["it was built for CUDA, and torch finds no usable GPU here: look at the driver"]
+    found = []
+    capability = list(torch.cuda.get_device_capability(device))
+    if capability != machine["capability"]:
+        found.append(
+            f"it was built for compute capability {_dotted(machine['capability'])} ({machine['name']}), this is "
+            f"{_dotted(capability)} ({torch.cuda.get_device_name(device)}): build the engine again here"
+        )
+    if str(built_with["cuda"]).partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        found.append(
+            f"it was built with CUDA {built_with['cuda']}, torch here has {torch.version.cuda}: build it again"
+        )
+    return found
+
+
+def _dotted(numbers: list[int] | None) -> str:
+    return ".".join(map(str, numbers or []))
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str:
+    """The version of CUDA that the driver knows, as "12.8"."""
+    import torch
+
+    number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _processor() -> str:
+    return _cpuinfo("model name").strip() or platform.processor() or platform.machine()
+
+
+def _cpuinfo(*names: str) -> str:
+    """The first entry of /proc/cpuinfo of one of these names; "" where there is none."""
+    if sys.platform != "linux":
+        return ""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() in names:
+                    return value
+    except OSError:
+        pass
+    return ""

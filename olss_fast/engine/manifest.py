@@ -1,0 +1,177 @@
+"""What an engine file says about itself: the JSON object in its header. See `container` for where it lies.
+
+The names below are those in the file. Every member is always there, and no other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from olss_fast._files import AnyPath
+from olss_fast._text import quoted
+from olss_fast.engine import container
+from olss_fast.engine.container import refuse
+from olss_fast.engine.shapes import Profile
+from olss_fast.errors import EngineFileError, InputError
+
+FORMAT = "olss_fast.engine"
+NOTICE = (
+    "This file contains machine code, which runs when the file is loaded. Load only what comes from somebody you trust."
+)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+BATCH = "batch"  # the size of an input's first axis, where that is the number of samples
+CODE_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+
+_OPTIONAL = (str, type(None))
+# What each member must be: a type or several, [what each item is], or a mapping of members; _Any maps any names.
+_SCHEMA: dict[str, Any] = {
+    "sha256": str,
+    "format": str,
+    "version": int,
+    "notice": str,
+    "built_with": {"olss_fast": str, "torch": str, "triton": _OPTIONAL, "cuda": _OPTIONAL, "driver": _OPTIONAL},
+    "machine": {
+        "device": str,
+        "name": str,
+        "system": str,
+        "architecture": str,
+        "capability": (list, type(None)),
+        "instructions": [str],
+    },
+    "network": str,
+    "dtype": str,
+    "profile": {"min": [int], "opt": [int], "max": [int], "multiple": [int]},
+    "doubled": bool,
+    "guidance_scale": (int, float),
+    "inputs": [{"name": str, "dtype": str, "shape": [(int, str)]}],
+    "fixed": dict,
+    "plans": [{"name": str, "nfe": int, "branches": int, "noises": int, "sha256": str}],
+    "strides": dict,
+    "unused": [str],
+    "hashes": {"weights": str, "code": str},
+    "measured": dict,
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One argument of the network: its dtype and shape, whose first size is BATCH where it belongs to the samples."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def per_sample(self) -> bool:
+        return self.shape[:1] == (BATCH,)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest; `facts` is all of it as it stands in the file."""
+
+    facts: Mapping[str, Any]
+    profile: Profile
+    inputs: tuple[Input, ...]
+
+    @property
+    def dtype(self) -> str:
+        return str(self.facts["dtype"])
+
+    @property
+    def device(self) -> str:
+        """The kind of device: "cpu" or "cuda"."""
+        return str(self.facts["machine"]["device"])
+
+    @property
+    def doubled(self) -> bool:
+        return bool(self.facts["doubled"])
+
+    @property
+    def guidance_scale(self) -> float:
+        return float(self.facts["guidance_scale"])
+
+    @property
+    def plan_names(self) -> list[str]:
+        return [plan["name"] for plan in self.facts["plans"]]
+
+    @property
+    def size_names(self) -> str:
+        """The inputs as people read them."""
+        return ", ".join(f"{each.name} {each.dtype}[{', '.join(map(str, each.shape))}]" for each in self.inputs)
+
+
+def read(path: AnyPath) -> Manifest:
+    """The manifest of an engine file, from its header alone; the rest is not read. Raises EngineFileError."""
+    facts = container.read_manifest(path, FORMAT)
+    try:
+        return parse(facts)
+    except container.Refused as cause:
+        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
+
+
+def parse(facts: Mapping[str, Any]) -> Manifest:
+    """Checks every member. Raises `container.Refused`."""
+    _check(facts, _SCHEMA, "the manifest")
+    _check_values(facts)
+    try:
+        profile = Profile(**facts["profile"])
+    except InputError as cause:
+        refuse(f"its profile is unusable: {cause}")
+    inputs = tuple(Input(each["name"], each["dtype"], tuple(each["shape"])) for each in facts["inputs"])
+    return Manifest(facts, profile, inputs)
+
+
+def _check(value: Any, expected: Any, where: str) -> None:
+    if isinstance(expected, dict):
+        if not isinstance(value, dict) or set(value) != set(expected):
+            refuse(f"{where} has the members {quoted(value, 200)}; expected {', '.join(expected)}")
+        for name, each in expected.items():
+            _check(value[name], each, name if where == "the manifest" else f"{where}.{name}")
+    elif isinstance(expected, list):
+        if not isinstance(value, list):
+            refuse(f"{where} is {quoted(value)}; expected a list")
+        for i, each in enumerate(value):
+            _check(each, expected[0], f"{where}[{i}]")
+    elif not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        names = expected if isinstance(expected, tuple) else (expected,)
+        refuse(f"{where} is {quoted(value)}; expected {' or '.join(each.__name__ for each in names)}")
+
+
+def _check_values(facts: Mapping[str, Any]) -> None:
+    machine = facts["machine"]
+    if machine["device"] not in ("cpu", "cuda"):
+        refuse(f"machine.device is {quoted(machine['device'])}; expected cpu or cuda")
+    if machine["capability"] is not None and not container._naturals(machine["capability"]):
+        refuse(f"machine.capability is {quoted(machine['capability'])}; expected two numbers, as [9, 0]")
+    if facts["dtype"] not in DTYPES:
+        refuse(f"dtype is {quoted(facts['dtype'])}; expected one of {', '.join(DTYPES)}")
+    if not math.isfinite(facts["guidance_scale"]):
+        refuse(f"guidance_scale is {facts['guidance_scale']}; expected a finite number")
+    for each in facts["inputs"]:
+        first, rest = each["shape"][:1], each["shape"][1:]
+        if not all(size == BATCH or _size(size) for size in first) or not all(map(_size, rest)):
+            refuse(f"input {quoted(each['name'])} has shape {quoted(each['shape'])}; expected sizes, or first 'batch'")
+    for name, strides in facts["strides"].items():
+        if not container._naturals(strides):
+            refuse(f"strides of {quoted(name)} are {quoted(strides)}; expected numbers")
+    for name, value in facts["measured"].items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            refuse(f"measured.{quoted(name)} is {quoted(value)}; expected a number")
+    _check_names("inputs", [each["name"] for each in facts["inputs"]])
+    _check_names("plans", [each["name"] for each in facts["plans"]])
+    if not facts["plans"]:
+        refuse("it holds no plan; expected at least one")
+
+
+def _size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _check_names(what: str, names: list[str]) -> None:
+    if len(set(names)) != len(names) or not all(names):
+        refuse(f"the {what} are named {quoted(names, 200)}; expected different names")
