@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from olss_fast.errors import InputError
-from olss_fast.network import Network
+from olss_fast.network import Network, module_of
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 
@@ -58,10 +58,9 @@ def draw_noise(model: Model, count: int, seed: int) -> Tensor:
 
 
 def device_of(model: Model) -> torch.device:
-    network = model.network
-    if isinstance(network, torch.nn.Module):
-        return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    return torch.device("cpu")
+    module = module_of(model.network)
+    parameters = () if module is None else module.parameters()
+    return next((each.device for each in parameters), torch.device("cpu"))
 
 
 def pick_labels(model: Model, count: int, classes: Sequence[int] = ()) -> list[int]:

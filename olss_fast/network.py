@@ -6,7 +6,9 @@ c the conditional output. With two branches u and c are handed on apart.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,19 @@ Conditioning = Mapping[str, Any]
 
 LARGEST_SCALE = float(np.finfo(np.float32).max)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what noise and networks may be of
+
+
+def module_of(network: Any) -> torch.nn.Module | None:
+    """The module whose weights a network reads: itself, or the one behind a bound method (`model.forward`), a
+    functools.partial or a decorator that tells what it wraps (`torch.no_grad()`). None where there is none to see."""
+    while network is not None and not isinstance(network, torch.nn.Module):
+        if isinstance(network, functools.partial):
+            network = network.func
+        elif isinstance(network, MethodType):
+            network = network.__self__
+        else:
+            network = getattr(network, "__wrapped__", None)
+    return network
 
 
 class Denoiser:

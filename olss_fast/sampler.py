@@ -33,6 +33,7 @@ from olss_fast.network import (
     checked_arguments,
     checked_guidance_scale,
     checked_networks,
+    module_of,
 )
 from olss_fast.plan import Plan
 from olss_fast.sampling import check_plan_fits, draw_step_noise, network_dtype, sample
@@ -201,8 +202,5 @@ class Sampler:
 
 
 def _device_of(networks: Sequence[Any]) -> torch.device | None:
-    for network in networks:
-        if isinstance(network, torch.nn.Module):
-            for parameter in network.parameters():
-                return parameter.device
-    return None
+    modules = [module for module in map(module_of, networks) if module is not None]
+    return next((parameter.device for module in modules for parameter in module.parameters()), None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from olss_fast.errors import InputError
 from olss_fast.executors import reference
-from olss_fast.network import Conditioning, Denoiser, Network, check_noise, require_finite
+from olss_fast.network import Conditioning, Denoiser, Network, check_noise, module_of, require_finite
 from olss_fast.plan import Plan
 
 
@@ -75,11 +75,9 @@ def batches(samples: range, size: int) -> list[slice]:
 
 def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
     """The floating-point dtype of the network's parameters, or `default` if it has none to show."""
-    if isinstance(network, torch.nn.Module):
-        for parameter in network.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return default
+    module = module_of(network)
+    parameters = () if module is None else module.parameters()
+    return next((each.dtype for each in parameters if each.is_floating_point()), default)
 
 
 def draw_step_noise(plan: Plan, noise: Tensor, generator: torch.Generator | None) -> Tensor | None:

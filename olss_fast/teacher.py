@@ -29,7 +29,7 @@ from torch import Tensor
 from olss_fast._files import write_atomically
 from olss_fast.errors import StoreError
 from olss_fast.executors import reference
-from olss_fast.network import Denoiser, require_finite
+from olss_fast.network import Denoiser, module_of, require_finite
 from olss_fast.plan import Plan
 from olss_fast.sampling import batches, network_dtype
 
@@ -299,9 +299,9 @@ def fingerprint(teacher: Plan, denoiser: Denoiser, noise: Tensor, split: Split, 
         for name in sorted(arguments):
             digest.update(name.encode() + content(arguments[name]))
     for network in denoiser.networks:
-        if isinstance(network, torch.nn.Module):
-            for name, value in network.named_parameters():
-                digest.update(name.encode() + content(value))
+        module = module_of(network)
+        for name, value in () if module is None else module.named_parameters():
+            digest.update(name.encode() + content(value))
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_graphs import FakeGraph, use_fake_graphs
 from kernel_counts import Counts, count_sampler
 from torch import Tensor
 
@@ -55,26 +56,9 @@ def noise() -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-class FakeGraph:
-    """A recorded function: what a CUDA graph does, without a device. Its replays read the same tensors."""
-
-    made = 0
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
-
-    def replay(self) -> None:
-        self.function()
-
-
 @pytest.fixture
 def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(function: Callable[[], None], pool: Any, device: Any) -> FakeGraph:
-        function()  # the warm-up, whose traces the loop must not keep
-        return FakeGraph(function)
-
-    monkeypatch.setattr(graph, "capture", capture)
-    monkeypatch.setattr("olss_fast.sampler.require_cuda", lambda device: None)
+    use_fake_graphs(monkeypatch)
 
 
 GUIDED = {"conditioning": {"y": torch.tensor([3, 7])}, "unconditional": {"y": 0}, "guidance_scale": 2.5}
@@ -133,22 +117,6 @@ def test_everything_is_swapped_in_place(net: Net, noise: Tensor, fake_graphs: No
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert sampler.stats().captures == 1
     assert sampler.stats().replays == 6 + 5 + 7 + 6
-
-
-def test_weights_that_change_in_place_are_honoured_and_moved_ones_noticed(
-    net: Net, noise: Tensor, fake_graphs: None
-) -> None:
-    sampler = Sampler(PLANS["ddim"], net, backend="graph")
-    before = sampler(noise)
-    with torch.no_grad():
-        net.mix.weight.mul_(1.1)
-    changed = sampler(noise)
-    assert sampler.stats().captures == 1
-    assert not torch.allclose(before, changed, rtol=1e-3)
-    net.mix.weight = torch.nn.Parameter(net.mix.weight.detach().clone())
-    sampler(noise)
-    assert sampler.stats().captures == 2
-    assert sampler.stats().reason == "captured again, the parameter mix.weight was replaced"
 
 
 def test_a_network_that_cannot_be_captured_falls_back(net: Net, noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

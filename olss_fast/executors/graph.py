@@ -2,13 +2,13 @@
 
 The step kernel keeps count in device memory and writes the network's next input and time where the graph reads them, so
 nothing changes between two replays and the host only launches. Another plan, guidance scale or conditioning is written
-over the old one: no capture. Weights that are changed in place are honoured; where a parameter has moved, the graph
-reads memory that is no longer its own, so it is captured anew.
+over the old one: no capture. Weights that are changed in place are honoured; where a parameter has moved, or a module
+was replaced (adapters are put in so), the graph reads memory that is no longer its own, so it is captured anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,11 @@ from torch import Tensor
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask, FusedLoop
 from olss_fast.kernels import start
+from olss_fast.network import module_of
 from olss_fast.plan import Plan
+
+Watched = tuple[Mapping[str, Any], str, str, object]
+"""What holds a parameter, buffer or module, under which key, its name, and its identity when a graph was captured."""
 
 WARM_UP = 3  # runs before a capture: cuDNN, Triton and the allocator settle
 
@@ -86,9 +90,9 @@ class GraphLoop(FusedLoop):
         super().__init__(ask, like, plan, doubled=doubled, room=room)
         self.networks, self.pool, self.unroll = networks, pool, unroll
         self.captures = self.replays = 0
-        self.moved = ""  # the parameter because of which the last capture was repeated
+        self.moved = ""  # the parameter or module because of which the last capture was repeated
         self._graphs: dict[object, Graph] = {}
-        self._watched: list[tuple[dict[str, Tensor | None], str, str, int]] = []
+        self._watched: list[Watched] = []
 
     def run(self) -> Tensor:
         assert self.plan is not None
@@ -115,10 +119,9 @@ class GraphLoop(FusedLoop):
         return self._graphs[key]
 
     def _forget_if_moved(self) -> None:
-        """Drops the graphs if a parameter's storage was replaced since they were captured."""
-        for owner, key, name, address in self._watched if self._graphs else []:
-            tensor = owner.get(key)
-            if tensor is None or tensor.data_ptr() != address:
+        """Drops the graphs if a parameter's storage, or a module, was replaced since they were captured."""
+        for owner, key, name, before in self._watched if self._graphs else []:
+            if identity(owner.get(key)) != before:
                 self.moved = name
                 self._graphs.clear()
                 return
@@ -129,19 +132,22 @@ class GraphLoop(FusedLoop):
         return bool(self._graphs)
 
 
-def watched(networks: Sequence[Any]) -> list[tuple[dict[str, Tensor | None], str, str, int]]:
-    """Each parameter and buffer of the networks: where its module keeps it, its name, and its address."""
-    found = []
+def watched(networks: Sequence[Any]) -> list[Watched]:
+    """Each parameter, buffer and module of the networks: where its module keeps it, its name, and its identity."""
+    found: list[Watched] = []
     for i, network in enumerate(networks):
-        if isinstance(network, torch.nn.Module):
-            prefix = f"{i}." if len(networks) > 1 else ""
-            for path, module in network.named_modules():
-                for owner in (module._parameters, module._buffers):
-                    for key, tensor in owner.items():
-                        if tensor is not None:
-                            name = prefix + (f"{path}.{key}" if path else key)
-                            found.append((owner, key, name, tensor.data_ptr()))
+        root = module_of(network)
+        prefix = f"{i}." if len(networks) > 1 else ""
+        for path, module in () if root is None else root.named_modules():
+            where = prefix + path + "." * bool(path)
+            for owner in (module._parameters, module._buffers, module._modules):
+                found += [(owner, key, where + key, identity(each)) for key, each in owner.items()]
     return found
+
+
+def identity(value: Tensor | torch.nn.Module | None) -> object:
+    """What stays the same while a graph reads the right memory."""
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def require_cuda(device: torch.device) -> None:

@@ -107,7 +107,7 @@ class Loops:
     def stats(self) -> Stats:
         loops = [loop for loop, _ in self._loops.values()]
         graphs = [loop for loop in loops if isinstance(loop, GraphLoop)]
-        moved = [f"captured again, the parameter {loop.moved} was replaced" for loop in graphs if loop.moved]
+        moved = [f"captured again, {loop.moved} was replaced" for loop in graphs if loop.moved]
         return Stats(
             backend=self.backend if self._last is None else self._last.backend,
             captures=self._captures + sum(loop.captures for loop in graphs),
