@@ -1,0 +1,32 @@
+// The sampling loop: what olss_fast/executors/fused.py and kernels/step.py do on the CPU, operator by operator, so that
+// the results are the same bits. The equations and symbols are those of kernels/step.py.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "plan.h"
+
+namespace olss {
+
+// A plan as the loop reads it.
+struct Tables {
+    // For data of `dtype`: coefficients in float32, or in float64 for float64.
+    Tables(const Plan& plan, at::ScalarType dtype);
+
+    std::int64_t nfe, branches, noises;
+    at::Tensor rows, timesteps;              // (S+1, columns); (S+1,) float32, the last one is no time
+    std::vector<std::int64_t> noise_counts;  // how many of the noises each row reads
+};
+
+// The raw output of the network for x (N, …) and time (N,) float32; N = 2B where `doubled`, unconditional half first.
+using Network = std::function<at::Tensor(const at::Tensor& x, const at::Tensor& time)>;
+
+// The samples (B, …) of `noise`. step_noise: (Z, B, …) float32 for a plan that reads fresh noises, else not defined.
+// Throws Error(network) that names the first evaluation whose output is not finite, or has another shape than x.
+at::Tensor sample(const Tables& plan, const Network& network, const at::Tensor& noise, const at::Tensor& step_noise,
+                  bool doubled, double guidance_scale);
+
+}  // namespace olss

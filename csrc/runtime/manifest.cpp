@@ -1,0 +1,165 @@
+#include "manifest.h"
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <set>
+
+#include "text.h"
+
+namespace olss {
+
+namespace {
+
+constexpr auto kind = Error::Kind::file;
+constexpr std::int64_t largest_size = std::int64_t{1} << 40;  // of one axis
+const std::set<std::string> dtypes = {"float64", "float32", "float16", "bfloat16", "int64",
+                                      "int32",   "int16",   "int8",    "uint8",    "bool"};
+const std::set<std::string> noise_dtypes = {"float64", "float32", "float16", "bfloat16"};
+
+// A value of the manifest and its name for error messages.
+struct Item {
+    const Json& json;
+    std::string name;
+
+    [[noreturn]] void refuse(const std::string& expected) const {
+        fail(kind, "the manifest's ", name, " is ", json.summary(), "; expected ", expected);
+    }
+    template <typename T>
+    const T& as(const char* expected) const {
+        const T* value = json.as<T>();
+        if (!value) refuse(expected);
+        return *value;
+    }
+    const std::string& text() const { return as<std::string>("a string"); }
+    std::int64_t integer(std::int64_t least, std::int64_t most) const {
+        const std::int64_t number = as<std::int64_t>("a whole number");
+        if (number < least || number > most) refuse(concat("a whole number from ", least, " to ", most));
+        return number;
+    }
+    double number() const {
+        if (const std::int64_t* integer = json.as<std::int64_t>()) return static_cast<double>(*integer);
+        return as<double>("a number");
+    }
+    Item member(const std::string& member_name) const {
+        const Json* value = json.find(member_name);
+        if (!value) refuse("an object with the member " + quoted(member_name));
+        return {*value, name.empty() ? member_name : name + "." + member_name};
+    }
+};
+
+void expect_members(const Item& item, std::initializer_list<const char*> expected) {
+    const std::set<std::string> wanted(expected.begin(), expected.end());
+    std::set<std::string> found;
+    for (const auto& [name, value] : item.as<Json::Object>("an object")) found.insert(quoted(name));
+    std::set<std::string> quoted_wanted;
+    for (const std::string& name : wanted) quoted_wanted.insert(quoted(name));
+    if (found != quoted_wanted) item.refuse("an object with exactly the members " + listed(wanted));
+}
+
+template <typename Read>
+auto list_of(const Item& item, Read read) {
+    std::vector<decltype(read(item))> result;
+    for (const Json& each : item.as<Json::Array>("a list"))
+        result.push_back(read(Item{each, concat(item.name, "[", result.size(), "]")}));
+    return result;
+}
+
+template <typename Read>
+auto map_of(const Item& item, Read read) {
+    std::map<std::string, decltype(read(item))> result;
+    for (const auto& [name, value] : item.as<Json::Object>("an object")) result[name] = read(Item{value, item.name + "." + quoted(name)});
+    return result;
+}
+
+std::string text(const Item& item) { return item.text(); }
+
+std::string text_or_null(const Item& item) { return item.json.is_null() ? "" : item.text(); }
+
+Shape sizes(const Item& item, std::int64_t least) {
+    return list_of(item, [&](const Item& each) { return each.integer(least, largest_size); });
+}
+
+std::string one_of(const Item& item, const std::set<std::string>& names) {
+    if (!names.count(item.text())) item.refuse("one of " + listed(names));
+    return item.text();
+}
+
+Machine machine(const Item& item) {
+    expect_members(item, {"device", "name", "system", "architecture", "capability", "instructions"});
+    const Item capability = item.member("capability");
+    return {one_of(item.member("device"), {"cpu", "cuda"}),
+            item.member("name").text(),
+            item.member("system").text(),
+            item.member("architecture").text(),
+            capability.json.is_null() ? Shape{} : sizes(capability, 0),
+            list_of(item.member("instructions"), text)};
+}
+
+Profile profile(const Item& item) {
+    expect_members(item, {"min", "opt", "max", "multiple"});
+    Profile result{sizes(item.member("min"), 1), sizes(item.member("opt"), 1), sizes(item.member("max"), 1),
+                   sizes(item.member("multiple"), 1)};
+    const std::size_t axes = result.min.size();
+    bool fits = axes >= 2 && axes <= 16 && result.opt.size() == axes && result.max.size() == axes && result.multiple.size() == axes;
+    for (std::size_t i = 0; fits && i < axes; ++i) fits = result.min[i] <= result.opt[i] && result.opt[i] <= result.max[i];
+    if (!fits) item.refuse("min <= opt <= max and multiple, of 2 to 16 axes each");
+    return result;
+}
+
+Input input(const Item& item) {
+    expect_members(item, {"name", "dtype", "shape"});
+    Input result{item.member("name").text(), one_of(item.member("dtype"), dtypes), false, {}};
+    const Json::Array& shape = item.member("shape").as<Json::Array>("a list");
+    const std::string* first = shape.empty() ? nullptr : shape.front().as<std::string>();
+    result.per_sample = first && *first == "batch";
+    if (result.name.empty() || shape.size() > 16) item.refuse("a name and at most 16 axes");
+    for (std::size_t i = result.per_sample; i < shape.size(); ++i)
+        result.shape.push_back(Item{shape[i], concat(item.name, ".shape[", i, "]")}.integer(0, largest_size));
+    return result;
+}
+
+PlanEntry plan(const Item& item) {
+    expect_members(item, {"name", "nfe", "branches", "noises", "sha256"});
+    return {item.member("name").text(), item.member("nfe").integer(1, 4096), item.member("branches").integer(1, 2),
+            item.member("noises").integer(0, 16384), item.member("sha256").text()};
+}
+
+void check_names(const Description& engine) {
+    std::set<std::string> inputs, plans;
+    for (const Input& each : engine.inputs)
+        if (!inputs.insert(each.name).second) fail(kind, "the manifest has two inputs of the name ", quoted(each.name));
+    for (const PlanEntry& each : engine.plans)
+        if (!plans.insert(each.name).second) fail(kind, "the manifest has two plans of the name ", quoted(each.name));
+    if (plans.empty()) fail(kind, "the manifest names no plan; expected at least one");
+}
+
+}  // namespace
+
+Description description_of(const Json& manifest) {
+    const Item all{manifest, ""};
+    expect_members(all, {"sha256", "format", "version", "notice", "built_with", "machine", "network", "dtype", "profile",
+                         "doubled", "guidance_scale", "inputs", "fixed", "plans", "strides", "unused", "hashes", "measured"});
+    expect_members(all.member("built_with"), {"olss_fast", "torch", "triton", "cuda", "driver"});
+    expect_members(all.member("hashes"), {"weights", "code"});
+    Description result;
+    result.notice = all.member("notice").text();
+    result.network = all.member("network").text();
+    result.dtype = one_of(all.member("dtype"), noise_dtypes);
+    result.built_with = map_of(all.member("built_with"), text_or_null);
+    result.machine = machine(all.member("machine"));
+    result.profile = profile(all.member("profile"));
+    result.doubled = all.member("doubled").as<bool>("true or false");
+    result.guidance_scale = all.member("guidance_scale").number();
+    result.inputs = list_of(all.member("inputs"), input);
+    result.fixed = map_of(all.member("fixed"), text);
+    result.plans = list_of(all.member("plans"), plan);
+    result.strides = map_of(all.member("strides"), [](const Item& item) { return sizes(item, 0); });
+    result.unused = list_of(all.member("unused"), text);
+    result.hashes = map_of(all.member("hashes"), text);
+    result.measured = map_of(all.member("measured"), [](const Item& item) { return item.number(); });
+    check_names(result);
+    return result;
+}
+
+}  // namespace olss

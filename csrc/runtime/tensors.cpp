@@ -1,0 +1,61 @@
+#include "tensors.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/ScalarType.h>
+
+#include "text.h"
+
+namespace olss {
+
+namespace {
+
+struct Name {
+    const char *torch, *file;  // in torch and in a safetensors file
+    at::ScalarType dtype;
+};
+constexpr Name names[] = {{"float64", "F64", at::kDouble}, {"float32", "F32", at::kFloat}, {"float16", "F16", at::kHalf},
+                          {"bfloat16", "BF16", at::kBFloat16}, {"int64", "I64", at::kLong}, {"int32", "I32", at::kInt},
+                          {"int16", "I16", at::kShort}, {"int8", "I8", at::kChar}, {"uint8", "U8", at::kByte}, {"bool", "BOOL", at::kBool}};
+
+bool dense(const Shape& shape, const Shape& strides) {
+    if (shape.size() != strides.size()) return false;
+    std::vector<std::pair<std::int64_t, std::int64_t>> axes;
+    for (std::size_t i = 0; i < shape.size(); ++i) axes.emplace_back(strides[i], shape[i]);
+    std::sort(axes.begin(), axes.end());
+    std::int64_t filled = 1;
+    for (const auto& [stride, size] : axes) {
+        if (size != 1 && stride != filled) return false;
+        filled *= size;
+    }
+    return true;
+}
+
+}  // namespace
+
+at::ScalarType dtype_named(const std::string& name) {
+    for (const Name& each : names)
+        if (name == each.torch || name == each.file) return each.dtype;
+    fail(Error::Kind::internal, "there is no dtype ", quoted(name));
+}
+
+std::string name_of(at::ScalarType dtype) {
+    for (const Name& each : names)
+        if (dtype == each.dtype) return each.torch;
+    return c10::toString(dtype);
+}
+
+at::Tensor copied(const TensorView& view, const Shape* strides) {
+    const at::Tensor plain = at::empty(view.shape, dtype_named(view.dtype));
+    if (view.size > 0) std::memcpy(plain.mutable_data_ptr(), view.data, view.size);
+    if (!strides) return plain;
+    if (!dense(view.shape, *strides))
+        fail(Error::Kind::file, "weight ", quoted(view.name), " of shape ", shown(view.shape), " has the strides ", shown(*strides),
+             "; expected those of dense memory");
+    return at::empty_strided(view.shape, *strides, plain.options()).copy_(plain);
+}
+
+}  // namespace olss
