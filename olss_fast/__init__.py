@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from olss_fast.engine.engine import Engine, load_engine
     from olss_fast.engine.shapes import Profile
     from olss_fast.noise_schedule import NoiseSchedule
+    from olss_fast.onnx_export import export_onnx
     from olss_fast.plan import Plan
     from olss_fast.report import Candidate, Report
     from olss_fast.sampler import Sampler
@@ -46,6 +47,7 @@ __all__ = [
     "capture",
     "demo",
     "errors",
+    "export_onnx",
     "load_engine",
     "metrics",
     "sample",
@@ -69,6 +71,7 @@ _HOME = {
     "accelerate": "adapters.acceleration",
     "build": "engine.building",
     "capture": "capturing",
+    "export_onnx": "onnx_export",
     "load_engine": "engine.engine",
     "sample": "sampling",
     "tune": "tuning",

@@ -36,7 +36,7 @@ class StoreError(OlssError, OSError):
 
 
 class ModelError(OlssError, OSError):
-    """A model folder cannot be used: missing weights, or a pipeline of an unsupported kind."""
+    """A model folder cannot be used (missing weights, a pipeline of an unsupported kind), or a model not be written."""
 
 
 class EngineFileError(OlssError, OSError):
@@ -48,4 +48,4 @@ class MachineError(OlssError, RuntimeError):
 
 
 class BuildError(OlssError, RuntimeError):
-    """A network cannot be made an engine: it cannot be exported, or what was compiled is not the same function."""
+    """A network cannot be made an engine or an ONNX model: it cannot be exported, or became another function."""
