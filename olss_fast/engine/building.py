@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import re
+import hashlib
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from olss_fast._device import pick_device
 from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
-from olss_fast.engine.arguments import FlatNetwork, flatten, require_names
 from olss_fast.engine.compiled import SETTINGS, compile_code, export, graph_text, hash_code, weight_name
 from olss_fast.engine.container import VERSION
 from olss_fast.engine.engine import Engine, warm_up
-from olss_fast.engine.manifest import BATCH, DTYPES, FORMAT, NOTICE
+from olss_fast.engine.manifest import BATCH, FORMAT, NOTICE
+from olss_fast.engine.request import Request, checked_request, is_per_sample, named_plans
 from olss_fast.engine.shapes import Profile
+from olss_fast.engine.structure import structure_key
 from olss_fast.engine.weights import hash_weights, strides_of, to_blob
-from olss_fast.errors import BuildError, InputError
-from olss_fast.network import Conditioning, Denoiser, require_finite
+from olss_fast.errors import BuildError, EngineFileError
+from olss_fast.network import Conditioning
 from olss_fast.plan import Plan
 from olss_fast.plan_io import plan_to_bytes
-from olss_fast.sampling import check_plan_fits, network_dtype
 
 # How far the compiled network may be from the one that it was compiled from, relative to the largest output.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
-RESERVED = {"noise", "steps", "plan", "guidance_scale", "unconditional", "generator"}  # arguments of an engine's call
+CHECKED_TIMES = 8  # of the first plan, at most, at which both are asked
 TIMED_CALLS = 5
 
 
@@ -71,136 +68,84 @@ def build(
         InputError: arguments that do not fit each other. NetworkError: the network's output.
         BuildError: it cannot be exported or compiled, or what was compiled computes something else.
     """
-    plans = _named_plans(plan)
-    request = _request(network, plans, Profile.of(shapes), example, unconditional, guidance_scale, dtype, device)
+    plans = named_plans(plan)
+    request = checked_request(network, plans, Profile.of(shapes), example, unconditional, guidance_scale, dtype, device)
+    settings = dict(options or {})
+    folder = code_cache.default_folder() if cache is True else Path(cache) if cache else None
     with _stages(progress) as stage:
+        stage("look for compiled code")
+        structure = _structure(request, settings)
+        known = _by_structure(request, plans, folder, structure)
+        if known is not None:
+            return known
         stage("export")
         exported = export(request.flat, request.inputs(2), request.per_sample, request.profile, request.doubled)
         stage("compile")
-        code, seconds = _code(exported, request, dict(options or {}), cache)
-        stage("load")
-        constants = {**exported.state_dict, **exported.constants}
-        weights = {weight_name(name): each.detach().clone() for name, each in constants.items() if _stored(each)}
-        engine = _engine(request, plans, code, weights, {"seconds_to_compile": seconds})
+        key, code, seconds = _by_graph(request, exported, settings, folder)
         stage("check")
-        return _measured(engine, request)
+        constants = {**exported.state_dict, **exported.constants}
+        engine = _checked(_engine(request, plans, code, constants, seconds), request)
+        for name in {structure, _structure(request, settings)} if folder is not None else ():
+            code_cache.point(folder, name, key)
+        return engine
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What is built, all of it checked. tensors: the example's, by name, `unconditional` alike, of one row each."""
-
-    flat: FlatNetwork
-    profile: Profile
-    tensors: dict[str, Tensor]
-    unconditional: dict[str, Tensor]
-    fixed: dict[str, str]
-    doubled: bool
-    guidance_scale: float
-    dtype: torch.dtype
-    device: torch.device
-    time: float
-
-    @property
-    def per_sample(self) -> list[bool]:
-        return [_is_per_sample(each, self.profile) for each in self.tensors.values()]
-
-    def inputs(self, least: int = 1) -> list[Tensor]:
-        """x, time and the example's tensors, as the network sees them at `opt`; of a batch that is not fixed at least
-        `least` samples, since one is a special case for torch.export."""
-        samples = max(self.profile.opt[0], least if 0 in self.profile.dynamic else 1)
-        batch = samples * (1 + self.doubled)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn((batch, *self.profile.opt[1:]), generator=generator).to(self.device, self.dtype)
-        time = torch.full((batch,), self.time, device=self.device)
-        rest = [
-            _repeated(each, batch) if own else each
-            for each, own in zip(self.tensors.values(), self.per_sample, strict=True)
-        ]
-        return [x, time, *rest]
+def _by_structure(
+    request: Request, plans: Mapping[str, Plan], folder: Path | None, structure: str | None
+) -> Engine | None:
+    """The engine from code that was compiled of a network of this structure: without tracing it. None if there is none,
+    or if it turns out that it is not this network's."""
+    found = code_cache.follow(folder, structure)
+    if found is None:
+        return None
+    network = request.flat
+    tensors = {**dict(network.named_buffers()), **network.state_dict()}
+    try:
+        return _checked(_engine(request, plans, found[0], tensors, found[1]), request)
+    except (BuildError, EngineFileError):
+        return None
 
 
-def _request(
-    network: nn.Module,
-    plans: Mapping[str, Plan],
-    profile: Profile,
-    example: Conditioning | None,
-    unconditional: Conditioning | None,
-    guidance_scale: float | None,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> _Request:
-    if not isinstance(network, nn.Module) or network.training:
-        what = "in training mode" if isinstance(network, nn.Module) else f"a {type(network).__name__}"
-        raise InputError(f"network is {what}; expected a torch.nn.Module in evaluation mode: wrap it, or call .eval()")
-    first = next(iter(plans.values()))
-    scale = _scale(first, unconditional, guidance_scale)
-    given = _on_device(require_names(example, "example"), device := _device(network, device))
-    if RESERVED & set(given):
-        raise InputError(
-            f"the network's argument {sorted(RESERVED & set(given))} has the name of one of an engine's call"
-        )
-    denoiser = Denoiser(
-        network, samples=profile.opt[0], conditioning=given, unconditional=unconditional, guidance_scale=scale
-    )
-    for each in plans.values():
-        check_plan_fits(each, denoiser)
-        if each.branches == 2 and unconditional is None:
-            raise InputError("a plan keeps the unconditional and the conditional output apart: pass unconditional")
-    dtype = _dtype(network, dtype)
-    flat, without = flatten(given), flatten(unconditional or {})
-    for name in sorted(set(flat) & set(without)):
-        if not isinstance(flat[name], Tensor) and flat[name] != without[name]:
-            raise InputError(f"conditioning and unconditional differ in {name!r}, which is no tensor: it is baked in")
-    tensors = {name: each for name, each in flat.items() if isinstance(each, Tensor)}
-    request = _Request(
-        flat=FlatNetwork(_prepared(network, dtype, device), given),
-        profile=profile,
-        tensors=tensors,
-        unconditional=_one_row(tensors, without, profile, device),
-        fixed={name: repr(each)[:200] for name, each in flat.items() if not isinstance(each, Tensor)},
-        doubled=unconditional is not None,
-        guidance_scale=scale,
-        dtype=dtype,
-        device=device,
-        time=float(first.timesteps[0]),
-    )
-    with torch.no_grad():  # a network that cannot be called is found before minutes are spent on it
-        require_finite(request.flat(*request.inputs())[None], step=0, first_sample=0)
-    return request
-
-
-def _code(
-    exported: torch.export.ExportedProgram, request: _Request, options: dict[str, Any], cache: bool | Path | str
-) -> tuple[dict[str, bytes], float]:
-    """The code and the seconds that it took to compile, from the cache where it is there."""
-    folder = code_cache.default_folder() if cache is True else Path(cache) if cache else None
-    key = code_cache.key_of(
-        {
-            "graph": graph_text(exported),
-            "strides": strides_of(exported.state_dict),
-            "inputs": [[str(each.dtype), list(each.stride())] for each in request.inputs()[2:]],
-            "settings": repr(sorted({**options, **SETTINGS}.items())),
-            "versions": machine.versions(),
-            "machine": machine.describe(str(request.device)),
-            "format": VERSION,
-        }
-    )
-    found = code_cache.load(folder, key) if folder is not None else None
+def _by_graph(
+    request: Request, exported: torch.export.ExportedProgram, settings: dict[str, Any], folder: Path | None
+) -> tuple[str, dict[str, bytes], float]:
+    """The graph's key, its code, and the seconds that this took to compile; from the cache where it is there."""
+    key = _key(request, settings, {"graph": graph_text(exported), "strides": strides_of(exported.state_dict)})
+    found = code_cache.load(folder, key)
     if found is not None:
-        return found
+        return key, *found
     begin = time.perf_counter()
-    code = compile_code(exported, options)
+    code = compile_code(exported, settings)
     seconds = time.perf_counter() - begin
-    if folder is not None:
-        code_cache.store(folder, key, code, seconds)
-    return code, seconds
+    code_cache.store(folder, key, code, seconds)
+    return key, code, seconds
+
+
+def _structure(request: Request, settings: dict[str, Any]) -> str | None:
+    key = structure_key(request.flat)
+    facts = {"structure": key, "profile": request.profile.to_dict(), "fixed": request.fixed, "doubled": request.doubled}
+    return None if key is None else _key(request, settings, facts)
+
+
+def _key(request: Request, settings: dict[str, Any], facts: Mapping[str, object]) -> str:
+    """Of the facts, and of whatever else code depends on."""
+    inputs = [[str(each.dtype), list(each.shape), list(each.stride())] for each in request.inputs()]
+    about = {"versions": machine.versions(), "machine": machine.describe(str(request.device)), "format": VERSION}
+    return code_cache.key_of(
+        {**facts, **about, "inputs": inputs, "settings": repr(sorted({**settings, **SETTINGS}.items()))}
+    )
 
 
 def _engine(
-    request: _Request, plans: Mapping[str, Plan], code: dict[str, bytes], weights: dict[str, Tensor], measured: Any
+    request: Request,
+    plans: Mapping[str, Plan],
+    code: dict[str, bytes],
+    tensors: Mapping[str, Any],
+    seconds: float,
 ) -> Engine:
-    """The engine with a manifest that says all but what running it will tell."""
+    """The engine with a manifest that says all but what running it will tell. tensors: weights as exported code names
+    them; the engine has copies of its own."""
+    weights = {weight_name(name): each.detach().clone() for name, each in tensors.items() if isinstance(each, Tensor)}
     facts: dict[str, Any] = {
         "sha256": "0" * 64,
         "format": FORMAT,
@@ -219,7 +164,7 @@ def _engine(
         "strides": {},
         "unused": [],
         "hashes": {"weights": "", "code": hash_code(code)},
-        "measured": measured,
+        "measured": {"seconds_to_compile": seconds},
     }
     engine = Engine(manifest.parse(facts), plans, code, weights, request.unconditional, request.device)
     facts["unused"] = sorted(set(request.flat.network.state_dict()) - set(engine.weights))
@@ -228,25 +173,31 @@ def _engine(
     return engine
 
 
-def _measured(engine: Engine, request: _Request) -> Engine:
+def _checked(engine: Engine, request: Request) -> Engine:
     """The engine, if its network computes what the one that it was compiled from does; with figures in its manifest."""
-    inputs = request.inputs()
-    with torch.no_grad():
-        expected = request.flat(*inputs).double()
-        found = engine.network(*inputs).double()
-        difference = float((found - expected).abs().max())
-    largest = float(expected.abs().max())
-    if not difference <= TOLERANCE[engine.manifest.dtype] * max(largest, 1e-30):
+    difference, largest = 0.0, 0.0
+    for time_ in request.times[:: max(1, len(request.times) // CHECKED_TIMES)]:
+        inputs = request.inputs(time=time_)
+        with torch.no_grad():
+            expected, found = request.flat(*inputs).double(), engine.network(*inputs).double()
+        if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+            raise BuildError("the compiled network's output is not finite, or of another shape than the original's")
+        difference = max(difference, float((found - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    bound = TOLERANCE[engine.manifest.dtype]
+    if not difference <= bound * max(largest, 1e-30):
         raise BuildError(
             f"the compiled network differs from the original by {difference:.3g} where the largest output is "
-            f"{largest:.3g}; expected at most {TOLERANCE[engine.manifest.dtype]:g} of that: is it random, or does it "
-            "change its weights?"
+            f"{largest:.3g}; expected at most {bound:g} of that: is it random, or does it change its weights?"
         )
     warm_up(engine)
     seconds = statistics.median(_timed(engine, inputs) for _ in range(TIMED_CALLS))
-    engine.manifest.facts["measured"].update(
-        {"milliseconds_per_network_call": 1e3 * seconds, "largest_difference": difference, "largest_output": largest}
-    )
+    figures = {
+        "milliseconds_per_network_call": 1e3 * seconds,
+        "largest_difference": difference,
+        "largest_output": largest,
+    }
+    engine.manifest.facts["measured"].update(figures)
     return engine
 
 
@@ -260,124 +211,26 @@ def _timed(engine: Engine, inputs: list[Tensor]) -> float:
 
 
 @contextmanager
-def _stages(progress: bool) -> Iterator[Any]:
-    with tqdm(total=4, desc="Building", unit="stage", disable=not progress, delay=0.5) as bar:
-        begun: list[str] = []
+def _stages(progress: bool) -> Iterator[Callable[[str], object]]:
+    """A bar over the stages of a build; the yielded function begins one."""
+    with tqdm(total=4, desc="Building", bar_format="{desc} {bar:12} {elapsed}", disable=not progress) as bar:
 
         def stage(name: str) -> None:
-            bar.update(1 if begun else 0)
-            begun.append(name)
-            bar.set_description(f"Building: {name}")
+            bar.set_description(f"Building: {name:<22}", refresh=False)
+            bar.update(1)
 
         yield stage
-        bar.update(1)
-
-
-# --- the request ---------------------------------------------------------------------------------------------------
-
-
-def _named_plans(plan: Any) -> dict[str, Plan]:
-    """By name. Plans without a name are called by their method and NFE."""
-    if isinstance(plan, Mapping):
-        named = dict(plan)
-    else:
-        named = {}
-        for each in [plan] if isinstance(plan, Plan) else list(plan) if isinstance(plan, Sequence) else []:
-            base = _plan_name(each)
-            copies = sum(re.fullmatch(re.escape(base) + r"(\.\d+)?", name) is not None for name in named)
-            named[base if copies == 0 else f"{base}.{copies + 1}"] = each
-    if not named or not all(isinstance(each, Plan) for each in named.values()):
-        raise InputError(f"plan is {plan!r}; expected a Plan, several, or several by name")
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.+-]{1,100}", name) for name in named):
-        raise InputError(f"the plans are named {list(named)}; expected names of letters, digits and . + - _")
-    return named
-
-
-def _plan_name(plan: Any) -> str:
-    if not isinstance(plan, Plan):
-        raise InputError(f"plan holds a {type(plan).__name__}; expected Plans")
-    return re.sub(r"[^\w.+-]+", "-", f"{plan.metadata.get('method', 'plan')}-{plan.nfe}")[:80]
+        bar.set_description(f"{'Built':<32}", refresh=False)
+        bar.update(bar.total - bar.n)
 
 
 def _plan_facts(name: str, plan: Plan) -> dict[str, Any]:
-    import hashlib
-
     digest = hashlib.sha256(plan_to_bytes(plan)).hexdigest()
     return {"name": name, "nfe": plan.nfe, "branches": plan.branches, "noises": plan.noises, "sha256": digest}
 
 
-def _scale(plan: Plan, unconditional: Conditioning | None, guidance_scale: float | None) -> float:
-    if guidance_scale is not None:
-        return guidance_scale
-    return float(plan.metadata.get("guidance_scale", 1.0)) if unconditional is not None else 1.0
-
-
-def _device(network: nn.Module, device: torch.device | str | None) -> torch.device:
-    own = next((each.device for each in network.parameters()), torch.device("cpu"))
-    return pick_device(own if device is None else device)
-
-
-def _dtype(network: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    chosen = network_dtype(network, torch.float32) if dtype is None else dtype
-    if str(chosen).removeprefix("torch.") not in DTYPES:
-        raise InputError(f"dtype is {chosen!r}; expected one of {', '.join(DTYPES)} of torch")
-    return chosen
-
-
-def _prepared(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The network itself, or a copy of it where it has another dtype or lies elsewhere."""
-    tensors = [*network.parameters(), *network.buffers()]
-    fits = all(each.device == device and (not each.is_floating_point() or each.dtype == dtype) for each in tensors)
-    return network if fits else copy.deepcopy(network).to(device=device, dtype=dtype)
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device).contiguous()
-    if isinstance(value, Mapping):
-        return {key: _on_device(each, device) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_on_device(each, device) for each in value])
-    return value
-
-
-def _is_per_sample(value: Tensor, profile: Profile) -> bool:
-    return value.ndim > 0 and value.shape[0] == profile.opt[0]
-
-
-def _repeated(value: Tensor, batch: int) -> Tensor:
-    """Its rows, in turn, as many as `batch`."""
-    return value[torch.arange(batch, device=value.device) % value.shape[0]]
-
-
-def _one_row(
-    tensors: Mapping[str, Tensor], given: Mapping[str, Any], profile: Profile, device: torch.device
-) -> dict[str, Tensor]:
-    """The default unconditional arguments: one row for every sample, in the form of the example's tensors."""
-    return {name: _row(name, given[name], each, profile, device) for name, each in tensors.items() if name in given}
-
-
-def _row(name: str, value: Any, like: Tensor, profile: Profile, device: torch.device) -> Tensor:
-    shape = (1, *like.shape[1:]) if _is_per_sample(like, profile) else tuple(like.shape)
-    plain = torch.as_tensor(value).to(device, like.dtype)
-    try:
-        whole = plain.expand(like.shape)
-    except RuntimeError as error:
-        raise InputError(
-            f"unconditional[{name!r}] has shape {tuple(plain.shape)}; expected one that stands for {tuple(like.shape)}"
-        ) from error
-    first = whole[:1] if _is_per_sample(like, profile) else whole
-    if not torch.equal(whole, first.expand(whole.shape)):
-        raise InputError(f"the rows of unconditional[{name!r}] differ; expected one row that stands for every sample")
-    return first.reshape(shape).clone(memory_format=torch.contiguous_format)
-
-
 def _described(name: str, value: Tensor, profile: Profile) -> dict[str, Any]:
     shape: list[Any] = list(value.shape)
-    if _is_per_sample(value, profile):
+    if is_per_sample(value, profile):
         shape[0] = BATCH
     return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
-
-
-def _stored(value: object) -> bool:
-    return isinstance(value, Tensor)

@@ -10,17 +10,19 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from olss_fast.engine import container
 from olss_fast.engine.container import Blob
 from olss_fast.errors import EngineFileError, OlssError
 
 KIND = "olss_fast.code"
-KEPT = 64  # entries, those that were used last
+KEPT = 256  # entries, those that were used last
 
 
 def default_folder() -> Path:
@@ -34,35 +36,57 @@ def key_of(facts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def load(folder: Path, key: str) -> tuple[dict[str, bytes], float] | None:
+def load(folder: Path | None, key: str) -> tuple[dict[str, bytes], float] | None:
     """The code and the seconds that it took to compile; None where there is none, or none that can be trusted."""
-    path = folder / f"{key}.safetensors"
-    if not path.exists() or not _private(folder):
+    entry = _read(folder, key)
+    if entry is None:
+        return None
+    manifest, code = entry
+    seconds = manifest.get("seconds_to_compile")
+    return (code, float(seconds)) if isinstance(seconds, (int, float)) and code else None
+
+
+def store(folder: Path | None, key: str, code: Mapping[str, bytes], seconds: float) -> None:
+    """Keeps `code`; where that fails, only the next build is slower, and a warning says so."""
+    _write(folder, key, {"seconds_to_compile": seconds}, code)
+
+
+def point(folder: Path | None, name: str | None, key: str) -> None:
+    """Remembers that whatever has `name` was compiled to the entry `key`."""
+    if name is not None:
+        _write(folder, name, {"same_as": key}, {})
+
+
+def follow(folder: Path | None, name: str | None) -> tuple[dict[str, bytes], float] | None:
+    """What `point` remembered, as `load` gives it."""
+    entry = _read(folder, name)
+    target = entry[0].get("same_as") if entry is not None else None
+    return load(folder, target) if isinstance(target, str) and re.fullmatch("[0-9a-f]{64}", target) else None
+
+
+def _read(folder: Path | None, key: str | None) -> tuple[dict[str, Any], dict[str, bytes]] | None:
+    path = folder / f"{key}.safetensors" if folder is not None and key is not None else None
+    if folder is None or path is None or not path.exists() or not _private(folder):
         return None
     try:
         manifest, blobs = container.read(path, KIND)
-        if manifest.get("key") != key:
-            return None
-        code = {name: bytes(blob.data) for name, blob in blobs.items()}
-        seconds = float(manifest["seconds_to_compile"])
-    except (OlssError, KeyError, TypeError, ValueError):
+    except OlssError:
         return None  # a damaged entry is compiled again, and then replaced
     with contextlib.suppress(OSError):
         os.utime(path)
-    return code, seconds
+    return (manifest, {name: bytes(blob.data) for name, blob in blobs.items()}) if manifest.get("key") == key else None
 
 
-def store(folder: Path, key: str, code: Mapping[str, bytes], seconds: float) -> None:
-    """Keeps `code`; where that fails, only the next build is slower, and a warning says so."""
+def _write(folder: Path | None, key: str, facts: Mapping[str, object], code: Mapping[str, bytes]) -> None:
+    if folder is None:
+        return
     blobs = {name: Blob.of_bytes(content) for name, content in code.items()}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        container.write(
-            folder / f"{key}.safetensors", container.encode(KIND, {"key": key, "seconds_to_compile": seconds}, blobs)
-        )
+        container.write(folder / f"{key}.safetensors", container.encode(KIND, {"key": key, **facts}, blobs))
         _forget_oldest(folder)
     except (OSError, EngineFileError) as cause:
-        warnings.warn(f"compiled code could not be kept for the next build: {cause}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"compiled code could not be kept for the next build: {cause}", UserWarning, stacklevel=2)
 
 
 def _forget_oldest(folder: Path) -> None:

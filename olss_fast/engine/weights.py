@@ -57,10 +57,8 @@ def hash_weights(blobs: Mapping[str, Blob]) -> str:
     names = sorted(blobs)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
         sums = pool.map(lambda name: hashlib.sha256(blobs[name].data).hexdigest(), names)
-        rows = [
-            f"{name} {blobs[name].dtype} {list(blobs[name].shape)} {each}\n"
-            for name, each in zip(names, sums, strict=True)
-        ]
+    described = [f"{name} {blobs[name].dtype} {list(blobs[name].shape)}" for name in names]
+    rows = [f"{facts} {values}\n" for facts, values in zip(described, sums, strict=True)]
     return hashlib.sha256("".join(rows).encode()).hexdigest()
 
 

@@ -1,0 +1,196 @@
+"""What is asked of `build`, all of it checked before minutes are spent on it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olss_fast._device import pick_device
+from olss_fast.engine.arguments import FlatNetwork, flatten, require_names
+from olss_fast.engine.manifest import DTYPES
+from olss_fast.engine.shapes import Profile
+from olss_fast.errors import InputError
+from olss_fast.network import Conditioning, Denoiser, require_finite
+from olss_fast.plan import Plan
+from olss_fast.sampling import check_plan_fits, network_dtype
+
+RESERVED = {"noise", "steps", "plan", "guidance_scale", "unconditional", "generator"}  # arguments of an engine's call
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is built, all of it checked. tensors: the example's, by name, `unconditional` alike, of one row each."""
+
+    flat: FlatNetwork
+    profile: Profile
+    tensors: dict[str, Tensor]
+    unconditional: dict[str, Tensor]
+    fixed: dict[str, str]
+    doubled: bool
+    guidance_scale: float
+    dtype: torch.dtype
+    device: torch.device
+    times: tuple[float, ...]
+
+    @property
+    def per_sample(self) -> list[bool]:
+        return [is_per_sample(each, self.profile) for each in self.tensors.values()]
+
+    def inputs(self, least: int = 1, time: float | None = None) -> list[Tensor]:
+        """x, time and the example's tensors, as the network sees them at `opt`; of a batch that is not fixed at least
+        `least` samples, since one is a special case for torch.export. time: default: the first of the first plan."""
+        samples = max(self.profile.opt[0], least if 0 in self.profile.dynamic else 1)
+        batch = samples * (1 + self.doubled)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn((batch, *self.profile.opt[1:]), generator=generator).to(self.device, self.dtype)
+        times = torch.full((batch,), self.times[0] if time is None else time, device=self.device)
+        rest = [
+            _repeated(each, batch) if own else each
+            for each, own in zip(self.tensors.values(), self.per_sample, strict=True)
+        ]
+        return [x, times, *rest]
+
+
+def checked_request(
+    network: nn.Module,
+    plans: Mapping[str, Plan],
+    profile: Profile,
+    example: Conditioning | None,
+    unconditional: Conditioning | None,
+    guidance_scale: float | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Request:
+    if not isinstance(network, nn.Module) or network.training:
+        what = "in training mode" if isinstance(network, nn.Module) else f"a {type(network).__name__}"
+        raise InputError(f"network is {what}; expected a torch.nn.Module in evaluation mode: wrap it, or call .eval()")
+    first = next(iter(plans.values()))
+    scale = _scale(first, unconditional, guidance_scale)
+    given = _on_device(require_names(example, "example"), device := _device(network, device))
+    if RESERVED & set(given):
+        raise InputError(
+            f"the network's argument {sorted(RESERVED & set(given))} has the name of one of an engine's call"
+        )
+    denoiser = Denoiser(
+        network, samples=profile.opt[0], conditioning=given, unconditional=unconditional, guidance_scale=scale
+    )
+    for each in plans.values():
+        check_plan_fits(each, denoiser)
+        if each.branches == 2 and unconditional is None:
+            raise InputError("a plan keeps the unconditional and the conditional output apart: pass unconditional")
+    dtype = _dtype(network, dtype)
+    flat, without = flatten(given), flatten(unconditional or {})
+    for name in sorted(set(flat) & set(without)):
+        if not isinstance(flat[name], Tensor) and flat[name] != without[name]:
+            raise InputError(f"conditioning and unconditional differ in {name!r}, which is no tensor: it is baked in")
+    tensors = {name: each for name, each in flat.items() if isinstance(each, Tensor)}
+    request = Request(
+        flat=FlatNetwork(_prepared(network, dtype, device), given),
+        profile=profile,
+        tensors=tensors,
+        unconditional=_one_row(tensors, without, profile, device),
+        fixed={name: repr(each)[:200] for name, each in flat.items() if not isinstance(each, Tensor)},
+        doubled=unconditional is not None,
+        guidance_scale=scale,
+        dtype=dtype,
+        device=device,
+        times=tuple(map(float, first.timesteps)),
+    )
+    with torch.no_grad():  # a network that cannot be called is found before minutes are spent on it
+        require_finite(request.flat(*request.inputs())[None], step=0, first_sample=0)
+    return request
+
+
+def named_plans(plan: Any) -> dict[str, Plan]:
+    """By name. Plans without a name are called by their method and NFE."""
+    if isinstance(plan, Mapping):
+        named = dict(plan)
+    else:
+        named = {}
+        for each in [plan] if isinstance(plan, Plan) else list(plan) if isinstance(plan, Sequence) else []:
+            base = _plan_name(each)
+            copies = sum(re.fullmatch(re.escape(base) + r"(\.\d+)?", name) is not None for name in named)
+            named[base if copies == 0 else f"{base}.{copies + 1}"] = each
+    if not named or not all(isinstance(each, Plan) for each in named.values()):
+        raise InputError(f"plan is {plan!r}; expected a Plan, several, or several by name")
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.+-]{1,100}", name) for name in named):
+        raise InputError(f"the plans are named {list(named)}; expected names of letters, digits and . + - _")
+    return named
+
+
+def _plan_name(plan: Any) -> str:
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan holds a {type(plan).__name__}; expected Plans")
+    return re.sub(r"[^\w.+-]+", "-", f"{plan.metadata.get('method', 'plan')}-{plan.nfe}")[:80]
+
+
+def _scale(plan: Plan, unconditional: Conditioning | None, guidance_scale: float | None) -> float:
+    if guidance_scale is not None:
+        return guidance_scale
+    return float(plan.metadata.get("guidance_scale", 1.0)) if unconditional is not None else 1.0
+
+
+def _device(network: nn.Module, device: torch.device | str | None) -> torch.device:
+    own = next((each.device for each in network.parameters()), torch.device("cpu"))
+    return pick_device(own if device is None else device)
+
+
+def _dtype(network: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+    chosen = network_dtype(network, torch.float32) if dtype is None else dtype
+    if str(chosen).removeprefix("torch.") not in DTYPES:
+        raise InputError(f"dtype is {chosen!r}; expected one of {', '.join(DTYPES)} of torch")
+    return chosen
+
+
+def _prepared(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The network itself, or a copy of it where it has another dtype or lies elsewhere."""
+    tensors = [*network.parameters(), *network.buffers()]
+    fits = all(each.device == device and (not each.is_floating_point() or each.dtype == dtype) for each in tensors)
+    return network if fits else copy.deepcopy(network).to(device=device, dtype=dtype)
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device).contiguous()
+    if isinstance(value, Mapping):
+        return {key: _on_device(each, device) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_on_device(each, device) for each in value])
+    return value
+
+
+def is_per_sample(value: Tensor, profile: Profile) -> bool:
+    return value.ndim > 0 and value.shape[0] == profile.opt[0]
+
+
+def _repeated(value: Tensor, batch: int) -> Tensor:
+    """Its rows, in turn, as many as `batch`."""
+    return value[torch.arange(batch, device=value.device) % value.shape[0]]
+
+
+def _one_row(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Any], profile: Profile, device: torch.device
+) -> dict[str, Tensor]:
+    """The default unconditional arguments: one row for every sample, in the form of the example's tensors."""
+    return {name: _row(name, given[name], each, profile, device) for name, each in tensors.items() if name in given}
+
+
+def _row(name: str, value: Any, like: Tensor, profile: Profile, device: torch.device) -> Tensor:
+    shape = (1, *like.shape[1:]) if is_per_sample(like, profile) else tuple(like.shape)
+    plain = torch.as_tensor(value).to(device, like.dtype)
+    try:
+        whole = plain.expand(like.shape)
+    except RuntimeError as error:
+        raise InputError(
+            f"unconditional[{name!r}] has shape {tuple(plain.shape)}; expected one that stands for {tuple(like.shape)}"
+        ) from error
+    first = whole[:1] if is_per_sample(like, profile) else whole
+    if not torch.equal(whole, first.expand(whole.shape)):
+        raise InputError(f"the rows of unconditional[{name!r}] differ; expected one row that stands for every sample")
+    return first.reshape(shape).clone(memory_format=torch.contiguous_format)
