@@ -34,15 +34,15 @@ IR_VERSION = 10  # the oldest that knows everything used here, so that older run
 class Argument:
     """A tensor among the network's arguments.
 
-    name: of the model's input; that of a nested argument is joined by dots. given: the example. per_sample: whether the
-    first axis is the batch. unconditional: (1, …) what stands for every sample in the unconditional half; None where
-    the batch is not doubled, or the argument belongs to no sample.
+    name: of the model's input; that of a nested argument is joined by dots. shape: the example's. per_sample: whether
+    the first axis is the batch. unconditional: (1, …) what stands for every sample in the unconditional half; None
+    where the batch is not doubled, or the argument belongs to no sample.
     """
 
     name: str
-    given: Tensor
+    shape: tuple[int, ...]
     per_sample: bool
-    unconditional: Tensor | None = None
+    unconditional: Tensor | None
 
 
 def loop_model(
@@ -120,7 +120,7 @@ class _Writer:
 
     def argument(self, argument: Argument, dtype: ir.DataType) -> ir.Value:
         """What the network is handed for it: the model's input, or both halves of the doubled batch."""
-        shape: list[int | str] = [*argument.given.shape]
+        shape: list[int | str] = [*argument.shape]
         if argument.per_sample:
             shape[0] = "batch"
         given = self.input(argument.name, dtype, shape)

@@ -304,6 +304,35 @@ def inspect(
     typer.echo(json.dumps({"nfe": loaded.nfe, **plan_to_dict(loaded)}, indent=1))
 
 
+@app.command("export-onnx")
+@named_errors
+def export_onnx(
+    model: ModelOption,
+    plan: Annotated[Path | None, typer.Option("--plan", "-p", metavar="FILE", help="A plan file.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", "-s", min=1, help="NFE of a solver instead.")] = None,
+    solver: Annotated[str, typer.Option("--solver", metavar="NAME", help="With --steps: which one.")] = "unipc",
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The model to write.")] = Path("olss.onnx"),
+    guidance_scale: GuidanceOption = None,
+    null_class: NullClassOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Write network, guidance and plan as one ONNX model that takes any batch of noise. Needs `olss-fast[onnx]`.
+
+    Examples:
+
+    - `olss-fast export-onnx --model demo --plan olss-demo/plans/olss-5.safetensors --out demo.onnx`
+    - `olss-fast export-onnx --model demo --steps 5 --out demo.onnx`
+    """
+    if (plan is None) == (steps is None):
+        raise InputError("give either --plan FILE, or --steps N of an analytic solver")
+    chosen = None if plan is None else load_plan(plan)
+    from olss_fast import runs
+
+    subject = runs.Subject(model, None, device, None, null_class, guidance_scale)
+    exported = runs.export_onnx(subject, chosen, {"solver": solver, "steps": steps}, out)
+    typer.echo(f"{exported.nfe} NFE of {exported.metadata.get('method', 'a plan')} are in {out}")
+
+
 def main() -> None:
     """Entry point of the command."""
     app()

@@ -22,25 +22,24 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from olss_fast.engine.arguments import FlatNetwork, flatten, require_names
+from olss_fast.engine.compiled import export, quiet, shortened
+from olss_fast.engine.request import Request, checked_request
+from olss_fast.engine.shapes import LARGEST, Profile
 from olss_fast.errors import BuildError, InputError, ModelError, OlssError
-from olss_fast.network import Conditioning, Denoiser
+from olss_fast.network import Conditioning
 from olss_fast.plan import Plan
-from olss_fast.sampling import check_plan_fits, network_dtype
 
 if TYPE_CHECKING:
-    from olss_fast._onnx_loop import Argument
+    import onnx_ir
 
 PACKAGES = ("onnx", "onnx_ir", "onnxscript")
-ROWS = "rows"  # the network's batch, which is twice the model's where it is doubled
-RESERVED = {"noise", "step_noise", "guidance_scale", "sample"}
+RESERVED = {"noise", "step_noise", "guidance_scale", "unconditional", "sample"}  # the model's own inputs and output
 
 
 def export_onnx(
@@ -73,59 +72,32 @@ def export_onnx(
         BuildError: packages that this needs are missing, or the network cannot be expressed in ONNX.
         ModelError: the file cannot be written.
     """
-    _check_network(network)
     _check_plan(plan)
-    sizes = _check_shape(shape)
     _check_path(path)
     _check_packages()
-    scale = _scale(plan, unconditional, guidance_scale)
-    denoiser = Denoiser(
-        network,
-        samples=sizes[0],
-        conditioning=require_names(example, "example"),
-        unconditional=unconditional,
-        guidance_scale=scale,
-    )
-    check_plan_fits(plan, denoiser)
-    doubled = unconditional is not None
-    if plan.branches == 2 and not doubled:
-        raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
-    arguments = _arguments(denoiser)
-    flat = FlatNetwork(network, denoiser.conditioning)
-    inputs = _inputs(network, plan, sizes, arguments, doubled=doubled)
-    with torch.no_grad():
-        _try(flat, inputs)
-        program = _export(flat, inputs, [each.per_sample for each in arguments])
+    request = _request(network, plan, shape, example, unconditional, guidance_scale)
+    program = _one_call(request)
 
     from olss_fast._onnx_file import save
-    from olss_fast._onnx_loop import loop_model
+    from olss_fast._onnx_loop import Argument, loop_model
 
-    save(loop_model(program, plan, arguments, sizes[1:], guidance_scale=scale if doubled else None), path)
+    arguments = [
+        Argument(name, tuple(given.shape), own, request.unconditional.get(name) if own else None)
+        for (name, given), own in zip(request.tensors.items(), request.per_sample, strict=True)
+    ]
+    scale = request.guidance_scale if request.doubled else None
+    save(loop_model(program, plan, arguments, request.profile.opt[1:], guidance_scale=scale), path)
 
 
 # --- checks, before any work -----------------------------------------------------------------------------------------
-
-
-def _check_network(network: Any) -> None:
-    if not isinstance(network, torch.nn.Module) or network.training:
-        what = "in training mode" if isinstance(network, torch.nn.Module) else f"a {type(network).__name__}"
-        raise InputError(f"network is {what}; expected a torch.nn.Module in evaluation mode: wrap it, or call .eval()")
 
 
 def _check_plan(plan: Any) -> None:
     if not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}; expected a Plan")
     if plan.models.any():
-        raise InputError(
-            f"the plan asks the networks {sorted({*plan.models.tolist()})}; expected a plan of one network"
-        )
-
-
-def _check_shape(shape: Any) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
-    if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise InputError(f"shape is {shape!r}; expected that of a batch of noise, (B, …), such as (2, 4, 64, 64)")
-    return sizes
+        asked = sorted({*plan.models.tolist()})
+        raise InputError(f"the plan asks the networks {asked}; expected a plan that asks one, number 0")
 
 
 def _check_path(path: Any) -> None:
@@ -144,131 +116,57 @@ def _check_packages() -> None:
             importlib.import_module(package)
         except ImportError as cause:
             raise BuildError(
-                f"ONNX export needs the package {package}, which cannot be imported ({cause}): "
+                f"the export needs the package {package}, which cannot be imported ({cause}): "
                 "pip install 'olss-fast[onnx]'"
             ) from cause
 
 
-def _scale(plan: Plan, unconditional: Conditioning | None, guidance_scale: float | None) -> float:
-    if guidance_scale is not None:
-        return guidance_scale
-    return float(plan.metadata.get("guidance_scale", 1.0)) if unconditional is not None else 1.0
-
-
-# --- arguments of the network ----------------------------------------------------------------------------------------
-
-
-def _arguments(denoiser: Denoiser) -> list[Argument]:
-    """The tensors among the network's arguments, with what stands for them in the unconditional half."""
-    from olss_fast._onnx_loop import Argument
-
-    given = flatten(denoiser.conditioning)
-    without = {} if denoiser.unconditional is None else flatten(denoiser.unconditional)
-    _check_names(given)
-    arguments = []
-    for name, value in given.items():
-        row = None
-        if denoiser.unconditional is not None:
-            if name not in without:
-                raise InputError(f"unconditional lacks {name!r}; expected the same names as in example")
-            row = _unconditional(name, without[name], value, denoiser.samples)
-        if isinstance(value, Tensor):
-            arguments.append(Argument(name, value, _per_sample(value, denoiser.samples), row))
-    return arguments
-
-
-def _check_names(given: Mapping[str, Any]) -> None:
-    taken = sorted(name for name in given if name in RESERVED or name.split(".")[0] == "unconditional")
-    if taken:
-        raise InputError(
-            f"the network's argument {taken[0]!r} has the name of one of the model's own inputs or outputs"
+def _request(
+    network: torch.nn.Module,
+    plan: Plan,
+    shape: Sequence[int],
+    example: Conditioning | None,
+    unconditional: Conditioning | None,
+    guidance_scale: float | None,
+) -> Request:
+    """The arguments, checked: what an engine of this network, for any batch, would be built from."""
+    sizes = Profile.of(shape).opt
+    profile = Profile((1, *sizes[1:]), sizes, (LARGEST, *sizes[1:]))
+    try:
+        request = checked_request(
+            network, {"plan": plan}, profile, example, unconditional, guidance_scale, dtype=None, device=None
         )
-
-
-def _per_sample(value: Tensor, samples: int) -> bool:
-    return value.ndim > 0 and value.shape[0] == samples
-
-
-def _unconditional(name: str, value: Any, given: Any, samples: int) -> Tensor | None:
-    """One row (1, …) that stands for every sample, of `given`'s dtype; None for what belongs to no sample."""
-    if not isinstance(given, Tensor):
-        if isinstance(value, Tensor) or value != given:
-            raise InputError(f"example and unconditional differ in {name!r}, which is no tensor: it is baked in")
-        return None
-    whole = _expanded(name, value, given)
-    if not _per_sample(given, samples):
-        if not torch.equal(whole, given):
+    except OlssError:
+        raise
+    except Exception as cause:
+        raise InputError(
+            f"the network cannot be called with noise of shape {sizes} and the example: {shortened(cause)}"
+        ) from cause
+    for (name, given), own in zip(request.tensors.items(), request.per_sample, strict=True):
+        if name.split(".")[0] in RESERVED:
+            raise InputError(
+                f"the network's argument {name!r} has the name of one of the model's own inputs or outputs"
+            )
+        if request.doubled and not own and not torch.equal(request.unconditional[name], given):
             raise InputError(
                 f"example and unconditional differ in {name!r}, whose first size is not that of the samples, "
-                f"{samples}: one doubled batch cannot be handed both"
+                f"{sizes[0]}: one doubled batch cannot be handed both"
             )
-        return None
-    if not torch.equal(whole, whole[:1].expand(whole.shape)):
-        raise InputError(f"the rows of unconditional[{name!r}] differ; expected one row that stands for every sample")
-    return whole[:1]
-
-
-def _expanded(name: str, value: Any, given: Tensor) -> Tensor:
-    if not isinstance(value, (Tensor, bool, int, float)):
-        raise InputError(f"unconditional[{name!r}] is a {type(value).__name__}; expected a tensor or a number")
-    try:
-        return torch.as_tensor(value).to(given).expand(given.shape)
-    except RuntimeError as cause:
-        raise InputError(
-            f"unconditional[{name!r}] has shape {tuple(torch.as_tensor(value).shape)}, which does not broadcast to "
-            f"that of example[{name!r}], {tuple(given.shape)}"
-        ) from cause
+    return request
 
 
 # --- one call of the network as a graph ------------------------------------------------------------------------------
 
 
-def _inputs(
-    network: torch.nn.Module, plan: Plan, shape: Sequence[int], arguments: Sequence[Argument], *, doubled: bool
-) -> list[Tensor]:
-    """x, time and the arguments as the network sees them; at least two rows, since one is special to torch.export."""
-    rows = max(2, shape[0] * (1 + doubled))
-    device = next((each.device for each in network.parameters()), torch.device("cpu"))
-    x = torch.randn((rows, *shape[1:]), generator=torch.Generator().manual_seed(0))
-    time = torch.full((rows,), float(plan.timesteps[0]), device=device)
-    rest = [_rows(each, rows).to(device) for each in arguments]
-    return [x.to(device, network_dtype(network, torch.float32)), time, *rest]
-
-
-def _rows(argument: Argument, rows: int) -> Tensor:
-    if not argument.per_sample:
-        return argument.given
-    parts = [argument.given] if argument.unconditional is None else [argument.unconditional, argument.given]
-    joined = torch.cat(parts)
-    return joined[torch.arange(rows, device=joined.device) % len(joined)]
-
-
-def _try(flat: FlatNetwork, inputs: Sequence[Tensor]) -> None:
-    """What is wrong with the example shows in a plain call, and there has a better message than in a trace."""
+def _one_call(request: Request) -> onnx_ir.Model:
+    exported = export(request.flat, request.inputs(2), request.per_sample, request.profile, request.doubled)
     try:
-        flat(*inputs)
-    except OlssError:
-        raise
+        with torch.no_grad(), quiet():
+            program = torch.onnx.export(exported, dynamo=True, verbose=False)
     except Exception as cause:
-        raise InputError(
-            f"the network cannot be called with x of shape {tuple(inputs[0].shape)} and the example repeated to that "
-            f"batch: {_shortened(cause)}"
-        ) from cause
-
-
-def _export(flat: FlatNetwork, inputs: Sequence[Tensor], per_sample: Sequence[bool]) -> Any:
-    """The graph of one call (an onnx_ir.Model), for any number of rows."""
-    from olss_fast.engine.compiled import quiet
-
-    batch = {0: torch.export.Dim(ROWS)}
-    rest = tuple(batch if own else {} for own in per_sample)
-    dynamic = (batch, batch, rest) if rest else (batch, batch)
-    try:
-        with quiet():
-            program = torch.onnx.export(flat, tuple(inputs), dynamo=True, dynamic_shapes=dynamic, verbose=False)
-        return program.model  # type: ignore[union-attr]
-    except Exception as cause:
-        raise BuildError(f"the network cannot be expressed in ONNX: {_shortened(_root(cause))}") from cause
+        raise BuildError(f"the network cannot be expressed in ONNX: {shortened(_root(cause))}") from cause
+    assert program is not None
+    return program.model
 
 
 def _root(cause: BaseException) -> BaseException:
@@ -276,9 +174,3 @@ def _root(cause: BaseException) -> BaseException:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return cause
-
-
-def _shortened(cause: BaseException) -> str:
-    from olss_fast.engine.compiled import shortened
-
-    return shortened(cause)

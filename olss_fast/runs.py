@@ -172,3 +172,17 @@ def sample(
     pipe.scheduler = PlanScheduler.from_pipe(pipe, chosen)
     pipe.set_progress_bar_config(disable=not subject.progress)
     return pipeline_images(pipe, calls, chosen.nfe), chosen.nfe
+
+
+def export_onnx(subject: Subject, plan: Plan | None, solver: Mapping[str, Any], path: Path) -> Plan:
+    """Writes the model of `plan`, or of the analytic solver with these settings; and returns its plan."""
+    from olss_fast.onnx_export import export_onnx as export
+
+    loaded = subject.load()
+    chosen = plan or models.solver_plan(loaded.schedule, solver)
+    models.check_prediction(chosen, loaded.schedule)
+    scale = models.tuned_guidance([chosen], subject.guidance_scale)
+    how = models.arguments(loaded, models.pick_labels(loaded, 2), scale)
+    how["example"] = how.pop("conditioning", None)
+    export(loaded.network, chosen, path, shape=(2, *loaded.shape), **how)
+    return chosen
