@@ -7,13 +7,14 @@ and code compiled once serves every network of the same structure.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import os
 import tempfile
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from olss_fast.engine.shapes import Profile
 from olss_fast.errors import BuildError, EngineFileError
 
 LIBRARY = "network.so"
+MODEL, WRAPPER = "model", "network.wrapper"  # torch's names in a package
+INSIDE = f"network/data/aotinductor/{MODEL}/"
 OWNER = "network."  # of the weights' names in the code: FlatNetwork's attribute
 SETTINGS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
@@ -107,47 +110,48 @@ class LoadedCode:
     """
 
     def __init__(self, code: Mapping[str, bytes], weights: Mapping[str, Tensor], device: torch.device) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="olss-")  # readable by this user alone
+        on_gpu = device.type == "cuda"
+        index = (device.index or 0) if on_gpu else -1
+        # The bookkeeping of several threads asks for events, which a capture forbids: on a GPU one thread at a time.
+        self._turn: AbstractContextManager[object] = threading.Lock() if on_gpu else nullcontext()
+        with tempfile.TemporaryDirectory(prefix="olss-") as folder:  # readable by this user alone
+            package = _pack(code, device.type, Path(folder))
+            try:
+                self._loader = torch._C._aoti.AOTIModelPackageLoader(package, MODEL, on_gpu, 1, index)
+            except RuntimeError as cause:
+                raise EngineFileError(
+                    f"the engine's code cannot be loaded: {shortened(cause)}; if programs may not run in the folder "
+                    "for temporary files, name another one with TMPDIR"
+                ) from cause
+        names = {fqn: weight_name(fqn) for fqn in self._loader.get_constant_fqns()}
+        missing = sorted(set(names.values()) - set(weights))
+        if missing:
+            raise EngineFileError(f"the engine's code reads weights that are not there: {', '.join(missing[:8])}")
+        self.weights = {name: weights[name] for name in names.values()}
+        taken = {fqn: weights[name] for fqn, name in names.items()}
+        self._loader.load_constants(taken, use_inactive=False, check_full_update=True, user_managed=True)
+
+    def __call__(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
+        with self._turn:
+            output: Tensor = self._loader.boxed_run([x, time, *tensors])[0]
+        return output
+
+
+def _pack(code: Mapping[str, bytes], device: str, folder: Path) -> str:
+    """The code as a package that torch loads. Raises EngineFileError for a name that is none."""
+    package = folder / "network.pt2"
+    with zipfile.ZipFile(package, "w", zipfile.ZIP_STORED) as archive:
         for name, content in code.items():
             if not CODE_FILE.fullmatch(name):
                 raise EngineFileError(f"a file of the code is named {name!r}; expected a plain name")
-            Path(self._folder.name, name).write_bytes(content)
-        library = os.path.join(self._folder.name, LIBRARY)
-        try:
-            self._runner = _runner(library, device)
-        except RuntimeError as cause:
-            raise EngineFileError(
-                f"the engine's code cannot be loaded: {shortened(cause)}; if programs may not run in the folder for "
-                "temporary files, name another one with TMPDIR"
-            ) from cause
-        names = {inner: weight_name(fqn) for inner, fqn in self._runner.get_constant_names_to_original_fqns().items()}
-        self.weights = self._taken(weights, list(names.values()))
-        self._runner.update_constant_buffer(
-            {inner: self.weights[name] for inner, name in names.items()}, False, True, True
-        )
-
-    @staticmethod
-    def _taken(weights: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        missing = sorted(set(names) - set(weights))
-        if missing:
-            raise EngineFileError(f"the engine's code reads weights that are not there: {', '.join(missing[:8])}")
-        return {name: weights[name] for name in names}
-
-    def __call__(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
-        output: Tensor = self._runner.run([x, time, *tensors])[0]
-        return output
+            archive.writestr(INSIDE + (WRAPPER + ".so" if name == LIBRARY else name), content)
+        archive.writestr(INSIDE + WRAPPER + "_metadata.json", json.dumps({"AOTI_DEVICE_KEY": device}))
+    return str(package)
 
 
 def weight_name(fqn: str) -> str:
     """What a weight of the code is called in the file, and in the network's state_dict."""
     return fqn.removeprefix(OWNER)
-
-
-def _runner(library: str, device: torch.device) -> Any:
-    runners = torch._C._aoti
-    if device.type == "cpu":
-        return runners.AOTIModelContainerRunnerCpu(library, 1)
-    return runners.AOTIModelContainerRunnerCuda(library, 1, str(device), os.path.dirname(library))
 
 
 def shortened(cause: BaseException) -> str:
