@@ -79,22 +79,19 @@ def refuse_gradients(op: str, tensors: Sequence[Tensor]) -> None:
         raise InputError(f"{op} has no gradient, but one of its tensors requires one; call it under torch.no_grad()")
 
 
-def refuse_overlaps(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """InputError where memory that is written is also somebody else's."""
-    spans = sorted(
-        (*_span(tensor), name, name in written) for name, tensor in (written | read).items() if tensor.numel() > 0
-    )
-    furthest = furthest_written = (0, "")  # the end in memory of what came so far, and whose it is
-    for begin, end, name, is_written in spans:
-        stop, other = furthest if is_written else furthest_written
-        if begin < stop:
-            raise InputError(f"{other} and {name} share memory, and one of them is written; give each its own")
-        furthest = max(furthest, (end, name))
-        if is_written:
-            furthest_written = max(furthest_written, (end, name))
+def refuse_overlaps(written: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """InputError where memory of one that is written is also another's."""
+    spans = {name: _span(tensor) for name, tensor in (written | others).items() if tensor.numel() > 0}
+    for name in written:
+        begin, end = spans.get(name, (0, 0))
+        for other, (other_begin, other_end) in spans.items():
+            if begin < other_end and other_begin < end and other != name:
+                first, second = sorted((name, other))
+                raise InputError(f"{first} and {second} share memory, and one of them is written; give each its own")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where it begins and ends in memory."""
     begin, items = tensor.data_ptr(), tensor.numel()
     if not tensor.is_contiguous():
         items = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -34,7 +34,6 @@ from olss_fast.kernels._checks import (
     expect,
     expect_count,
     expect_dense,
-    flat,
     refuse_gradients,
     refuse_overlaps,
 )
@@ -112,7 +111,8 @@ class StepState(NamedTuple):
 
     def halves(self, batch: Tensor) -> Tensor:
         """The memory of `x` or of an output as (2, N) where doubled, else (1, N), in the order of a history column."""
-        return flat(batch).view(1 + self.doubled, self.history.shape[1])
+        size = self.history.shape[1]
+        return batch.as_strided((1 + self.doubled, size), (size, 1))
 
     def bytes_of_step(self, k: int, noises: int = 0) -> int:
         """Bytes that step k moves between memory and the GPU: output, history, x; the few scalars are not counted."""
@@ -177,8 +177,9 @@ def step_reference(
     """The equations above in plain torch."""
     tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time
     state = StepState(*tensors, branches, doubled)
-    row = int(finished) // state.programs + 1
-    if not 1 <= row < len(rows):
+    programs = state.programs
+    row = int(finished) // programs + 1
+    if not 1 <= row < rows.shape[0]:
         raise InputError(f"step {row - 1} was asked for, and the rows of this run are for {len(rows) - 1}; call start")
     outputs = state.halves(output)
     if doubled and branches == 1:
@@ -187,7 +188,7 @@ def step_reference(
     known = 1 + row * branches
     history[known - branches : known].copy_(outputs)
     _write_row(state, row, known)
-    finished += state.programs
+    finished += programs
 
 
 def start_reference(
@@ -212,8 +213,9 @@ def start_reference(
 def _write_row(state: StepState, row: int, known: int) -> None:
     history, weights = state.history, state.rows[row]
     total = weighted_sum(history[:known], weights[:known])
-    begin, noises = int(state.noise_start), int(state.noise_counts[row])
+    noises = int(state.noise_counts[row])
     if noises:
+        begin = int(state.noise_start)
         if not known <= begin <= len(history) - noises:
             raise InputError(
                 f"row {row} may read {noises} noises from column {begin} on; expected columns {known} to "
@@ -235,16 +237,16 @@ def _run_start(*arguments: Any) -> None:
     if state.history.is_cuda:
         _launch(None, state)
     else:
-        start_reference(*state)
+        start_reference(*arguments)
 
 
 def _run_step(output: Tensor, *arguments: Any) -> None:
     state = StepState(*arguments)
-    refuse_overlaps({"history": state.history, "x": state.x}, {"output": output})  # `start` has seen to the others
+    refuse_overlaps({"output": output}, {"history": state.history, "x": state.x})  # `start` has seen to the others
     if state.history.is_cuda:
         _launch(output, state)
     else:
-        step_reference(output, *state)
+        step_reference(output, *arguments)
 
 
 def _launch(output: Tensor | None, state: StepState) -> None:

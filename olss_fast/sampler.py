@@ -34,6 +34,7 @@ from olss_fast.network import (
     checked_guidance_scale,
     checked_networks,
     module_of,
+    sums_to_finite,
 )
 from olss_fast.plan import Plan
 from olss_fast.sampling import check_plan_fits, draw_step_noise, network_dtype, sample
@@ -132,7 +133,7 @@ class Sampler:
             )
         with torch.no_grad():
             result = self._run(noise, given, without, generator)
-        if result.device.type == "cpu" and not bool(torch.isfinite(result).all()):
+        if result.device.type == "cpu" and not sums_to_finite(result):
             self.require_finite()
         return result
 

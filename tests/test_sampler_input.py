@@ -90,9 +90,30 @@ def test_refused_when_swapped_and_the_old_one_stays() -> None:
     assert (sampler.plan, sampler.guidance_scale) == (PLAN, 1.0)
 
 
-def test_outputs_of_another_layout_are_named() -> None:
-    with pytest.raises(NetworkError, match=r"layout torch\.sparse_coo"):
-        Sampler(PLAN, lambda x, t: x.to_sparse())(torch.ones(SHAPE))
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda x, t: x.to_sparse(), r"layout torch\.sparse_coo"),
+        (lambda x, t: x.to("meta"), "a tensor on meta for an input on cpu"),
+        (lambda x, t: None, "returned NoneType"),
+    ],
+)
+def test_unusable_outputs_are_named(bad: Any, message: str) -> None:
+    with pytest.raises(NetworkError, match=message):
+        Sampler(PLAN, bad, backend="fused")(torch.ones(SHAPE))
+
+
+def test_values_whose_sum_overflows_are_finite() -> None:
+    noise = torch.full(SHAPE, 1e37)
+    assert bool(torch.isfinite(Sampler(PLAN, lambda x, t: torch.zeros_like(x))(noise)).all())
+
+
+@pytest.mark.parametrize("values", [[torch.inf], [torch.inf, -torch.inf], [torch.nan]])
+def test_one_value_that_is_not_finite_is_found(values: list[float]) -> None:
+    noise = torch.zeros(SHAPE)
+    noise[1].view(-1)[: len(values)] = torch.tensor(values)
+    with pytest.raises(InputError, match=r"noise holds NaN or infinity in sample\(s\) \[1\]"):
+        Sampler(PLAN, never)(noise)
 
 
 def test_making_ready_draws_nothing_from_the_global_generator() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError
-from olss_fast.kernels import StepState, start, step
+from olss_fast.kernels import StepState
 from olss_fast.plan import Plan
 
 Ask = Callable[[Tensor, Tensor, int], Tensor]
@@ -94,15 +94,23 @@ class FusedLoop:
     def evaluate(self, model: int) -> None:
         """One network call and the step after it."""
         output = self.ask(self.x, self.time, model)
+        if output.device != self.x.device:
+            raise NetworkError(
+                f"the network returned a tensor on {output.device} for an input on {self.x.device}: move it there"
+            )
         same = output is self.x or output._base is self.x  # a network that works in place
         if same or output.dtype != self.x.dtype or output.stride() != self.x.stride():
             output = torch.empty_like(self.x).copy_(output)
-        step(output, self.state)
+        torch.ops.olss_fast.step.default(output, *self.state)
+
+    def start(self) -> None:
+        """The first network input. The operators themselves, here and above: the state was checked when it was made."""
+        torch.ops.olss_fast.start.default(*self.state)
 
     def run(self) -> Tensor:
         """The sample (B, …): a view of the network's input buffer, gone with the next run."""
         assert self.plan is not None
-        start(self.state)
+        self.start()
         for model in self.plan.models.tolist():
             self.evaluate(model)
         return self.x.narrow(0, 0, self.batch)

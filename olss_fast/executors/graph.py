@@ -16,7 +16,6 @@ from torch import Tensor
 
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask, FusedLoop
-from olss_fast.kernels import start
 from olss_fast.network import module_of
 from olss_fast.plan import Plan
 
@@ -104,7 +103,7 @@ class GraphLoop(FusedLoop):
             return self.x.narrow(0, 0, self.batch)
         for model in dict.fromkeys(models):  # before the first step: a warm-up runs the step too
             self._graph(model, lambda model=model: self.evaluate(model))  # type: ignore[misc]
-        start(self.state)
+        self.start()
         for model in models:
             self._graphs[model].replay()
         self.replays += len(models)
@@ -112,7 +111,7 @@ class GraphLoop(FusedLoop):
 
     def _graph(self, key: object, function: Callable[[], Any]) -> Graph:
         if key not in self._graphs:
-            start(self.state)
+            self.start()
             self._graphs[key] = capture(function, self.pool(), self.x.device)
             self._watched = watched(self.networks)
             self.captures += 1
