@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
 RESULTS = Path(__file__).resolve().parent / "results"
-SECTIONS = ("correctness", "counts", "step kernel", "loops", "compiled")
+SECTIONS = ("correctness", "counts", "engines", "step kernel", "loops", "compiled")
 RESERVE = 10.0  # seconds of the given minutes that are kept for the last files
 
 
@@ -42,6 +42,7 @@ def main() -> int:
 
     import correctness
     import devices
+    import engines
     import loops
     import step_kernel
     from results import Bench, OutOfTime
@@ -60,6 +61,7 @@ def main() -> int:
     sections = {  # and the seconds that each may take; what they leave is there for the last
         "correctness": (correctness.section, 100.0),
         "counts": (loops.counts_section, 30.0),
+        "engines": (engines.section, 60.0),
         "step kernel": (step_kernel.section, 80.0),
         "loops": (loops.section, 180.0),
         "compiled": (loops.compiled_section, 3600.0),

@@ -61,7 +61,7 @@ def test_everything_runs_and_nothing_fails(whole: Result) -> None:
     assert whole.code == 0, whole.output
     assert whole.data["failed"] == 0
     assert [each["section"] for each in whole.data["sections"]] == [
-        *("correctness", "counts", "step kernel", "loops", "compiled")
+        *("correctness", "counts", "engines", "step kernel", "loops", "compiled")
     ]
     assert [each["name"] for each in whole.data["skipped"]] == ["compute-sanitizer"]
 
@@ -166,7 +166,7 @@ def test_the_table_holds_every_figure(whole: Result) -> None:
         assert line["measured"] != "not measured", figure.what
         assert line["rows"] > 0
         assert figure.what in lines
-    for title in ("## correctness", "## counts", "## step kernel", "## loops", "## compiled", "## Device"):
+    for title in ("## correctness", "## counts", "## engines", "## step kernel", "## loops", "## compiled", "## Device"):
         assert title in whole.markdown
     assert "these figures mean nothing" in whole.markdown
 
@@ -193,7 +193,7 @@ def test_without_diffusers_and_extension(tmp_path: Path) -> None:
 def test_when_time_is_up_what_is_left_is_named(tmp_path: Path) -> None:
     result = run(tmp_path, "--minutes", "0.2")
     assert result.code == 0, result.output
-    assert len(result.data["sections"]) == 5
+    assert len(result.data["sections"]) == 6
     assert any("time" in each["reason"] for each in result.data["skipped"])
     assert {each["section"] for each in result.data["skipped"]} >= {"loops", "compiled"}
 

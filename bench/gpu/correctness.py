@@ -169,15 +169,15 @@ def _check_executors(bench: Bench, plan_name: str, dtype_name: str) -> None:
         "unconditional": {"y": 0},
         "guidance_scale": SCALE,
     }
-    exact = sample(plan, copy.deepcopy(net).double(), noise.double(), generator=_seeded(device), **how)
-    eager_error = _rms(_eager(plan, net, noise, how["conditioning"]["y"]).double() - exact)
+    exact = sample(plan, copy.deepcopy(net).double(), noise.double(), generator=seeded(device), **how)
+    eager_error = rms(_eager(plan, net, noise, how["conditioning"]["y"]).double() - exact)
     found: dict[str, Tensor] = {}
     for backend in ("reference", "fused", "graph", "unrolled"):
         named = "graph" if backend == "unrolled" else backend
         sampler = Sampler(plan, net, backend=named, unroll=backend == "unrolled", **how)
         for _ in range(2):  # the second run finds its buffers as the first left them
-            found[backend] = sampler(noise, generator=_seeded(device))
-        share = _rms(found[backend].double() - exact) / eager_error
+            found[backend] = sampler(noise, generator=seeded(device))
+        share = rms(found[backend].double() - exact) / eager_error
         fell_back = sampler.stats().reason
         bench.add(
             f"executor {backend}",
@@ -197,18 +197,18 @@ def _check_executors(bench: Bench, plan_name: str, dtype_name: str) -> None:
         bench.add(f"executor {backend}", differing, "differing elements", ok=differing == 0, **facts)
 
 
-def _seeded(device: torch.device) -> torch.Generator:
+def seeded(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(4)
 
 
-def _rms(error: Tensor) -> float:
+def rms(error: Tensor) -> float:
     return float(error.square().mean().sqrt())
 
 
 @torch.no_grad()
 def _eager(plan: Plan, net: Net, noise: Tensor, y: Tensor) -> Tensor:
     """The plan as one would write it in torch in the network's precision: every product and every sum is rounded."""
-    drawn = torch.randn((plan.noises, *noise.shape), generator=_seeded(noise.device), device=noise.device)
+    drawn = torch.randn((plan.noises, *noise.shape), generator=seeded(noise.device), device=noise.device)
     basis, noises = [noise], list(drawn.to(noise.dtype))
     for i in range(plan.nfe + 1):
         weights = [*plan.rows[i, : len(basis)], *plan.rows[i, plan.noise_slice]]

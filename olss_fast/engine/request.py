@@ -119,8 +119,8 @@ def named_plans(plan: Any) -> dict[str, Plan]:
             named[base if copies == 0 else f"{base}.{copies + 1}"] = each
     if not named or not all(isinstance(each, Plan) for each in named.values()):
         raise InputError(f"plan is {plan!r}; expected a Plan, several, or several by name")
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.+-]{1,100}", name) for name in named):
-        raise InputError(f"the plans are named {list(named)}; expected names of letters, digits and . + - _")
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w .,+()-]{1,100}", name) for name in named):
+        raise InputError(f"the plans are named {list(named)}; expected letters, digits, spaces and . , + - _ ( )")
     return named
 
 

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 
 def structure_key(network: nn.Module) -> str | None:
-    """A digest, or None for a network that holds what has no name: lambdas, hooks, open files."""
+    """A digest, or None for a network that holds what has no name (lambdas, open files), or whose code has changed."""
     buffer = io.BytesIO()
     try:
+        sources = repr(_sources())
         _Structure(buffer, network).dump(network)
     except Exception:  # whatever an object of theirs raises when it is to be pickled
         return None
-    return hashlib.sha256(buffer.getvalue() + repr(_sources()).encode()).hexdigest()
+    return hashlib.sha256(buffer.getvalue() + sources.encode()).hexdigest()
 
 
 class _Structure(pickle.Pickler):
