@@ -166,8 +166,8 @@ def test_the_table_holds_every_figure(whole: Result) -> None:
         assert line["measured"] != "not measured", figure.what
         assert line["rows"] > 0
         assert figure.what in lines
-    for title in ("## correctness", "## counts", "## engines", "## step kernel", "## loops", "## compiled", "## Device"):
-        assert title in whole.markdown
+    for title in ("correctness", "counts", "engines", "step kernel", "loops", "compiled", "Device"):
+        assert f"## {title}" in whole.markdown
     assert "these figures mean nothing" in whole.markdown
 
 
