@@ -333,6 +333,24 @@ def export_onnx(
     typer.echo(f"{exported.nfe} NFE of {exported.metadata.get('method', 'a plan')} are in {out}")
 
 
+@app.command()
+@named_errors
+def runtime(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for bin, lib and include.")] = Path("olss-runtime"),
+) -> None:
+    """Compile the C++ runtime of engine files: `olss-run` samples without Python. Needs `olss-fast[runtime]`.
+
+    Examples:
+
+    - `olss-fast runtime --out runtime`
+    - `runtime/bin/olss-run demo.olss --steps 5 --set class_labels=3 --out image.png`
+    """
+    from olss_fast.engine.runtime import build_runtime
+
+    typer.echo("Compiling the runtime, which takes about a minute")
+    typer.echo(f"The program is {build_runtime(out)}")
+
+
 def main() -> None:
     """Entry point of the command."""
     app()

@@ -54,7 +54,7 @@ def settings() -> dict[str, Any]:
 
 def test_every_package_is_listed() -> None:
     folders = {name for name, path in MODULES.items() if path.name == "__init__.py"}
-    assert set(settings()["packages"]) == folders | {"olss_fast.kernels"}
+    assert set(settings()["packages"]) == folders | {"olss_fast.kernels", "olss_fast.runtime"}
 
 
 def test_every_data_file_is_installed() -> None:
