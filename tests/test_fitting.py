@@ -285,7 +285,7 @@ def test_fingerprint_sees_every_input(task: Task) -> None:
         of(denoiser=other(guidance_scale=1.6)),
         of(denoiser=other(conditioning={"y": torch.zeros(SAMPLES)})),
         of(denoiser=Denoiser(linear, samples=SAMPLES)),
-        of(denoiser=Denoiser(torch.nn.Linear(2, 2), samples=SAMPLES)),
+        *(of(denoiser=Denoiser(torch.nn.Linear(2, 2).forward, samples=SAMPLES)) for _ in range(2)),
     ]
     assert len(set(changed)) == len(changed)
     assert of(denoiser=other()) == of()
