@@ -39,8 +39,9 @@ def build_runtime(out: str | os.PathLike[str]) -> Path:
     try:
         staging.mkdir(parents=True)
         with tempfile.TemporaryDirectory(prefix="olss-") as work:
+            settings["CMAKE_INSTALL_PREFIX"] = str(staging)
             options = [f"-D{name}={value}" for name, value in settings.items()]
-            _run([cmake, "-G", "Ninja", "-S", str(sources()), "-B", work, f"-DCMAKE_INSTALL_PREFIX={staging}", *options])
+            _run([cmake, "-G", "Ninja", "-S", str(sources()), "-B", work, *options])
             _run([ninja, "-C", work, "install"])
         for folder in ("include", "lib", "bin"):  # the program last, so that it never comes before its library
             (target / folder).mkdir(exist_ok=True)
@@ -89,4 +90,5 @@ def _torch() -> Path:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode != 0:
-        raise BuildError(f"{Path(command[0]).name} failed to build the runtime; it said:\n{done.stdout[-6000:].strip()}")
+        said = done.stdout[-6000:].strip()
+        raise BuildError(f"{Path(command[0]).name} failed to build the runtime; it said:\n{said}")
