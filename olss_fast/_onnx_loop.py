@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from torch import Tensor
 
 from olss_fast import __version__
@@ -66,7 +65,7 @@ def loop_model(
         inner.replace_all_uses_with(writer.argument(argument, _dtype_of(inner)))
     guidance = None
     if guidance_scale is not None and plan.branches == 1:
-        guidance = writer.optional("guidance_scale", np.array(guidance_scale, writer.sums.numpy()))
+        guidance = writer.optional("guidance_scale", ir.tensor(guidance_scale, dtype=writer.sums))
     history = writer.op("Loop", writer.nfe, None, history, body=writer.body(graph, guidance))
     sample = writer.combination(writer.nfe, history)
     sample.name, sample.dtype, sample.shape = "sample", writer.dtype, ir.Shape(["batch", *shape])
@@ -126,7 +125,7 @@ class _Writer:
         given = self.input(argument.name, dtype, shape)
         if argument.unconditional is None:
             return given
-        row = self.optional(f"unconditional.{argument.name}", argument.unconditional.numpy(force=True))
+        row = self.optional(f"unconditional.{argument.name}", ir.tensor(argument.unconditional))
         return self.op("Concat", self.op("Expand", row, self.op("Shape", given)), given, axis=0)
 
     def body(self, network: ir.Graph, guidance: ir.Value | None) -> ir.Graph:
@@ -182,14 +181,18 @@ class _Writer:
         self.inputs.append(value)
         return value
 
-    def optional(self, name: str, default: NDArray[Any]) -> ir.Value:
+    def optional(self, name: str, default: ir.TensorProtocol) -> ir.Value:
         """An input that may be left out."""
-        value = self.table(name, default, default.dtype)
+        value = self.initializer(name, default)
         self.inputs.append(value)
         return value
 
     def table(self, name: str, values: Any, dtype: Any) -> ir.Value:
-        value = ir.val(name, const_value=ir.tensor(np.asarray(values).astype(dtype), name=name))
+        return self.initializer(name, ir.tensor(np.asarray(values).astype(dtype)))
+
+    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        tensor.name = name
+        value = ir.val(name, const_value=tensor)
         self.initializers.append(value)
         return value
 

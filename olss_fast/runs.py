@@ -184,5 +184,6 @@ def export_onnx(subject: Subject, plan: Plan | None, solver: Mapping[str, Any], 
     scale = models.tuned_guidance([chosen], subject.guidance_scale)
     how = models.arguments(loaded, models.pick_labels(loaded, 2), scale)
     how["example"] = how.pop("conditioning", None)
-    export(loaded.network, chosen, path, shape=(2, *loaded.shape), **how)
+    network: Any = loaded.network
+    export(network, chosen, path, shape=(2, *loaded.shape), **how)
     return chosen
