@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +46,7 @@ def write_atomically(
     try:
         target = Path(path)
         _check_target(target)
-        temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+        temporary = target.parent / f".{os.urandom(8).hex()}.tmp"
         _write_new(temporary, target, buffers)
         _flush_folder(target.parent)
     except (OSError, ValueError, TypeError) as cause:

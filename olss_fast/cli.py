@@ -285,17 +285,23 @@ def compare(
 @app.command()
 @named_errors
 def inspect(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan file, or an engine file.")],
     as_json: Annotated[bool, typer.Option("--json", help="All fields as JSON, for programs.")] = False,
 ) -> None:
-    """Show a plan: facts, times, noise levels and coefficients.
+    """Show a plan (facts, times, noise levels and coefficients), or what an engine file says about itself.
 
     Examples:
 
     - `olss-fast inspect olss-demo/plans/olss-5.safetensors`
     - `olss-fast inspect olss-demo/plans/olss-5.safetensors --json | jq .timesteps`
+    - `olss-fast inspect demo.olss`
     """
-    loaded = load_plan(plan)
+    from olss_fast.engine import describe
+
+    if describe.is_engine_file(file):
+        typer.echo(describe.inspected(file, as_json=as_json))
+        return
+    loaded = load_plan(file)
     if not as_json:
         typer.echo(loaded.describe())
         return
@@ -349,12 +355,3 @@ def runtime(
 
     typer.echo("Compiling the runtime, which takes about a minute")
     typer.echo(f"The program is {build_runtime(out)}")
-
-
-def main() -> None:
-    """Entry point of the command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn
@@ -96,13 +95,18 @@ def read(path: AnyPath, kind: str) -> tuple[dict[str, Any], dict[str, Blob]]:
         raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
 
 
-def read_manifest(path: AnyPath, kind: str) -> dict[str, Any]:
-    """The manifest alone, from the header alone: nothing behind it is read or verified. Raises EngineFileError."""
+def read_header(path: AnyPath, kind: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The manifest, and how many bytes each tensor has. What is behind the header is neither read nor verified, but for
+    its size. Raises EngineFileError."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
+            refuse("it is no regular file; give the path of a file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(file.read(8), size)
-            return _manifest(_header(file.read(length)), kind)
+            header = _header(file.read(length))
+            manifest = _manifest(header, kind)
+            return manifest, {name: end - begin for name, _, _, begin, end in _table(header, size - 8 - length)}
     except (OSError, ValueError, TypeError, Refused) as cause:
         raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
 
@@ -113,7 +117,8 @@ def decode(data: bytes, kind: str) -> tuple[dict[str, Any], dict[str, Blob]]:
     header = _header(data[8 : 8 + length])
     manifest = _manifest(header, kind)
     body = memoryview(data)[8 + length :]
-    blobs = _blobs({name: value for name, value in header.items() if name != "__metadata__"}, body)
+    rows = _table(header, len(body))
+    blobs = {name: Blob(dtype, shape, body[begin:end]) for name, dtype, shape, begin, end in rows}
     _check_digest(data, 8 + length, manifest["sha256"])
     return manifest, blobs
 
@@ -124,6 +129,8 @@ def digest(buffers: Iterable[memoryview]) -> str:
     if len(parts) < 4:
         sums = [_sha256(part) for part in parts]
     else:
+        from concurrent.futures import ThreadPoolExecutor  # slow to import for who looks at a header alone
+
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
             sums = list(pool.map(_sha256, parts))
     return hashlib.sha256(b"".join(sums)).hexdigest()
@@ -232,19 +239,23 @@ def _manifest(header: dict[str, Any], kind: str) -> dict[str, Any]:
 # --- the tensors ---------------------------------------------------------------------------------------------------
 
 
-def _blobs(table: dict[str, Any], body: memoryview) -> dict[str, Blob]:
-    blobs, end = {}, 0
-    for name, described in table.items():
-        dtype, shape, begin, stop = _row(name, described)
-        if begin != end:
-            refuse(f"tensor {quoted(name)} begins at byte {begin} of the data; expected {end}, where the last one ends")
-        if stop > len(body):
-            refuse(f"tensor {quoted(name)} ends at byte {stop} of {len(body)} bytes of data: truncated; {_COPY_AGAIN}")
-        blobs[name] = Blob(dtype, shape, body[begin:stop])
-        end = stop
-    if end != len(body):
-        refuse(f"its tensors end at byte {end} of {len(body)} bytes of data: something was appended")
-    return blobs
+def _table(header: dict[str, Any], size: int) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, dtype, shape, begin and end of each tensor. Together they fill the `size` bytes of data."""
+    last = 0
+    for name, described in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, begin, end = _row(name, described)
+        if begin != last:
+            refuse(
+                f"tensor {quoted(name)} begins at byte {begin} of the data; expected {last}, where the last one ends"
+            )
+        if end > size:
+            refuse(f"tensor {quoted(name)} ends at byte {end} of {size} bytes of data: truncated; {_COPY_AGAIN}")
+        yield name, dtype, shape, begin, end
+        last = end
+    if last != size:
+        refuse(f"its tensors end at byte {last} of {size} bytes of data: something was appended")
 
 
 def _row(name: str, described: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from olss_fast._device import pick_device
 from olss_fast._files import AnyPath
 from olss_fast._text import quoted
 from olss_fast.engine import container, inputs, machine, manifest
-from olss_fast.engine.compiled import LIBRARY, LoadedCode, hash_code
+from olss_fast.engine.arguments import flatten
+from olss_fast.engine.compiled import LIBRARY, LoadedCode, hash_code, shortened
 from olss_fast.engine.container import Blob, refuse
 from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
-from olss_fast.errors import EngineFileError, InputError, MachineError, PlanFileError
+from olss_fast.errors import EngineFileError, InputError, MachineError, NetworkError, PlanFileError
 from olss_fast.executors.loops import Loops, Stats
 from olss_fast.network import Conditioning, Denoiser
 from olss_fast.plan import Plan
@@ -75,20 +79,31 @@ class Engine:
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         self._check_guidance(chosen, scale)
         inputs.check_noise(noise, self.manifest, self.device)
-        without = {**self._unconditional, **(unconditional or {})}
+        if unconditional is not None and not isinstance(unconditional, Mapping):
+            raise InputError(f"unconditional is {quoted(unconditional)}; expected a mapping of argument names to values")
+        without = {**self._unconditional, **flatten(unconditional or {})}
         tensors = inputs.network_inputs(self.manifest, noise.shape[0], self.device, conditioning, without)
         loops = self._loops()
-        result = loops.run(
-            chosen,
-            noise,
-            tensors,
-            lambda held: lambda x, time, model: self.network(x, time, *held),
-            dtype=noise.dtype,
-            device=self.device,
-            doubled=self.manifest.doubled,
-            guidance_scale=float(scale),
-            step_noise=draw_step_noise(chosen, noise, generator),
-        )
+        step_noise = draw_step_noise(chosen, noise, generator)
+        try:
+            result = loops.run(
+                chosen,
+                noise,
+                tensors,
+                lambda held: lambda x, time, model: self.network(x, time, *held),
+                dtype=noise.dtype,
+                device=self.device,
+                doubled=self.manifest.doubled,
+                guidance_scale=float(scale),
+                step_noise=step_noise,
+            )
+        except RuntimeError as cause:
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise
+            raise NetworkError(
+                f"the compiled network failed: {shortened(cause)}; does the conditioning hold what the network takes, "
+                "such as numbers of classes that it has?"
+            ) from cause
         if result.device.type == "cpu" and not bool(torch.isfinite(result).all()):
             loops.require_finite()
         return result
@@ -135,6 +150,7 @@ class Engine:
         facts = {
             name: fact for name, fact in self.manifest.facts.items() if name not in ("sha256", "format", "version")
         }
+        facts["plans"] = [plan_facts(name, plan, plans[name].data) for name, plan in self.plans.items()]
         facts["strides"] = strides_of(self.weights)
         facts["hashes"] = {"weights": hash_weights(weights), "code": hash_code(self._code)}
         container.write(path, container.encode(FORMAT, facts, blobs))
@@ -150,14 +166,14 @@ class Engine:
             raise InputError("steps and plan were both given; expected one of them")
         if isinstance(plan, Plan):
             return plan
-        if plan is not None and plan in self.plans:
+        if isinstance(plan, str) and plan in self.plans:
             return self.plans[plan]
         if plan is None and steps is None:
             return next(iter(self.plans.values()))
         for each in self.plans.values():
             if plan is None and each.nfe == steps:
                 return each
-        wanted = f"plan {plan!r}" if steps is None else f"plan of {steps} steps"
+        wanted = f"plan {quoted(plan)}" if steps is None else f"plan of {quoted(steps)} steps"
         has = ", ".join(f"{name} ({each.nfe} steps)" for name, each in self.plans.items())
         raise InputError(f"the engine has no {wanted}; it has {has}; any other Plan can be given as plan=")
 
@@ -185,33 +201,70 @@ def load_engine(path: AnyPath, *, device: torch.device | str | None = None, sha2
         EngineFileError: no engine file, damaged, altered, of another version, or another one than `sha256` says.
         MachineError: built for another machine, or other versions; all that does not fit is named.
     """
-    facts, blobs = container.read(path, FORMAT)
+    with _naming(path):
+        found, plans, parts = _verified(path, sha256)
+        return _assembled(found, plans, parts, _place(found, device))
+
+
+def verify_file(path: AnyPath, *, sha256: str | None = None) -> Manifest:
+    """The manifest, if the file passes all that `load_engine` verifies of a file; for any machine. None of it is run.
+
+    Raises EngineFileError, as `load_engine`.
+    """
+    with _naming(path):
+        found, _, parts = _verified(path, sha256)
+        _tensors(found, parts, torch.device("cpu"))
+        return found
+
+
+@contextmanager
+def _naming(path: AnyPath) -> Iterator[None]:
     try:
-        if sha256 is not None and facts["sha256"] != sha256:
-            refuse(f"its digest is {facts['sha256']}; expected {quoted(sha256, 80)}: it is another file than you mean")
-        found = manifest.parse(facts)
-        parts = _parts(blobs)
-        _check_hashes(found, parts)
-        plans = _plans(found, parts["plans"])
-        _check_code(parts["code"])
-        place = _place(found, device)
-        return _assembled(found, plans, parts, place)
+        yield
     except container.Refused as cause:
         raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
+
+
+def _verified(path: AnyPath, sha256: str | None) -> tuple[Manifest, dict[str, Plan], dict[str, dict[str, Blob]]]:
+    facts, blobs = container.read(path, FORMAT)
+    if sha256 is not None and facts["sha256"] != sha256:
+        refuse(f"its digest is {facts['sha256']}; expected {quoted(sha256, 80)}: it is another file than you mean")
+    found = manifest.parse(facts)
+    parts = _parts(blobs)
+    _check_hashes(found, parts)
+    plans = _plans(found, parts["plans"])
+    _check_code(parts["code"])
+    return found, plans, parts
+
+
+def _tensors(
+    found: Manifest, parts: dict[str, dict[str, Blob]], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and default unconditional arguments."""
+    strides = found.facts["strides"]
+    if not set(strides) <= set(parts["weights"]):
+        refuse(f"it has strides of {quoted(sorted(strides), 200)}; expected names of its weights")
+    weights = {name: from_blob(name, blob, strides.get(name), device) for name, blob in parts["weights"].items()}
+    without = {name: from_blob(name, blob, None, device) for name, blob in parts["unconditional"].items()}
+    _check_unconditional(found, without)
+    return weights, without
 
 
 def _assembled(
     found: Manifest, plans: dict[str, Plan], parts: dict[str, dict[str, Blob]], device: torch.device
 ) -> Engine:
-    strides = found.facts["strides"]
-    weights = {name: from_blob(name, blob, strides.get(name), device) for name, blob in parts["weights"].items()}
-    without = {name: from_blob(name, blob, None, device) for name, blob in parts["unconditional"].items()}
-    _check_unconditional(found, without)
+    weights, without = _tensors(found, parts, device)
     code = {name: bytes(blob.data) for name, blob in parts["code"].items()}
     engine = Engine(found, plans, code, weights, without, device)
     if device.type == "cuda":
         warm_up(engine)
     return engine
+
+
+def plan_facts(name: str, plan: Plan, data: bytes | memoryview) -> dict[str, Any]:
+    """What a manifest says about a plan, whose file has the content `data`."""
+    digest = hashlib.sha256(data).hexdigest()
+    return {"name": name, "nfe": plan.nfe, "branches": plan.branches, "noises": plan.noises, "sha256": digest}
 
 
 def warm_up(engine: Engine) -> None:
@@ -252,7 +305,10 @@ def _plans(found: Manifest, blobs: dict[str, Blob]) -> dict[str, Plan]:
         plans = {name: plan_from_bytes(bytes(blobs[name].data), source=f"plan {name}") for name in found.plan_names}
     except PlanFileError as cause:
         refuse(str(cause))
-    for name, plan in plans.items():
+    for claimed, (name, plan) in zip(found.facts["plans"], plans.items(), strict=True):
+        facts = plan_facts(name, plan, blobs[name].data)
+        if facts != claimed:
+            refuse(f"its manifest says of a plan {quoted(claimed, 200)}; the plan is {quoted(facts, 200)}")
         if int(plan.models.max()) > 0 or (plan.branches == 2 and not found.doubled):
             refuse(f"plan {quoted(name)} needs more than one network, or guidance that the engine has not")
     return plans
@@ -282,12 +338,14 @@ def _place(found: Manifest, device: torch.device | str | None) -> torch.device:
     faults = machine.mismatches(found.facts["built_with"], found.facts["machine"], wanted)
     if faults:
         raise MachineError(f"this engine does not fit this machine: {'; '.join(faults)}")
-    return torch.empty(0, device=wanted).device
+    return pick_device(wanted) if found.device == "cuda" else torch.device("cpu")
 
 
 def _unfit(name: str, value: object, held: Tensor) -> str:
     if not isinstance(value, Tensor):
         return f"{name} is a {type(value).__name__}, expected a tensor"
+    if value.is_meta or value.layout != torch.strided:
+        return f"{name} lies on {value.device} in layout {value.layout}, expected a tensor that holds its values"
     if value.shape != held.shape:
         return f"{name} has shape {tuple(value.shape)}, expected {tuple(held.shape)}"
     if value.is_floating_point() != held.is_floating_point() or value.dtype not in DTYPES.values():

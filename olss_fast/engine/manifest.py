@@ -23,6 +23,7 @@ NOTICE = (
     "This file contains machine code, which runs when the file is loaded. Load only what comes from somebody you trust."
 )
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+INPUT_DTYPES = (*DTYPES, "int64", "int32", "int16", "int8", "uint8", "bool")
 BATCH = "batch"  # the size of an input's first axis, where that is the number of samples
 CODE_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
@@ -107,7 +108,7 @@ class Manifest:
 
 def read(path: AnyPath) -> Manifest:
     """The manifest of an engine file, from its header alone; the rest is not read. Raises EngineFileError."""
-    facts = container.read_manifest(path, FORMAT)
+    facts, _ = container.read_header(path, FORMAT)
     try:
         return parse(facts)
     except container.Refused as cause:
@@ -150,22 +151,32 @@ def _check_values(facts: Mapping[str, Any]) -> None:
         refuse(f"machine.capability is {quoted(machine['capability'])}; expected two numbers, as [9, 0]")
     if facts["dtype"] not in DTYPES:
         refuse(f"dtype is {quoted(facts['dtype'])}; expected one of {', '.join(DTYPES)}")
-    if not math.isfinite(facts["guidance_scale"]):
-        refuse(f"guidance_scale is {facts['guidance_scale']}; expected a finite number")
+    if not _finite(facts["guidance_scale"]):
+        refuse(f"guidance_scale is {quoted(facts['guidance_scale'])}; expected a finite number")
     for each in facts["inputs"]:
+        if each["dtype"] not in INPUT_DTYPES:
+            refuse(f"input {quoted(each['name'])} is {quoted(each['dtype'])}; expected one of {', '.join(INPUT_DTYPES)}")
         first, rest = each["shape"][:1], each["shape"][1:]
         if not all(size == BATCH or _size(size) for size in first) or not all(map(_size, rest)):
             refuse(f"input {quoted(each['name'])} has shape {quoted(each['shape'])}; expected sizes, or first 'batch'")
     for name, strides in facts["strides"].items():
         if not container._naturals(strides):
             refuse(f"strides of {quoted(name)} are {quoted(strides)}; expected numbers")
+    for name, value in facts["fixed"].items():
+        if not isinstance(value, str):
+            refuse(f"fixed {quoted(name)} is {quoted(value)}; expected a string")
     for name, value in facts["measured"].items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            refuse(f"measured.{quoted(name)} is {quoted(value)}; expected a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
+            refuse(f"measured.{quoted(name)} is {quoted(value)}; expected a finite number")
     _check_names("inputs", [each["name"] for each in facts["inputs"]])
     _check_names("plans", [each["name"] for each in facts["plans"]])
     if not facts["plans"]:
         refuse("it holds no plan; expected at least one")
+
+
+def _finite(value: float) -> bool:
+    """Also in single precision, as which scales are used."""
+    return math.isfinite(value) and -3.4e38 < value < 3.4e38 if isinstance(value, float) else abs(value) < 2**127
 
 
 def _size(value: object) -> bool:

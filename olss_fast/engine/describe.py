@@ -1,0 +1,108 @@
+"""An engine file for people, from its header alone. The standard library is enough, so that it shows at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+
+from olss_fast._files import AnyPath
+from olss_fast._text import clipped, printable
+from olss_fast.engine import container, manifest
+from olss_fast.engine.manifest import FORMAT, Manifest
+
+PLANS = 20  # that are listed; an engine may have any number
+_MARK = f'"{FORMAT}"'.encode()
+
+
+def is_engine_file(path: AnyPath) -> bool:
+    """Whether a file's header names the format, whatever the file's name; it may be damaged all the same."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return _MARK in file.read(min(length, container.MAX_HEADER_BYTES))
+    except OSError:
+        return False
+
+
+def inspected(path: AnyPath, *, as_json: bool = False) -> str:
+    """What `olss-fast inspect` prints: `describe`, or the manifest. Raises EngineFileError."""
+    found = manifest.read(path)
+    return json.dumps(found.facts, indent=1) if as_json else describe(found, container.read_header(path, FORMAT)[1])
+
+
+def describe(found: Manifest, sizes: Mapping[str, int], *, width: int = 120) -> str:
+    """One line of facts, and then names and values aligned. sizes: bytes of the file's tensors, by name."""
+    rows = list(_rows(found, sizes))
+    margin = max(len(name) for name, _ in rows)
+    lines = [clipped(f"{printable(name):<{margin}}  {printable(text)}", width) for name, text in rows]
+    return "\n".join([clipped(_headline(found), width), "", *lines, "", printable(str(found.facts["notice"]))])
+
+
+def _headline(found: Manifest) -> str:
+    guidance = "guided" if found.doubled else "no guidance"
+    plans = len(found.plan_names)
+    parts = [str(found.facts["network"]), found.dtype, found.device, guidance, f"{plans} plan{'s' * (plans != 1)}"]
+    return printable(" · ".join(parts))
+
+
+def _rows(found: Manifest, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
+    facts = found.facts
+    machine, built_with = facts["machine"], facts["built_with"]
+    yield "noise", f"{found.profile}, compiled at {' × '.join(map(str, found.profile.opt))}"
+    yield "arguments", found.size_names or "none"
+    if facts["fixed"]:
+        yield "built in", ", ".join(f"{name}={value}" for name, value in facts["fixed"].items())
+    if found.doubled:
+        yield "guidance", f"scale {found.guidance_scale:g}, both halves in one batch"
+    yield from _aligned("plans", _plan_lines(found))
+    yield "size", ", ".join(f"{folder} {_bytes(sum(_under(folder, sizes)))}" for folder in ("code", "weights", "plans"))
+    yield "machine", f"{machine['name']}, {machine['system']} {machine['architecture']}{_capability(machine)}"
+    yield "built with", ", ".join(f"{name} {version}" for name, version in built_with.items() if version is not None)
+    yield from _aligned("measured", [f"{name.replace('_', ' ')} {_figure(v)}" for name, v in facts["measured"].items()])
+    yield "hash", f"{facts['sha256']} (of the file)"
+    for name, value in facts["hashes"].items():
+        yield "", f"{value} ({name})"
+
+
+def _plan_lines(found: Manifest) -> list[str]:
+    plans = found.facts["plans"]
+    margin = max(len(plan["name"]) for plan in plans)
+    lines = [f"{plan['name']:<{margin}}  {_plan(plan)}" for plan in plans[:PLANS]]
+    lines[0] += ", the default"
+    return lines + ([f"… and {len(plans) - PLANS} more"] if len(plans) > PLANS else [])
+
+
+def _plan(plan: Mapping[str, int]) -> str:
+    parts = [f"{plan['nfe']} evaluation{'s' * (plan['nfe'] != 1)}"]
+    parts += ["both outputs of a guided pair apart"] if plan["branches"] == 2 else []
+    parts += [f"{plan['noises']} fresh noise{'s' * (plan['noises'] != 1)}"] if plan["noises"] else []
+    return ", ".join(parts)
+
+
+def _aligned(name: str, lines: Iterable[str]) -> Iterable[tuple[str, str]]:
+    return [("" if i else name, line) for i, line in enumerate(lines)]
+
+
+def _under(folder: str, sizes: Mapping[str, int]) -> Iterable[int]:
+    return (size for name, size in sizes.items() if name.startswith(f"{folder}/"))
+
+
+def _capability(machine: Mapping[str, object]) -> str:
+    numbers = machine["capability"]
+    if isinstance(numbers, list):
+        return f", compute capability {'.'.join(map(str, numbers))}"
+    flags = machine["instructions"]
+    return f", {len(flags)} instruction sets" if isinstance(flags, list) and flags else ""
+
+
+def _bytes(count: int) -> str:
+    """ "512 B", "12.3 kB", "4.5 MB"."""
+    power = min((len(str(count)) - 1) // 3, 3)
+    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}"
