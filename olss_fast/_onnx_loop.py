@@ -139,13 +139,14 @@ class _Writer:
             x = self.op("Concat", x, x, axis=0)
         timestep = self.op("Gather", self.table("plan.timesteps", self.plan.timesteps, np.float32), number)
         time = self.op("Expand", timestep, self.op("Shape", x, start=0, end=1))
+        before, self.nodes = self.nodes, []
         for inner, handed in zip(network.inputs[:2], (x, time), strict=True):
             inner.replace_all_uses_with(handed, replace_graph_outputs=True)
         outputs = self.outputs(network.outputs[0], guidance)
         written = self.op("ScatterND", history, self.op("Gather", self.columns(), number), outputs)
         still = self.op("Identity", go_on)
         written.dtype, still.dtype = self.sums, ir.DataType.BOOL
-        nodes, self.nodes = [*_take_nodes(network), *self.nodes], outside
+        nodes, self.nodes = [*before, *_take_nodes(network), *self.nodes], outside
         return _body([number, go_on, history], [still, written], nodes)
 
     def combination(self, row: ir.Value, history: ir.Value) -> ir.Value:
@@ -220,7 +221,6 @@ def _take_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 def _body(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node]) -> ir.Graph:
     body = ir.Graph(inputs, outputs, nodes=nodes, name="evaluation")
-    body.sort()  # the nodes before the network came with those after it
     for node in ir.traversal.RecursiveGraphIterator(body):
         for value in node.outputs:  # no name of the model around a body may come again in it
             value.name = f"{body.name}/{value.name}"
