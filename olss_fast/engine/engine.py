@@ -75,12 +75,14 @@ class Engine:
         Raises:
             InputError: any of these is other than the engine was built for. NetworkError: outputs that are not finite.
         """
-        chosen = self._chosen(steps, plan)
+        chosen = self.chosen_plan(steps, plan)
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         self._check_guidance(chosen, scale)
         inputs.check_noise(noise, self.manifest, self.device)
         if unconditional is not None and not isinstance(unconditional, Mapping):
-            raise InputError(f"unconditional is {quoted(unconditional)}; expected a mapping of argument names to values")
+            raise InputError(
+                f"unconditional is {quoted(unconditional)}; expected a mapping of argument names to values"
+            )
         without = {**self._unconditional, **flatten(unconditional or {})}
         tensors = inputs.network_inputs(self.manifest, noise.shape[0], self.device, conditioning, without)
         loops = self._loops()
@@ -161,7 +163,8 @@ class Engine:
         loops: Loops = self._threads.loops
         return loops
 
-    def _chosen(self, steps: int | None, plan: str | Plan | None) -> Plan:
+    def chosen_plan(self, steps: int | None = None, plan: str | Plan | None = None) -> Plan:
+        """The plan that a call with these arguments runs. Raises InputError."""
         if steps is not None and plan is not None:
             raise InputError("steps and plan were both given; expected one of them")
         if isinstance(plan, Plan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,9 +74,8 @@ def _tensor(expected: Input, value: Any, samples: int, device: torch.device, wha
     shape = (samples, *expected.shape[1:]) if expected.per_sample else expected.shape
     sizes = tuple(int(size) for size in shape)
     if isinstance(value, (bool, int, float)):
-        return torch.full(
-            sizes, _number(value, expected.dtype, what), dtype=getattr(torch, expected.dtype), device=device
-        )
+        number, dtype = _number(value, expected.dtype, what), getattr(torch, expected.dtype)
+        return torch.full(sizes, number, dtype=dtype, device=device)
     if not isinstance(value, Tensor):
         raise InputError(f"{what} is a {type(value).__name__}; expected a {expected.dtype} tensor of shape {sizes}")
     _check_kind(what, value, expected.dtype, device)
@@ -89,10 +89,12 @@ def _tensor(expected: Input, value: Any, samples: int, device: torch.device, wha
 def _number(value: float, dtype: str, what: str) -> float:
     kind: torch.dtype = getattr(torch, dtype)
     if kind.is_floating_point:
+        if abs(value) > torch.finfo(kind).max and not math.isinf(value):
+            raise InputError(f"{what} is {quoted(value)}, which {dtype} does not reach")
         return float(value)
     least, most = (0, 1) if kind == torch.bool else (torch.iinfo(kind).min, torch.iinfo(kind).max)
     if not least <= value <= most or value != int(value):
-        raise InputError(f"{what} is {value}, which is no {dtype}")
+        raise InputError(f"{what} is {quoted(value)}, which is no {dtype}")
     return int(value)
 
 
@@ -110,6 +112,8 @@ def _joined(expected: Input, without: Tensor, given: Tensor) -> Tensor:
 def _check_kind(what: str, tensor: Tensor, dtype: str, device: torch.device) -> None:
     if tensor.dtype != getattr(torch, dtype):
         raise InputError(f"{what} is {tensor.dtype}; this engine takes {dtype}: convert it, or build another engine")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise InputError(f"{what} has the layout {tensor.layout}; expected an ordinary tensor: call .to_dense() first")
     if tensor.device != device:
         raise InputError(f"{what} lies on {tensor.device}; this engine runs on {device}: move it there")
 
