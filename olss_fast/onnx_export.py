@@ -1,5 +1,8 @@
 """`olss_fast.export_onnx`: network, guidance and plan as one ONNX model, for ONNX Runtime and its kin.
 
+    olss_fast.export_onnx(network, plan, "five.onnx", shape=noise.shape, example={"y": y}, unconditional={"y": null})
+    (images,) = onnxruntime.InferenceSession("five.onnx").run(["sample"], {"noise": noise.numpy(), "y": y.numpy()})
+
 The model's inputs are
 
 | name | shape | |
