@@ -167,18 +167,11 @@ class Parser {
         else text += static_cast<char>(0xf0 | code >> 18), tail(12), tail(6), tail(0);
     }
 
-    // One letter of UTF-8, refused where it is malformed, longer than need be, a surrogate or beyond U+10FFFF.
     void copy_letter(std::string& result) {
-        const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text_[at_ + i]); };
-        const unsigned char first = byte(0);
-        const std::size_t length = first < 0x80 ? 1 : first < 0xc2 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf5 ? 4 : 0;
-        bool good = length > 0 && at_ + length <= text_.size();
-        for (std::size_t i = 1; good && i < length; ++i) good = (byte(i) & 0xc0) == 0x80;
-        good = good && !(first == 0xe0 && byte(1) < 0xa0) && !(first == 0xed && byte(1) > 0x9f) &&
-               !(first == 0xf0 && byte(1) < 0x90) && !(first == 0xf4 && byte(1) > 0x8f);
-        if (!good) refuse("not UTF-8");
-        result += text_.substr(at_, length);
-        at_ += length;
+        const std::size_t size = letter_size(text_.substr(at_));
+        if (size == 0) refuse("not UTF-8");
+        result += text_.substr(at_, size);
+        at_ += size;
     }
 
     std::string_view text_;

@@ -1,0 +1,68 @@
+"""The C++ runtime, and its reader of foreign files under sanitizers; each is compiled once a session."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from olss_fast.engine import runtime
+
+FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-runtime-")  # gone when the interpreter ends
+CHECKER = Path(__file__).parents[1] / "hostile" / "check_files.cpp"
+READERS = ("container", "engine_file", "files", "json", "manifest", "npy", "plan")  # they know nothing of torch
+SANITIZED = ["-std=c++20", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@functools.cache
+def built_runtime() -> Path:
+    """The folder with bin, lib and include."""
+    return runtime.build_runtime(Path(FOLDER.name, "runtime")).parents[1]
+
+
+def olss_run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the program; whatever it is given, it must not end by a signal."""
+    command = [str(built_runtime() / "bin" / "olss-run"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+    assert done.returncode >= 0, f"ended by signal {-done.returncode}: {done.stderr}"
+    return done
+
+
+def refusal(*words: object, cwd: Path | None = None) -> str:
+    """The one line on which olss-run says why it refuses."""
+    done = olss_run(*words, cwd=cwd)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("olss-run: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@functools.cache
+def checker() -> Path:
+    """The program of tests/hostile/check_files.cpp."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    sources = [CHECKER, *(runtime.sources() / f"{name}.cpp" for name in READERS)]
+    objects = [Path(FOLDER.name, f"{source.stem}.o") for source in sources]
+    base = [compiler, *SANITIZED, "-I", str(runtime.sources())]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        commands = [[*base, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects, strict=True)]
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+    program = Path(FOLDER.name, "check-files")
+    subprocess.run([*base, *map(str, objects), "-o", str(program), "-lpthread"], check=True)
+    return program
+
+
+def check_files(paths: Sequence[Path]) -> list[str]:
+    """What the reader says to each file: "ok", or the number of the error's kind and its message."""
+    done = subprocess.run(
+        [str(checker())], input="".join(f"{path}\n" for path in paths), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(paths)
+    return answers
