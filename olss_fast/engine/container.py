@@ -88,9 +88,11 @@ def write(path: AnyPath, buffers: Sequence[memoryview]) -> None:
 
 def read(path: AnyPath, kind: str) -> tuple[dict[str, Any], dict[str, Blob]]:
     """Manifest and tensors of a file, wholly verified. Raises EngineFileError."""
-    data = read_bounded(path, MAX_FILE_BYTES, error=EngineFileError)
+    read_header(path, kind)  # so that what is no engine file is refused before all of it is read
     try:
-        return decode(data, kind)
+        return decode(read_bounded(path, MAX_FILE_BYTES, error=EngineFileError), kind)
+    except MemoryError as cause:
+        raise EngineFileError(f"{quoted(str(path), 200)} does not fit into this machine's memory") from cause
     except Refused as cause:
         raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
 
@@ -100,7 +102,7 @@ def read_header(path: AnyPath, kind: str) -> tuple[dict[str, Any], dict[str, int
     its size. Raises EngineFileError."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
-            refuse("it is no regular file; give the path of a file")
+            refuse("it is no regular file but a folder, device or pipe; give the path of a file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(file.read(8), size)
@@ -194,6 +196,7 @@ def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         value = json.loads(decoded, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # JSON's escapes can spell what is no text (lone surrogates)
     except (ValueError, RecursionError) as cause:  # decoding and JSON errors are ValueErrors
         refuse(f"{what} is not valid JSON ({quoted(str(cause))}); {_COPY_AGAIN}")
     if not isinstance(value, dict):
@@ -262,11 +265,15 @@ def _row(name: str, described: Any) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape, begin and end, which fit each other."""
     if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
         refuse(f"tensor {quoted(name)} is described by {quoted(described)}; expected dtype, shape and data_offsets")
+    if not name.isprintable():
+        refuse(f"a tensor is named {quoted(name)}; expected a name that can be printed")
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         refuse(f"tensor {quoted(name)} has dtype {quoted(dtype)}; expected one of {', '.join(ITEM_BYTES)}")
     if not _naturals(shape) or len(shape) > 16 or not _naturals(offsets) or len(offsets) != 2:
         refuse(f"tensor {quoted(name)} has shape {quoted(shape)} and data_offsets {quoted(offsets)}; expected sizes")
+    if prod(filter(None, shape)) > MAX_FILE_BYTES:  # an empty tensor's strides must be numbers too
+        refuse(f"tensor {quoted(name)} has shape {quoted(shape)}; expected one that a file could hold")
     size = prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != size:
         refuse(f"tensor {quoted(name)} of {dtype} {quoted(shape)} has {size} bytes; its data_offsets are {offsets}")

@@ -39,7 +39,10 @@ def from_blob(name: str, blob: Blob, strides: Sequence[int] | None, device: torc
     """A tensor of its own memory, with `strides` if they are given. Raises `Refused` for strides that do not fit."""
     plain = torch.empty(blob.shape, dtype=DTYPES[blob.dtype])
     if blob.data.nbytes:
-        plain.view(-1).view(torch.uint8).numpy()[...] = np.frombuffer(blob.data, dtype=np.uint8)
+        values = np.frombuffer(blob.data, dtype=np.uint8)
+        if blob.dtype == "BOOL" and values.max() > 1:
+            refuse(f"tensor {name!r} of dtype BOOL holds the byte {values.max()}; expected 0 and 1")
+        plain.view(-1).view(torch.uint8).numpy()[...] = values
     if strides is None:
         return plain.to(device)
     if not _dense(blob.shape, strides):
