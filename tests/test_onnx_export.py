@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +10,27 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
+from onnx_runs import (
+    HALF_TOLERANCE,
+    PLAN,
+    SCHEDULE,
+    SHAPE,
+    TOLERANCE,
+    Net,
+    Wide,
+    Y,
+    assert_close,
+    noise_of,
+    run,
+    session_of,
+    split,
+    table_of,
+)
 from torch import Tensor
-from typer.testing import CliRunner
 
 import olss_fast
-from olss_fast import NoiseSchedule, Plan, _onnx_file, demo, export_onnx, onnx_export, solvers
-from olss_fast.cli import app
-from olss_fast.errors import BuildError, InputError, ModelError
+from olss_fast import _onnx_file, demo, export_onnx, solvers
 
-onnxruntime = pytest.importorskip("onnxruntime")
-
-SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
-SHAPE = (2, 3, 4, 4)
-PLAN = solvers.dpm_solver_pp(SCHEDULE, 4, order=2)
-# Of the largest value. Two independent float32 networks: rounding of 2^-24 a product, some steps of amplification.
-TOLERANCE = 1e-5
-# float16: sums are float32 in both, what is rounded to 2^-11 is x and each output; a few of these add up.
-HALF_TOLERANCE = 8 * 2.0**-11
-
-
-class Net(torch.nn.Module):
-    """Not linear in x, feels the time and what it is given; mixes pixels, so that a wrong layout shows."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.mix = torch.nn.Conv2d(3, 3, 3, padding=1, dtype=dtype)
-        self.y = torch.nn.Embedding(11, 3, dtype=dtype)  # also the name of an argument
-
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        y: Tensor | None = None,
-        added: dict[str, Tensor] | None = None,
-        table: Tensor | None = None,
-        residuals: tuple[Tensor, ...] = (),
-        gain: float = 1.0,
-    ) -> Tensor:
-        shift = (timestep / 1000).to(x.dtype)[:, None]
-        shift = shift if y is None else shift + self.y(y)
-        if added is not None:
-            shift = shift + added["text"].mean(1)[:, :3] + added["size"][:, None]
-        if table is not None:
-            shift = shift + table.sum()
-        for each in residuals:
-            x = x + each
-        return gain * torch.tanh(self.mix(x) + shift[..., None, None])
-
-
-Y = torch.tensor([3, 7])
 EVERYTHING: dict[str, Any] = {
     "y": Y,
     "added": {"text": torch.linspace(-1.0, 1.0, 40).view(2, 5, 4), "size": torch.tensor([0.1, 0.2])},
@@ -87,28 +55,6 @@ def net() -> Net:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
-
-
-def noise_of(batch: int, shape: tuple[int, ...] = SHAPE[1:], seed: int = 0) -> Tensor:
-    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(seed))
-
-
-def session_of(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about inputs that may be left out
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def run(path: Path, **inputs: Any) -> NDArray[Any]:
-    (sample,) = session_of(path).run(["sample"], {name: np.asarray(each) for name, each in inputs.items()})
-    return sample
-
-
-def assert_close(found: NDArray[Any], expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert found.shape == tuple(expected.shape)
-    largest = float(expected.abs().max())
-    assert np.abs(found.astype(np.float64) - expected.double().numpy()).max() <= tolerance * largest
 
 
 def nodes_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -178,12 +124,6 @@ def test_every_kind_of_plan_at_several_batches(name: str, guided: bool, net: Net
         generator = torch.Generator().manual_seed(1)
         expected = olss_fast.sample(plan, net, noise, conditioning={"y": y}, generator=generator, **how)
         assert_close(run(path, **inputs), expected)
-
-
-def split(plan: Plan, weight: float) -> Plan:
-    """The plan with u and c apart, each output f = (1 - weight) u + weight c."""
-    rows = plan.rows[:, 1:, None] * np.array([1 - weight, weight])
-    return plan.replace(rows=np.concatenate([plan.rows[:, :1], rows.reshape(len(rows), -1)], axis=1), branches=2)
 
 
 def test_separate_branches(net: Net, path: Path) -> None:
@@ -268,18 +208,6 @@ def test_bfloat16_arguments_and_weights(path: Path, monkeypatch: pytest.MonkeyPa
     assert table_of(model, "guidance_scale").dtype == np.float32
 
 
-class Wide(torch.nn.Module):
-    """Weights of more than `SMALL` bytes, of sizes that are no multiples of each other."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = torch.nn.Linear(5, 301, dtype=dtype), torch.nn.Linear(301, 5, dtype=dtype)
-
-    def forward(self, x: Tensor, timestep: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-        return self.second(torch.tanh(self.first(x + shift))) + (timestep / 1000).to(x.dtype)[:, None]
-
-
 class Stateless(torch.nn.Module):
     """The least that a network may be: no weights, its input handed back, its time unused."""
 
@@ -293,12 +221,26 @@ def test_a_network_that_hands_back_its_input(path: Path) -> None:
     assert_close(run(path, noise=noise), olss_fast.sample(PLAN, Stateless(), noise))
 
 
+class Clash(torch.nn.Module):
+    """Weights that are called what inputs and values of the model are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise, self.y = (torch.nn.Parameter(torch.linspace(0.1, 0.5, 5) * sign) for sign in (1, -1))
+        self.register_buffer("sample", torch.ones(5))
+
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
+        return x * self.noise + self.y * y[:, None] + self.sample
+
+
+def test_weights_named_as_inputs(path: Path) -> None:
+    net, y, noise = Clash().eval(), torch.tensor([0.5, 0.25]), noise_of(2, (5,))
+    export_onnx(net, PLAN, path, shape=(2, 5), example={"y": y})
+    with torch.no_grad():
+        assert_close(run(path, noise=noise, y=y), olss_fast.sample(PLAN, net, noise, conditioning={"y": y}))
+
+
 # --- the form of the model -------------------------------------------------------------------------------------------
-
-
-def table_of(model: onnx.ModelProto, name: str) -> NDArray[Any]:
-    (found,) = (each for each in model.graph.initializer if each.name == name)
-    return onnx.numpy_helper.to_array(found)
 
 
 def test_the_loop_is_not_unrolled_and_the_plan_is_data(net: Net, path: Path) -> None:
@@ -339,141 +281,3 @@ def test_two_exports_are_the_same_bytes(net: Net, tmp_path: Path) -> None:
     for file in files:
         export_onnx(net, PLAN, file, shape=SHAPE, example={"y": Y})
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_large_weights_lie_beside_the_model(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_onnx_file, "LARGEST_INLINE", 1000)
-    net = Wide().eval()
-    export_onnx(net, PLAN, path, shape=(2, 5))
-    (beside,) = path.parent.glob("model.onnx.*.data")
-    assert {each.name for each in path.parent.iterdir()} == {path.name, beside.name}
-    weights = sum(each.nbytes for each in net.parameters() if each.nbytes >= _onnx_file.SMALL)
-    assert weights <= beside.stat().st_size < weights + 10 * _onnx_file.ALIGNMENT
-    onnx.checker.check_model(path, full_check=True)
-    noise = noise_of(3, (5,))
-    assert_close(run(path, noise=noise), olss_fast.sample(PLAN, net, noise))
-    torch.nn.init.zeros_(net.second.weight)
-    export_onnx(net, PLAN, path, shape=(2, 5))
-    assert beside.exists()  # the file of the model before stays what it was, for who has it open
-    assert len(list(path.parent.glob("*.data"))) == 2
-
-
-def test_what_fails_leaves_the_file_that_was_there(net: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path.write_bytes(b"before")
-
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ModelError, match=r"model\.onnx.*the disk is full"):
-        export_onnx(net, PLAN, path, shape=SHAPE)
-    assert path.read_bytes() == b"before"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_an_invalid_model_is_never_written(net: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(model: Any) -> Any:
-        proto = to_proto(model)
-        proto.graph.node[0].op_type = "NoSuchOperator"
-        return proto
-
-    to_proto = _onnx_file.ir.to_proto
-    monkeypatch.setattr(_onnx_file.ir, "to_proto", unknown)
-    with pytest.raises(BuildError, match="NoSuchOperator"):
-        export_onnx(net, PLAN, path, shape=SHAPE)
-    assert not path.exists()
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
-class Unstable(torch.nn.Module):
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        return x if float(x.sum()) > 0 else -x
-
-
-class OneBatch(torch.nn.Module):
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        return x.reshape(2, 5)
-
-
-class NoSuchOperator(torch.nn.Module):
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        return torch.special.bessel_j0(x)
-
-
-REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[Exception], str]] = {
-    "network": (lambda path: {"network": lambda x, t: x}, InputError, "network is a function"),
-    "training": (lambda path: {"network": Net()}, InputError, "training mode"),
-    "plan": (lambda path: {"plan": "five"}, InputError, "plan is a str"),
-    "several networks": (lambda path: {"plan": PLAN.replace(models=[0, 0, 1, 1])}, InputError, r"networks \[0, 1\]"),
-    "no shape": (lambda path: {"shape": 4}, InputError, "4"),
-    "empty batch": (lambda path: {"shape": (0, 3, 4, 4)}, InputError, r"\(0, 3, 4, 4\)"),
-    "other shape": (lambda path: {"shape": (2, 4, 4, 4)}, InputError, r"cannot be called.*\(2, 4, 4, 4\)"),
-    "wrong batch": (lambda path: {"example": {"y": torch.arange(3)}}, InputError, "cannot be called"),
-    "unknown argument": (lambda path: {"example": {"z": Y}}, InputError, "cannot be called.*'z'"),
-    "reserved": (lambda path: {"example": {"step_noise": 1.0 * Y}}, InputError, "step_noise"),
-    "no mapping": (lambda path: {"example": [Y]}, InputError, "example"),
-    "guidance alone": (lambda path: {"guidance_scale": 2.0}, InputError, "unconditional"),
-    "other keys": (lambda path: {"unconditional": {"z": 1}}, InputError, "'z'"),
-    "rows differ": (lambda path: {"example": {"y": Y}, "unconditional": {"y": Y}}, InputError, "rows.*differ"),
-    "shared differ": (
-        lambda path: {"example": {"table": torch.ones(3)}, "unconditional": {"table": torch.zeros(3)}},
-        InputError,
-        "differ in 'table'",
-    ),
-    "two branches": (lambda path: {"plan": split(PLAN, 2.0)}, InputError, "unconditional"),
-    "folder": (lambda path: {"path": path.parent}, ModelError, "folder"),
-    "no folder": (lambda path: {"path": path / "none" / "model.onnx"}, ModelError, "none"),
-    "no path": (lambda path: {"path": 5}, InputError, "path is a int"),
-    "not traceable": (lambda path: {"network": Unstable().eval(), "shape": (2, 5)}, BuildError, "data-dependent"),
-    "one batch": (lambda path: {"network": OneBatch().eval(), "shape": (2, 5)}, BuildError, "batch"),
-    "no such type": (lambda path: {"network": Net(torch.bfloat16).eval()}, BuildError, "Conv.*bfloat16"),
-    "no operator": (lambda path: {"network": NoSuchOperator().eval(), "shape": (2, 5)}, BuildError, "bessel_j0"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_has_a_named_error(case: str, net: Net, path: Path) -> None:
-    changed, error, message = REFUSED[case]
-    given: dict[str, Any] = {"network": net, "plan": PLAN, "path": path, "shape": SHAPE, **changed(path)}
-    with pytest.raises(error, match=message):
-        export_onnx(**given)
-    assert list(path.parent.iterdir()) == []
-
-
-def test_missing_packages_are_named(net: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnx_ir", None)
-    with pytest.raises(BuildError, match=r"onnx_ir.*pip install 'olss-fast\[onnx\]'"):
-        export_onnx(net, PLAN, path, shape=SHAPE)
-
-
-def test_bad_input_is_found_before_any_work(net: Net, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "forward", lambda *arguments: pytest.fail("the network was called"))
-    with pytest.raises(ModelError):
-        export_onnx(net, PLAN, path.parent, shape=SHAPE)
-
-
-# --- command ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(onnx_export, "export_onnx", lambda *given, **how: calls.append({"given": given, **how}))
-    PLAN.save("plan.safetensors")
-    for words in (["--steps", "5", "-o", "five.onnx"], ["--plan", "plan.safetensors", "-g", "1"]):
-        outcome = CliRunner().invoke(app, ["export-onnx", "--model", "demo", "--device", "cpu", *words])
-        assert outcome.exit_code == 0, outcome.output
-    (_, steps, path), (_, plan, _) = (call["given"] for call in calls)
-    assert (steps.nfe, path, plan) == (5, Path("five.onnx"), PLAN)
-    assert int(calls[0]["unconditional"]["class_labels"][0]) == demo.CLASSES
-    assert "unconditional" not in calls[1]
-    assert calls[1]["shape"] == (2, *demo.SHAPE)
-    assert "olss-fast export-onnx --model demo" in CliRunner().invoke(app, ["export-onnx", "--help"]).output
-    outcome = CliRunner().invoke(app, ["export-onnx", "--model", "demo"])
-    assert outcome.exit_code == 2
-    assert "--plan FILE" in outcome.output
