@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olss_fast import __version__
+from olss_fast import __version__, engine_cli
 from olss_fast._cli_options import (
     LARGEST_SEED,
     MOST_SAMPLES,
@@ -355,3 +355,7 @@ def runtime(
 
     typer.echo("Compiling the runtime, which takes about a minute")
     typer.echo(f"The program is {build_runtime(out)}")
+
+
+for command in (engine_cli.build, engine_cli.validate, engine_cli.bench):
+    app.command()(command)

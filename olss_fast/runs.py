@@ -1,4 +1,5 @@
-"""What `olss-fast tune`, `compare` and `sample` do, for a model by name and for a pipeline with a file of prompts."""
+"""What `olss-fast tune`, `compare`, `sample`, `export-onnx` and `build` do: for a model by name, and the
+first three for a pipeline with a file of prompts too."""
 
 from __future__ import annotations
 
@@ -6,15 +7,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from olss_fast import compare, models, tuning
 from olss_fast.errors import InputError
 from olss_fast.plan import Plan
 from olss_fast.report import Report
+
+if TYPE_CHECKING:
+    from olss_fast.engine.engine import Engine
 
 PROMPTED_SAMPLES = 64  # of a pipeline; its latents have many values each
 SAMPLES = 256
@@ -187,3 +192,39 @@ def export_onnx(subject: Subject, plan: Plan | None, solver: Mapping[str, Any], 
     network: Any = loaded.network
     export(network, chosen, path, shape=(2, *loaded.shape), **how)
     return chosen
+
+
+def build_engine(
+    subject: Subject,
+    plans: Sequence[Plan],
+    steps: Sequence[int],
+    solver: Mapping[str, Any],
+    batches: Sequence[int],
+    *,
+    dtype: str | None,
+    cache: bool,
+) -> Engine:
+    """An engine with these plans, and with one of the analytic solver for each of `steps`.
+
+    batches: how many samples at least, usually and at most.
+    """
+    from olss_fast.engine.building import build
+    from olss_fast.engine.shapes import Profile
+
+    loaded = subject.load()
+    for plan in plans:
+        models.check_prediction(plan, loaded.schedule)
+    chosen = [*plans, *(models.solver_plan(loaded.schedule, {**solver, "steps": nfe}) for nfe in steps)]
+    scale = models.tuned_guidance(chosen, subject.guidance_scale)
+    how = models.arguments(loaded, models.pick_labels(loaded, batches[1]), scale)
+    how["example"] = how.pop("conditioning", None)
+    network: Any = loaded.network
+    return build(
+        network,
+        chosen,
+        shapes=Profile(*((batch, *loaded.shape) for batch in batches)),
+        dtype=None if dtype is None else getattr(torch, dtype),
+        cache=cache,
+        progress=subject.progress,
+        **how,
+    )

@@ -35,10 +35,15 @@ def inspected(path: AnyPath, *, as_json: bool = False) -> str:
 
 def describe(found: Manifest, sizes: Mapping[str, int], *, width: int = 120) -> str:
     """One line of facts, and then names and values aligned. sizes: bytes of the file's tensors, by name."""
-    rows = list(_rows(found, sizes))
+    lines = [clipped(line, width) for line in [_headline(found), "", *aligned(_rows(found, sizes))]]
+    return "\n".join([*lines, "", printable(str(found.facts["notice"]))])
+
+
+def aligned(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Names and values in two columns."""
+    rows = list(rows)
     margin = max(len(name) for name, _ in rows)
-    lines = [clipped(f"{printable(name):<{margin}}  {printable(text)}", width) for name, text in rows]
-    return "\n".join([clipped(_headline(found), width), "", *lines, "", printable(str(found.facts["notice"]))])
+    return [f"{name:<{margin}}  {printable(text)}" for name, text in rows]
 
 
 def _headline(found: Manifest) -> str:
@@ -57,11 +62,11 @@ def _rows(found: Manifest, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]
         yield "built in", ", ".join(f"{name}={value}" for name, value in facts["fixed"].items())
     if found.doubled:
         yield "guidance", f"scale {found.guidance_scale:g}, both halves in one batch"
-    yield from _aligned("plans", _plan_lines(found))
+    yield from _below("plans", _plan_lines(found))
     yield "size", ", ".join(f"{folder} {_bytes(sum(_under(folder, sizes)))}" for folder in ("code", "weights", "plans"))
     yield "machine", f"{machine['name']}, {machine['system']} {machine['architecture']}{_capability(machine)}"
     yield "built with", ", ".join(f"{name} {version}" for name, version in built_with.items() if version is not None)
-    yield from _aligned("measured", [f"{name.replace('_', ' ')} {_figure(v)}" for name, v in facts["measured"].items()])
+    yield from _below("measured", [f"{name.replace('_', ' ')} {_figure(v)}" for name, v in facts["measured"].items()])
     yield "hash", f"{facts['sha256']} (of the file)"
     for name, value in facts["hashes"].items():
         yield "", f"{value} ({name})"
@@ -82,7 +87,7 @@ def _plan(plan: Mapping[str, int]) -> str:
     return ", ".join(parts)
 
 
-def _aligned(name: str, lines: Iterable[str]) -> Iterable[tuple[str, str]]:
+def _below(name: str, lines: Iterable[str]) -> Iterable[tuple[str, str]]:
     return [("" if i else name, line) for i, line in enumerate(lines)]
 
 

@@ -132,7 +132,9 @@ class Engine:
         known = {**dict.fromkeys(self.manifest.facts["unused"]), **self.weights}
         unknown = sorted(str(name) for name in state_dict if name not in known)
         if unknown:
-            raise InputError(f"the engine has no weights {_listed(unknown)}; its weights are {_listed(self.weights)}")
+            raise InputError(
+                f"the engine has no weights {_listed(unknown)}; its weights are {_listed(sorted(self.weights))}"
+            )
         taken = {name: value for name, value in state_dict.items() if name in self.weights}
         faults = [fault for name, value in taken.items() if (fault := _unfit(name, value, self.weights[name]))]
         if faults:

@@ -1,0 +1,219 @@
+"""How fast an engine is: calls, and the bare calls of its network beside them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from olss_fast.engine import inputs
+from olss_fast.engine.engine import Engine, load_engine
+from olss_fast.plan import Plan
+
+PERCENTILES = (90, 95, 99)
+LEAST = 10  # iterations, however short the duration
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each call (`calls`) and of its network calls alone (`network`), measured in turns; of loading the file
+    and of the first call, which makes the buffers. memory: bytes; on the CPU the most that the process ever held."""
+
+    plan: str
+    nfe: int
+    batch: int
+    device: str
+    threads: int
+    load: float
+    first: float
+    memory: int | None
+    calls: tuple[float, ...]
+    network: tuple[float, ...]
+
+    @property
+    def latency(self) -> dict[str, float]:
+        """Milliseconds a call: min, mean, median, percentiles (of the calls, the nearest above), max."""
+        ordered = sorted(1e3 * each for each in self.calls)
+        tail = {f"p{part}": ordered[math.ceil(part / 100 * len(ordered)) - 1] for part in PERCENTILES}
+        middle = {"mean": statistics.fmean(ordered), "median": statistics.median(ordered)}
+        return {"min": ordered[0], **middle, **tail, "max": ordered[-1]}
+
+    @property
+    def throughput(self) -> float:
+        """Samples a second, one call after the other."""
+        return self.batch * len(self.calls) / sum(self.calls)
+
+    @property
+    def overhead(self) -> float:
+        """What a call takes beyond its network calls, as a part of them: median over the turns."""
+        return statistics.median(a / b for a, b in zip(self.calls, self.network, strict=True)) - 1.0
+
+    def summary(self) -> dict[str, Any]:
+        """All of it but the single calls; times in milliseconds."""
+        facts = {name: value for name, value in asdict(self).items() if name not in ("calls", "network")}
+        facts["load"], facts["first"] = 1e3 * self.load, 1e3 * self.first
+        return {
+            **facts,
+            "iterations": len(self.calls),
+            "latency": self.latency,
+            "network": 1e3 * statistics.median(self.network),
+            "overhead": self.overhead,
+            "throughput": self.throughput,
+        }
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Names and values for people."""
+        latency = self.latency
+        yield "plan", f"{self.plan}, {self.nfe} evaluation{'s' * (self.nfe != 1)}"
+        yield "batch", f"{self.batch} on {self.device}, {self.threads} thread{'s' * (self.threads != 1)}"
+        yield "load", f"{self.load:.3f} s"
+        yield "first", f"{self.first:.3f} s, {self.load + self.first:.3f} s from file to sample"
+        yield "calls", str(len(self.calls))
+        for name, value in latency.items():
+            yield ("latency" if name == "min" else ""), f"{name:<6} {value:10.3f} ms"
+        yield "network", f"median {1e3 * statistics.median(self.network):10.3f} ms in {self.nfe} calls"
+        yield "overhead", f"{100 * self.overhead:.2f}% of the network calls"
+        yield "throughput", f"{self.throughput:.4g} samples/s"
+        if self.memory is not None:
+            yield "memory", f"{self.memory / 1e6:.1f} MB at most"
+
+    def to_json(self, path: Path) -> None:
+        """`summary`, and every call in milliseconds."""
+        calls = [{"call": 1e3 * a, "network": 1e3 * b} for a, b in zip(self.calls, self.network, strict=True)]
+        path.write_text(json.dumps({**self.summary(), "calls": calls}, indent=1) + "\n", encoding="utf-8")
+
+    def to_csv(self, path: Path) -> None:
+        """A row for every call."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["call", "milliseconds", "network_milliseconds"])
+            for i, (call, network) in enumerate(zip(self.calls, self.network, strict=True)):
+                writer.writerow([i, 1e3 * call, 1e3 * network])
+
+
+def time_engine(
+    path: Path,
+    *,
+    device: str | None = None,
+    steps: int | None = None,
+    plan: str | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    warmup: int = 3,
+    iterations: int | None = None,
+    duration: float = 5.0,
+    progress: bool = True,
+) -> Timing:
+    """Loads an engine, and times its calls for so many iterations or seconds.
+
+    batch: default: the profile's `opt`. threads: of the processor; default: torch's. warmup: calls that do not count.
+
+    Raises EngineFileError, MachineError, InputError: a plan that it has not, a batch outside its profile.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    begin = time.perf_counter()
+    engine = load_engine(path, device=device)
+    load = time.perf_counter() - begin
+    chosen = engine.chosen_plan(steps, plan)
+    call, network = calls_of(engine, chosen, batch)
+    first = timed(call, engine.device)
+    for _ in range(warmup):
+        call()
+        network()
+    pairs = _turns(call, network, engine.device, iterations, duration, progress)
+    return Timing(
+        plan=next(name for name, each in engine.plans.items() if each is chosen),
+        nfe=chosen.nfe,
+        batch=batch or engine.manifest.profile.opt[0],
+        device=str(engine.device),
+        threads=torch.get_num_threads(),
+        load=load,
+        first=first,
+        memory=_most_memory(engine.device),
+        calls=tuple(pair[0] for pair in pairs),
+        network=tuple(pair[1] for pair in pairs),
+    )
+
+
+def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """A call of the engine, and the bare network calls that are in it. All arguments are zeros, the noise is not.
+
+    Raises InputError for a batch outside the profile.
+    """
+    found = engine.manifest
+    shape = (batch or found.profile.opt[0], *found.profile.opt[1:])
+    found.profile.check(shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(engine.device, getattr(torch, found.dtype))
+    zeros: dict[str, Any] = {each.name: 0 for each in found.inputs}
+    given = zeros if found.doubled else None
+    generator = torch.Generator(engine.device).manual_seed(0)
+    x = torch.cat([noise, noise]) if found.doubled else noise
+    times = [torch.full((x.shape[0],), float(each), device=engine.device) for each in plan.timesteps]
+    tensors = inputs.network_inputs(found, shape[0], engine.device, zeros, given or {})
+
+    def call() -> Tensor:
+        return engine(noise, plan=plan, unconditional=given, generator=generator, **zeros)
+
+    def network() -> None:
+        for each in times:
+            engine.network(x, each, *tensors)
+
+    return call, network
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, to its end on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _turns(
+    call: Callable[[], object],
+    network: Callable[[], object],
+    device: torch.device,
+    iterations: int | None,
+    duration: float,
+    progress: bool,
+) -> Sequence[tuple[float, float]]:
+    """Seconds of a call and of its network calls; which of the two comes first changes from turn to turn."""
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + duration
+    with tqdm(total=iterations, desc="Timing", unit="call", disable=not progress) as bar:
+        while len(pairs) < (iterations or LEAST) or (iterations is None and time.perf_counter() < end):
+            if len(pairs) % 2:
+                second, first = timed(network, device), timed(call, device)
+            else:
+                first, second = timed(call, device), timed(network, device)
+            pairs.append((first, second))
+            bar.update(1)
+    return pairs
+
+
+def _most_memory(device: torch.device) -> int | None:
+    """Bytes: on a GPU the most that torch held at once, else that this process did; None where that is unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
