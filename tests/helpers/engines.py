@@ -89,7 +89,7 @@ class NestedNetwork(TinyNetwork):
 class Tiny:
     """What a kind of engine is built from. unconditional: None where it is built without guidance."""
 
-    network: nn.Module
+    network: TinyNetwork
     shapes: Any
     plans: Mapping[str, Plan]
     example: dict[str, Any] = field(default_factory=dict)
@@ -155,7 +155,7 @@ def tiny_engine(kind: str) -> Engine:
 
 def noise_for(kind: str, samples: int | None = None, *size: int) -> Tensor:
     """Noise in the profile of this kind of engine: at its `opt`, or of so many samples and this height and width."""
-    found = tiny_engine(kind).manifest
-    batch, channels, *own = found.profile.opt
+    parts = tiny(kind)
+    batch, channels, *own = Profile.of(parts.shapes).opt
     shape = (samples or batch, channels, *(size or own))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(getattr(torch, found.dtype))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(parts.network.into.weight.dtype)

@@ -1,0 +1,477 @@
+"""Engines: the samples of `olss_fast.sample`, in every way to call them; weights that change; bad input by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import GUIDED, SCHEDULE, UNGUIDED, engine_file, noise_for, split, tiny, tiny_engine
+from torch import Tensor, nn
+
+import olss_fast
+from olss_fast import Engine, Plan, solvers
+from olss_fast.errors import EngineFileError, InputError, MachineError, NetworkError
+
+# The compiled network and its loop round in another order than eager code: a few units in the last place of each of at
+# most 5 outputs, which the plan's rows (up to 15) and the guidance (up to 3) weigh.
+UNITS = 128
+LABELS = torch.tensor([2, 0])
+NESTED = {"text": torch.linspace(0, 1, 6).reshape(2, 3), "strength": torch.tensor([0.5, 2.0])}
+TABLE = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    bound = UNITS * torch.finfo(found.dtype).eps * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+def sampled(kind: str, plan: Plan, noise: Tensor, labels: Any = None, **options: Any) -> Tensor:
+    """By the network that `tiny_engine(kind)` was built from."""
+    if labels is not None:
+        options = {"conditioning": {"labels": labels}, "unconditional": {"labels": 3}, **options}
+    return olss_fast.sample(plan, tiny(kind).network, noise, **options)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def own_engine(kind: str) -> Engine:
+    """One whose weights may be changed."""
+    return olss_fast.load_engine(engine_file(kind))
+
+
+# --- the same samples ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_every_plan_by_its_name(name: str) -> None:
+    noise, plan = noise_for("guided"), GUIDED[name]
+    found = tiny_engine("guided")(noise, labels=LABELS, plan=name, generator=generator())
+    assert_near(found, sampled("guided", plan, noise, LABELS, guidance_scale=1.5, generator=generator()))
+
+
+def test_plans_by_their_steps_and_others_than_its_own() -> None:
+    engine, noise = tiny_engine("guided"), noise_for("guided")
+    two, three = (engine(noise, labels=LABELS, plan=name) for name in ("two", "three"))
+    assert torch.equal(engine(noise, labels=LABELS), two)
+    assert torch.equal(engine(noise, labels=LABELS, steps=3), three)
+    for plan in (solvers.heun(SCHEDULE, 6), split(GUIDED["three"], 3.0)):
+        found = engine(noise, labels=LABELS, plan=plan, guidance_scale=3.0)
+        assert_near(found, sampled("guided", plan, noise, LABELS, guidance_scale=3.0))
+
+
+@pytest.mark.parametrize("scale", [None, 1.5, 1.0, 0, 3.0, -0.5])
+def test_guidance(scale: float | None) -> None:
+    noise = noise_for("guided")
+    found = tiny_engine("guided")(noise, labels=LABELS, guidance_scale=scale)
+    expected = sampled("guided", GUIDED["two"], noise, LABELS, guidance_scale=1.5 if scale is None else scale)
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("without", [1, torch.tensor([1]), torch.tensor([1, 0])])
+def test_unconditional_arguments_of_the_call(without: Any) -> None:
+    noise = noise_for("guided")
+    found = tiny_engine("guided")(noise, labels=LABELS, unconditional={"labels": without})
+    given = {"unconditional": {"labels": without}, "guidance_scale": 1.5}
+    assert_near(found, sampled("guided", GUIDED["two"], noise, LABELS, **given))
+    assert not torch.equal(found, tiny_engine("guided")(noise, labels=LABELS))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(8, 8), (12, 24), (16, 20)])
+def test_all_shapes_of_the_profile(samples: int, size: tuple[int, int]) -> None:
+    noise, labels = noise_for("guided", samples, *size), torch.arange(samples) % 4
+    found = tiny_engine("guided")(noise, labels=labels)
+    assert_near(found, sampled("guided", GUIDED["two"], noise, labels, guidance_scale=1.5))
+
+
+def test_numbers_stand_for_every_sample() -> None:
+    engine, noise = tiny_engine("guided"), noise_for("guided")
+    assert torch.equal(engine(noise, labels=2), engine(noise, labels=torch.tensor([2, 2])))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_nested_conditioning(samples: int) -> None:
+    noise = noise_for("nested", samples)
+    added = {"text": torch.ones(samples, 3).cumsum(0), "strength": torch.arange(samples) * 1.0, "table": TABLE}
+    without = {"text": torch.zeros(samples, 3), "strength": torch.ones(samples), "table": TABLE}
+    expected = olss_fast.sample(
+        GUIDED["three"],
+        tiny("nested").network,
+        noise,
+        conditioning={"added": added, "gain": 0.5},
+        unconditional={"added": without, "gain": 0.5},
+        guidance_scale=2.0,
+    )
+    assert_near(tiny_engine("nested")(noise, added=added, plan="three"), expected)
+    assert tiny_engine("nested").manifest.facts["fixed"] == {"gain": "0.5"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "channels_last", "float64"])
+@pytest.mark.parametrize("name", UNGUIDED)
+def test_networks_without_conditioning(kind: str, name: str) -> None:
+    noise = noise_for(kind)
+    found = tiny_engine(kind)(noise, plan=name, generator=generator())
+    assert_near(found, sampled(kind, UNGUIDED[name], noise, generator=generator()))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_half_precision_keeps_to_the_error_budget(kind: str) -> None:
+    """Eager half precision errs by its rounding; the engine's loop rounds as often, in other places."""
+    noise, plan = noise_for(kind), UNGUIDED["three"]
+    exact = olss_fast.sample(plan, tiny(kind).network.double(), noise.double())
+    eager = (sampled(kind, plan, noise).double() - exact).square().mean().sqrt()
+    found = tiny_engine(kind)(noise, plan="three")
+    assert found.dtype == noise.dtype
+    assert (found.double() - exact).square().mean().sqrt() <= 2 * eager
+
+
+# --- files, interpreters, threads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["guided", "channels_last"])
+def test_saved_and_loaded_is_bitwise_the_same(kind: str, tmp_path: Path) -> None:
+    given = {"labels": LABELS} if kind == "guided" else {}
+    built = tiny(kind).build()
+    built.save(tmp_path / "first.olss")
+    loaded = olss_fast.load_engine(tmp_path / "first.olss")
+    loaded.save(tmp_path / "second.olss")
+    assert torch.equal(loaded(noise_for(kind), **given), built(noise_for(kind), **given))
+    assert (tmp_path / "first.olss").read_bytes() == (tmp_path / "second.olss").read_bytes()
+
+
+def test_weights_keep_their_memory_order(tmp_path: Path) -> None:
+    network = tiny("channels_last").network
+    found = tiny_engine("channels_last").weights["into.weight"]
+    assert found.stride() == network.into.weight.stride() != (18, 9, 3, 1)
+
+
+FRESH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("diffusers", "transformers", "engines"):
+            raise ImportError(f"{name} was imported")
+
+sys.meta_path.insert(0, Blocked())
+import numpy, torch, olss_fast
+engine = olss_fast.load_engine(sys.argv[1])
+noise = torch.from_numpy(numpy.load(sys.argv[2]))
+numpy.save(sys.argv[3], engine(noise, labels=1, steps=3).numpy())
+"""
+
+
+def test_runs_where_neither_diffusers_nor_the_networks_code_is(tmp_path: Path) -> None:
+    import numpy as np
+
+    noise = noise_for("guided")
+    np.save(tmp_path / "noise.npy", noise.numpy())
+    arguments = [str(engine_file("guided")), str(tmp_path / "noise.npy"), str(tmp_path / "found.npy")]
+    subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=tmp_path)
+    here = tiny_engine("guided")(noise, labels=1, steps=3)
+    assert np.array_equal(np.load(tmp_path / "found.npy"), here.numpy())
+
+
+def test_threads_share_an_engine() -> None:
+    engine = tiny_engine("guided")
+    jobs = [(noise_for("guided", 1 + i % 4), ("two", "three", "split")[i % 3]) for i in range(48)]
+    serial = [engine(noise, labels=1, plan=plan) for noise, plan in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda job: engine(job[0], labels=1, plan=job[1]), jobs))
+    assert all(torch.equal(*pair) for pair in zip(found, serial, strict=True))
+
+
+def test_stats() -> None:
+    engine = own_engine("plain")
+    assert engine.stats().bytes == 0
+    engine(noise_for("plain"))
+    stats = engine.stats()
+    assert (stats.backend, stats.captures, stats.replays, stats.reason) == ("fused", 0, 0, "")
+    # History of 16 evaluations and x_T at least, and the network's input.
+    assert stats.bytes >= 18 * noise_for("plain").nbytes
+    engine(noise_for("plain"), plan="three")
+    assert engine.stats().bytes == stats.bytes
+
+
+def test_results_are_the_callers_own() -> None:
+    engine, noise = tiny_engine("plain"), noise_for("plain")
+    first = engine(noise)
+    before, given = first.clone(), noise.clone()
+    engine(noise + 1)
+    assert torch.equal(first, before)
+    assert torch.equal(noise, given)
+
+
+def test_the_digest_that_a_file_ought_to_have() -> None:
+    path, digest = engine_file("plain"), tiny_engine("plain").manifest.facts["sha256"]
+    olss_fast.load_engine(path, sha256=digest)
+    with pytest.raises(EngineFileError, match=f"its digest is {digest}; expected '0000.*another file than you mean"):
+        olss_fast.load_engine(path, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "nonsense"])
+def test_another_device_than_it_was_built_for(device: str) -> None:
+    with pytest.raises(MachineError, match=f"built for cpu and is to run on {device}: build one for {device}"):
+        olss_fast.load_engine(engine_file("plain"), device=device)
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def changed(network: nn.Module, seed: int = 3) -> nn.Module:
+    """The same network with other weights."""
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=draws, dtype=torch.float64).to(weight.dtype))
+    return network
+
+
+@pytest.mark.parametrize("kind", ["plain", "channels_last", "float64"])
+def test_updated_weights_give_the_samples_of_the_changed_network(kind: str, tmp_path: Path) -> None:
+    engine, noise, network = own_engine(kind), noise_for(kind), changed(tiny(kind).network)
+    before = engine(noise)
+    engine.update_weights(network.state_dict())
+    after = engine(noise)
+    assert_near(after, olss_fast.sample(UNGUIDED["two"], network, noise))
+    assert float((after - before).abs().max()) > 0.1
+    engine.save(tmp_path / "changed.olss")
+    loaded = olss_fast.load_engine(tmp_path / "changed.olss")
+    assert torch.equal(loaded(noise), after)
+    old, new = tiny_engine(kind).manifest.facts["hashes"], loaded.manifest.facts["hashes"]
+    assert (old["weights"] != new["weights"], old["code"] == new["code"]) == (True, True)
+    assert torch.equal(tiny_engine(kind)(noise), before)  # loaded from the same file, and has weights of its own
+
+
+def test_some_weights_alone_are_updated() -> None:
+    engine, network, noise = own_engine("guided"), tiny("guided").network, noise_for("guided")
+    other = changed(tiny("guided").network)
+    engine.update_weights({"classes.weight": other.classes.weight, "frequencies": torch.tensor([2.0, 0.5])})
+    network.classes, network.frequencies = other.classes, torch.tensor([2.0, 0.5])
+    given = {"conditioning": {"labels": LABELS}, "unconditional": {"labels": 3}, "guidance_scale": 1.5}
+    assert_near(engine(noise, labels=LABELS), olss_fast.sample(GUIDED["two"], network, noise, **given))
+
+
+def test_lora_merged_in_place() -> None:
+    """W + s B A, in another dtype than the engine's: it is rounded once, as a merge in the network would be."""
+    engine, network, noise = own_engine("plain"), tiny("plain").network, noise_for("plain")
+    draws = torch.Generator().manual_seed(4)
+    up, down = (torch.randn(shape, generator=draws, dtype=torch.float64) for shape in ((4, 2), (2, 18)))
+    merged = network.into.weight.double() + 0.7 * (up @ down).reshape(4, 2, 3, 3)
+    engine.update_weights({"into.weight": merged})
+    with torch.no_grad():
+        network.into.weight.copy_(merged)
+    assert_near(engine(noise), olss_fast.sample(UNGUIDED["two"], network, noise))
+
+
+def test_an_engine_shares_no_memory_with_its_network() -> None:
+    parts, noise = tiny("plain"), noise_for("plain")
+    engine = parts.build()
+    before = engine(noise)
+    changed(parts.network)
+    assert torch.equal(engine(noise), before)
+    state = {name: each.clone() for name, each in parts.network.state_dict().items()}
+    engine.update_weights(state)
+    after = engine(noise)
+    for each in state.values():
+        each.zero_()
+    assert torch.equal(engine(noise), after)
+
+
+@pytest.mark.xfail(strict=True, reason="a weight that is tied to another is known by one of its names alone")
+def test_a_tied_weight_is_updated_by_either_name() -> None:
+    engine, noise = own_engine("plain"), noise_for("plain")
+    before = engine(noise)
+    engine.update_weights({"back.weight": torch.zeros(4, 4, 1, 1)})
+    assert not torch.equal(engine(noise), before)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([1], "state_dict is a list; expected a mapping"),
+        ({"into.wieght": torch.zeros(1)}, "no weights into.wieght; its weights are back.bias, down.bias"),
+        ({3: torch.zeros(1)}, "no weights 3;"),
+        ({"time.bias": 3}, "nothing was changed: time.bias is a int, expected a tensor"),
+        ({"time.bias": torch.zeros(5)}, r"time.bias has shape \(5,\), expected \(4,\)"),
+        ({"time.bias": torch.zeros(())}, r"time.bias has shape \(\), expected \(4,\)"),
+        ({"time.bias": torch.zeros(4, dtype=torch.int64)}, "time.bias is torch.int64, expected torch.float32"),
+        ({"time.bias": torch.zeros(4, dtype=torch.complex64)}, "time.bias is torch.complex64, expected torch.float32"),
+        ({"time.bias": torch.zeros(4, device="meta")}, "time.bias lies on meta .*holds its values"),
+        ({"time.bias": torch.zeros(4).to_sparse()}, "time.bias .* layout torch.sparse_coo"),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(state: Any, message: str) -> None:
+    engine = own_engine("plain")
+    before = {name: each.clone() for name, each in engine.weights.items()}
+    good = {"last.bias": torch.ones(2), "into.bias": torch.ones(4)}
+    with pytest.raises(InputError, match=message):
+        engine.update_weights({**good, **state} if isinstance(state, dict) else state)
+    assert all(torch.equal(each, before[name]) for name, each in engine.weights.items())
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def never(*arguments: Any) -> Tensor:
+    raise AssertionError("the compiled network was called")
+
+
+def refuses(monkeypatch: pytest.MonkeyPatch, kind: str, message: str, noise: Any, given: dict[str, Any]) -> None:
+    """InputError with this message, and the compiled network, which would check nothing, is not called."""
+    engine = tiny_engine(kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "network", never)
+        with pytest.raises(InputError, match=message):
+            engine(noise, **given)
+
+
+GOOD = noise_for("guided")
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (None, "noise is a NoneType; expected a tensor of 1…4 × 2 × 8…16 in steps of 4 × 8…24 in steps of 4"),
+        (GOOD.numpy(), "noise is a ndarray; expected a tensor"),
+        (GOOD[0], r"shape \(2, 12, 8\); this engine takes 4 axes"),
+        (GOOD[None], r"shape \(1, 2, 2, 12, 8\); this engine takes 4 axes"),
+        (torch.zeros(0, 2, 8, 8), r"\(0, 2, 8, 8\), and axis 0 does not fit .*expected 1…4;"),
+        (torch.zeros(5, 2, 8, 8), r"\(5, 2, 8, 8\), and axis 0 does not fit .*expected 1…4;"),
+        (torch.zeros(2, 3, 8, 8), "axis 1 does not fit .*expected 2;"),
+        (torch.zeros(2, 1, 8, 8), "axis 1 does not fit .*expected 2;"),
+        (torch.zeros(2, 2, 4, 8), "axis 2 does not fit .*expected 8…16 in steps of 4; build an engine with a wider"),
+        (torch.zeros(2, 2, 20, 8), "axis 2 does not fit"),
+        (torch.zeros(2, 2, 10, 8), "axis 2 does not fit"),
+        (torch.zeros(2, 2, 8, 28), "axis 3 does not fit .*expected 8…24 in steps of 4;"),
+        (GOOD.double(), "noise is torch.float64; this engine takes float32: convert it, or build another engine"),
+        (GOOD.half(), "noise is torch.float16"),
+        (GOOD.long(), "noise is torch.int64"),
+        (GOOD.to(torch.complex64), "noise is torch.complex64"),
+        (GOOD.to("meta"), "noise lies on meta; this engine runs on cpu: move it there"),
+        (GOOD.to_sparse(), "noise has the layout torch.sparse_coo"),
+        (GOOD.to(memory_format=torch.channels_last), r"strides \(192, 1, 16, 2\), it is not contiguous; call .contig"),
+        (torch.zeros(2, 2, 8, 16)[..., ::2], "it is not contiguous"),
+        (torch.zeros(1, 2, 8, 8).expand(2, 2, 8, 8), "it is not contiguous"),
+        (torch.full_like(GOOD, torch.nan), "the noise holds NaN or infinity"),
+        (torch.cat([GOOD[:1], GOOD[1:] * torch.inf]), "the noise holds NaN or infinity"),
+    ],
+)
+def test_noise_that_it_was_not_built_for(monkeypatch: pytest.MonkeyPatch, noise: Any, message: str) -> None:
+    refuses(monkeypatch, "guided", message, noise, {"labels": 1})
+
+
+def test_two_samples_into_an_engine_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead-of-time compiled code returns one sample then, and says nothing."""
+    refuses(monkeypatch, "plain", "axis 0 does not fit the engine's profile: expected 2;", torch.zeros(4, 2, 8, 8), {})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "conditioning: labels is missing; this engine takes the arguments: labels"),
+        ({"label": 1}, "conditioning: labels is missing and 'label' is unknown"),
+        ({"labels": 1, "scale": 2, "gain": 3}, "conditioning: 'gain, scale' is unknown"),
+        ({"labels": {"a": 1}}, "labels is missing and 'labels.a' is unknown"),
+        ({"labels": None}, r"conditioning\['labels'\] is a NoneType; expected a int64 tensor of shape \(2,\)"),
+        ({"labels": [0, 1]}, r"conditioning\['labels'\] is a list"),
+        ({"labels": "1"}, r"conditioning\['labels'\] is a str"),
+        ({"labels": torch.tensor([1])}, r"conditioning\['labels'\] has shape \(1,\); expected \(2,\)"),
+        ({"labels": torch.tensor(1)}, r"conditioning\['labels'\] has shape \(\); expected \(2,\)"),
+        ({"labels": torch.tensor([1, 2, 3])}, r"has shape \(3,\); expected \(2,\)"),
+        ({"labels": torch.tensor([[1, 2]])}, r"has shape \(1, 2\); expected \(2,\)"),
+        ({"labels": torch.tensor([1.0, 2.0])}, "is torch.float32; this engine takes int64"),
+        ({"labels": torch.tensor([1, 2], dtype=torch.int32)}, "is torch.int32; this engine takes int64"),
+        ({"labels": LABELS.to("meta")}, r"conditioning\['labels'\] lies on meta; this engine runs on cpu"),
+        ({"labels": LABELS.to_sparse()}, r"conditioning\['labels'\] has the layout torch.sparse_coo"),
+        ({"labels": 1.5}, r"conditioning\['labels'\] is 1.5, which is no int64"),
+        ({"labels": float("nan")}, r"conditioning\['labels'\] is nan, which is no int64"),
+        ({"labels": 2**63}, "which is no int64"),
+        ({"labels": 1, "unconditional": 3}, "unconditional is 3; expected a mapping"),
+        ({"labels": 1, "unconditional": {"y": 3}}, "unconditional: 'y' is unknown"),
+        ({"labels": 1, "unconditional": {3: 3}}, "unconditional: '3' is unknown"),
+        ({"labels": 1, "unconditional": {"labels": torch.tensor([1, 2, 3])}}, r"unconditional\['labels'\] has shape"),
+        ({"labels": 1, "unconditional": {"labels": 1.5}}, r"unconditional\['labels'\] is 1.5, which is no int64"),
+        ({"labels": 1, "steps": 7}, r"no plan of 7 steps; it has two \(2 steps\), three \(3 steps\), .*plan="),
+        ({"labels": 1, "steps": "two"}, "no plan of 'two' steps"),
+        ({"labels": 1, "plan": "seven"}, "no plan 'seven'; it has two"),
+        ({"labels": 1, "plan": 2}, "no plan 2; it has two"),
+        ({"labels": 1, "plan": ["two"]}, r"no plan \['two'\]; it has two"),
+        ({"labels": 1, "plan": "two", "steps": 2}, "steps and plan were both given"),
+        ({"labels": 1, "generator": 3}, "generator is a int; expected a torch.Generator"),
+        ({"labels": 1, "guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+        ({"labels": 1, "guidance_scale": float("nan")}, "guidance_scale must be finite"),
+        ({"labels": 1, "guidance_scale": 1e39}, "guidance_scale must be finite in float32"),
+        ({"labels": 1, "plan": "split", "guidance_scale": 2.0}, "guidance_scale=1.5 folded into its coefficients"),
+    ],
+)
+def test_arguments_that_it_was_not_built_for(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
+) -> None:
+    refuses(monkeypatch, "guided", message, GOOD, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {},
+            "conditioning: added.strength, added.table, added.text is missing; this engine takes the arg",
+        ),
+        ({"added": NESTED}, "conditioning: added.table is missing"),
+        ({"added": {**NESTED, "table": TABLE, "more": 1}}, "'added.more' is unknown"),
+        ({"added": {**NESTED, "table": TABLE}, "gain": 0.5}, "'gain' is unknown"),
+        ({"added": {**NESTED, "table": -TABLE}}, "differ in 'added.table', which belongs to no sample"),
+        ({"added": {**NESTED, "table": TABLE[0]}}, r"conditioning\['added.table'\] has shape \(2, 1, 1\); expected"),
+        (
+            {"added": {**NESTED, "table": TABLE, "strength": 1e39}},
+            r"added.strength'\] is 1e\+39, which float32 does",
+        ),
+    ],
+)
+def test_nested_arguments_that_it_was_not_built_for(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
+) -> None:
+    refuses(monkeypatch, "nested", message, noise_for("nested"), given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"guidance_scale": 2.0}, "guidance_scale is 2.0, but this engine is built without guidance: expected 1"),
+        ({"unconditional": {"labels": 1}}, "unconditional was given, but .* its network takes no arguments"),
+        ({"labels": 1}, "conditioning: 'labels' is unknown; this engine takes the arguments: none"),
+        ({"plan": GUIDED["split"]}, "keeps both outputs of a guided pair apart: build the engine with unconditional"),
+        ({"plan": GUIDED["two"].replace(models=[0, 1])}, "uses network 1, but 1 came"),
+    ],
+)
+def test_what_an_engine_without_guidance_refuses(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
+) -> None:
+    refuses(monkeypatch, "plain", message, noise_for("plain"), given)
+
+
+def test_outputs_that_are_not_finite_name_the_evaluation() -> None:
+    engine = own_engine("plain")
+    engine.update_weights({"last.bias": torch.full((2,), torch.inf)})
+    with pytest.raises(NetworkError, match="NaN or infinity at evaluation 0"):
+        engine(noise_for("plain"))
+
+
+def test_conditioning_that_the_network_cannot_take_is_a_network_error() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of several threads of compiled code, one that raises ends the process
+    try:
+        with pytest.raises(NetworkError, match=r"compiled network failed: .*index out of bounds.* numbers of classes"):
+            tiny_engine("guided")(GOOD, labels=99)
+    finally:
+        torch.set_num_threads(threads)
