@@ -66,19 +66,19 @@ def nodes_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 def test_the_embedded_model_from_one_file_at_any_batch(path: Path) -> None:
-    """1e-5 of `sample` as a root mean square (measured: 1e-6). Single pixels of both are further from the exact
-    result, 1.4e-5 at most over 64 images for either: guidance and solver amplify what float32 rounds. So the largest
-    difference is held to the error budget, over all images at once."""
+    """Within 1e-5 of `sample` as a root mean square (measured: 7e-7). Single pixels of either are further from what a
+    float64 network gives, up to 1.5e-5 over 64 images, for guidance and solver amplify what float32 rounds: so the
+    largest difference is held to the error budget, over all images at once."""
     model, exact = demo.load("cpu"), demo.load("cpu", torch.float64)
     plan = solvers.unipc(model.schedule, 5)
     how: dict[str, Any] = {"unconditional": {"class_labels": model.null_class}, "guidance_scale": model.guidance_scale}
     example = {"class_labels": torch.tensor([0, 1])}
     export_onnx(model.network, plan, path, shape=(2, *model.shape), example=example, **how)
-    noise, labels = noise_of(8, model.shape), torch.arange(8)
+    noise, labels = noise_of(32, model.shape), torch.arange(32) % model.classes
     session = session_of(path)
     parts = [
         session.run(None, {"noise": noise[part].numpy(), "class_labels": labels[part].numpy()})[0]
-        for part in (slice(0, 1), slice(1, 3), slice(3, 8))
+        for part in (slice(0, 1), slice(1, 3), slice(3, 8), slice(8, 32))
     ]
     found = np.concatenate(parts).astype(np.float64)
     expected, reference = (
