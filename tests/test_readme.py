@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import olss_fast
 from olss_fast.noise_schedule import NoiseSchedule
 
 README = Path(__file__).parent.parent / "README.md"
@@ -40,12 +42,34 @@ def test_calls_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert set(names["result"].plans) == {5, 8}
 
 
+class Network(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
+        output: Tensor = torch.tanh(self.mix(x) + (y / 10.0 + timestep / 1000.0).view(-1, 1, 1, 1))
+        return output
+
+
+def test_engine_calls_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "build(" in block)
+    y = torch.arange(16) % 10
+    names = {"olss_fast": olss_fast, "network": Network().eval(), "y": y, "null": torch.full_like(y, 10)}
+    names["result"] = SimpleNamespace(plans={n: olss_fast.solvers.unipc(SCHEDULE, n) for n in (5, 8)})
+    names["noise"] = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OLSS_FAST_CACHE", str(tmp_path / "cache"))
+    exec(code, names)
+    assert names["images"].shape == (8, 1, 32, 32)
+
+
 @pytest.mark.filterwarnings("ignore")  # diffusers' deprecations
 def test_the_pipeline_calls_work_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     import tiny_pipelines
 
-    import olss_fast
     from olss_fast.tuning import Effort
 
     least = Effort(
