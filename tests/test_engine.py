@@ -19,7 +19,7 @@ from olss_fast.errors import EngineFileError, InputError, MachineError, NetworkE
 
 # The compiled network and its loop round in another order than eager code: a few units in the last place of each of at
 # most 5 outputs, which the plan's rows (up to 15) and the guidance (up to 3) weigh.
-UNITS = 128
+UNITS = 16
 LABELS = torch.tensor([2, 0])
 NESTED = {"text": torch.linspace(0, 1, 6).reshape(2, 3), "strength": torch.tensor([0.5, 2.0])}
 TABLE = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)

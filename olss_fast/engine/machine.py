@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from olss_fast import __version__
+from olss_fast._text import clipped, printable
 
 # The flags of /proc/cpuinfo that name instructions which a compiler may use.
 INSTRUCTIONS = re.compile(
@@ -61,6 +62,11 @@ def mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str 
 
     device: where it is to run; None: on the kind of device that it was built for. Starts torch.
     """
+    found = _mismatches(built_with, machine, device)
+    return [clipped(printable(each), 500) for each in found]  # it quotes a file that may be anybody's
+
+
+def _mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str | None) -> list[str]:
     import torch
 
     found = []
