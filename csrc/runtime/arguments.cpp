@@ -18,28 +18,28 @@ constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 std::int64_t parse_integer(const std::string& text, const std::string& option, std::int64_t least, std::int64_t most = largest) {
     const std::vector<std::int64_t> numbers = parse_numbers<std::int64_t>(text, option);
     if (numbers.size() != 1 || numbers[0] < least || numbers[0] > most)
-        fail(kind, option, " is ", quoted(text), "; expected a whole number of at least ", least, most < largest ? concat(" and at most ", most) : "");
+        fail(kind, option, " is ", quote(text), "; expected a whole number of at least ", least, most < largest ? concat(" and at most ", most) : "");
     return numbers[0];
 }
 
 double parse_double(const std::string& text, const std::string& option) {
     const std::vector<double> numbers = parse_numbers<double>(text, option);
-    if (numbers.size() != 1) fail(kind, option, " is ", quoted(text), "; expected one number");
+    if (numbers.size() != 1) fail(kind, option, " is ", quote(text), "; expected one number");
     return numbers[0];
 }
 
 void parse_assignment(const std::string& text, const std::string& option, std::map<std::string, std::string>& into) {
     const std::size_t place = text.find('=');
     if (place == std::string::npos || place == 0 || place + 1 == text.size())
-        fail(kind, option, " is ", quoted(text), "; expected NAME=VALUE, as in ", option, " class_labels=3");
+        fail(kind, option, " is ", quote(text), "; expected NAME=VALUE, as in ", option, " class_labels=3");
     if (!into.emplace(text.substr(0, place), text.substr(place + 1)).second)
-        fail(kind, option, " was given twice for ", quoted(text.substr(0, place)));
+        fail(kind, option, " was given twice for ", quote(text.substr(0, place)));
 }
 
 Shape parse_shape(const std::string& text) {
     const Shape shape = parse_numbers<std::int64_t>(text, "--shape");
     for (std::int64_t size : shape)
-        if (size < 1) fail(kind, "--shape is ", quoted(text), "; expected sizes of at least 1, as in --shape 1,32,32");
+        if (size < 1) fail(kind, "--shape is ", quote(text), "; expected sizes of at least 1, as in --shape 1,32,32");
     return shape;
 }
 
@@ -78,7 +78,7 @@ std::vector<Number> parse_numbers(const std::string& text, const std::string& wh
         bool good = fault == std::errc() && (stop == end || *stop == ',');
         if constexpr (std::is_floating_point_v<Number>) good = good && std::isfinite(number);
         if (!good)
-            fail(kind, what, " is ", quoted(text), "; expected ", std::is_integral_v<Number> ? "whole numbers" : "numbers", " with commas between them");
+            fail(kind, what, " is ", quote(text), "; expected ", std::is_integral_v<Number> ? "whole numbers" : "numbers", " with commas between them");
         numbers.push_back(number);
         if (stop == end) return numbers;
         next = stop + 1;
@@ -118,11 +118,11 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
             if (equals == std::string::npos && i + 1 == words.size()) fail(kind, name, " needs a value; see olss-run --help");
             option->second(equals == std::string::npos ? words[++i] : word.substr(equals + 1));
         } else if (word.rfind('-', 0) == 0) {
-            fail(kind, "there is no option ", quoted(word), "; see olss-run --help");
+            fail(kind, "there is no option ", quote(word), "; see olss-run --help");
         } else if (result.engine.empty()) {
             result.engine = word;
         } else {
-            fail(kind, "two engines came, ", quoted(result.engine), " and ", quoted(word), "; expected one");
+            fail(kind, "two engines came, ", quote(result.engine), " and ", quote(word), "; expected one");
         }
     }
     return result;

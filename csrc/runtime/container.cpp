@@ -59,17 +59,17 @@ TableEntry table_entry(const std::string& name, const Json& json, std::size_t ex
                            dtype->as<std::string>() && naturals(json.find("shape"), entry.shape) &&
                            naturals(json.find("data_offsets"), offsets) && offsets.size() == 2;
     if (!described)
-        fail(kind, "tensor ", quoted(name), " is described by ", json.summary(),
+        fail(kind, "tensor ", quote(name), " is described by ", json.summary(),
              "; expected dtype, shape and data_offsets [begin, end]", again);
     entry.dtype = *dtype->as<std::string>();
     entry.begin = static_cast<std::size_t>(offsets[0]), entry.end = static_cast<std::size_t>(offsets[1]);
-    if (!bytes_of(entry.dtype)) fail(kind, "tensor ", quoted(name), " has the dtype ", quoted(entry.dtype), ", which is unknown");
+    if (!bytes_of(entry.dtype)) fail(kind, "tensor ", quote(name), " has the dtype ", quote(entry.dtype), ", which is unknown");
     std::size_t size = 0;
     if (!product(bytes_of(entry.dtype), entry.shape, size) || entry.end < entry.begin || entry.end - entry.begin != size)
-        fail(kind, "tensor ", quoted(name), " of ", entry.dtype, " ", shown(entry.shape), " lies in bytes ", entry.begin, " to ",
+        fail(kind, "tensor ", quote(name), " of ", entry.dtype, " ", shown(entry.shape), " lies in bytes ", entry.begin, " to ",
              entry.end, ", which do not fit its shape", again);
     if (entry.begin != expected_begin)
-        fail(kind, "tensor ", quoted(name), " begins at byte ", entry.begin, "; expected ", expected_begin,
+        fail(kind, "tensor ", quote(name), " begins at byte ", entry.begin, "; expected ", expected_begin,
              ", where the tensor before it ends", again);
     return entry;
 }
@@ -92,7 +92,7 @@ std::size_t header_size(const InputFile& file) {
 void check_version(const Json& manifest) {
     const Json* format = manifest.find("format");
     if (!format || !format->as<std::string>() || *format->as<std::string>() != entry_name)
-        fail(kind, "its format is ", format ? format->summary() : "missing", "; expected ", quoted(entry_name));
+        fail(kind, "its format is ", format ? format->summary() : "missing", "; expected ", quote(entry_name));
     const Json* version = manifest.find("version");
     const std::int64_t* number = version ? version->as<std::int64_t>() : nullptr;
     if (!number || *number < 1) fail(kind, "its version is ", version ? version->summary() : "missing", "; expected a positive integer");
@@ -164,7 +164,7 @@ const std::string& metadata_entry(const Json& header, const std::string& name) {
     const std::string* text = entries && entries->size() == 1 ? metadata->find(name) ? metadata->find(name)->as<std::string>() : nullptr : nullptr;
     if (!text)
         fail(kind, "its __metadata__ is ", metadata ? metadata->summary() : "missing", "; expected the single entry ",
-             quoted(name), ". Perhaps a model, or another kind of file?");
+             quote(name), ". Perhaps a model, or another kind of file?");
     return *text;
 }
 

@@ -47,7 +47,7 @@ std::map<std::string, at::Tensor> default_arguments(const EngineFile& file) {
         for (const Input& each : file.description.inputs)
             if (each.name == view.name) known = &each;
         if (!known || tensor.scalar_type() != dtype_named(known->dtype) || tensor.sizes() != shape_of(*known, 1))
-            fail(Error::Kind::file, "the unconditional argument ", quoted(view.name), " of ", view.dtype, " ", shown(view.shape),
+            fail(Error::Kind::file, "the unconditional argument ", quote(view.name), " of ", view.dtype, " ", shown(view.shape),
                  " is none of the engine's inputs, or of another dtype or shape; build the engine again");
     }
     return result;
@@ -89,7 +89,7 @@ struct Engine::Impl {
             const auto held = network.weights().find(name);
             const bool unused = std::find(description.unused.begin(), description.unused.end(), name) != description.unused.end();
             const std::string fault = held != network.weights().end() ? unfit(value, held->second) : unused ? "" : "is none of the engine's weights";
-            if (!fault.empty() && faults.size() < 8) faults.push_back(quoted(name) + " " + fault);
+            if (!fault.empty() && faults.size() < 8) faults.push_back(quote(name) + " " + fault);
         }
         if (!faults.empty()) fail(input, "weights that do not fit, nothing was changed: ", listed(faults, "; "));
         const std::unique_lock<std::shared_mutex> lock(weights_in_use);

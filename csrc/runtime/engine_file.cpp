@@ -30,21 +30,21 @@ bool is_bytes(const TensorView& view) { return view.dtype == "U8" && view.shape.
 void check_code(const std::vector<TensorView>& code) {
     for (const TensorView& each : code)
         if (!is_plain(each.name) || !is_bytes(each))
-            fail(kind, "its code holds ", quoted(each.name), " of ", each.dtype, " ", shown(each.shape), "; expected bytes under a plain file name");
+            fail(kind, "its code holds ", quote(each.name), " of ", each.dtype, " ", shown(each.shape), "; expected bytes under a plain file name");
     if (!named(code, "network.so")) fail(kind, "it holds no code/network.so");
 }
 
 Plan plan_of(const PlanEntry& entry, const std::vector<TensorView>& files, bool doubled) {
     const TensorView* file = named(files, entry.name);
-    if (!file || !is_bytes(*file)) fail(kind, "it names a plan ", quoted(entry.name), " and holds no such bytes");
+    if (!file || !is_bytes(*file)) fail(kind, "it names a plan ", quote(entry.name), " and holds no such bytes");
     if (hexadecimal(sha256(file->data, file->size)) != entry.sha256)
-        fail(kind, "the plan ", quoted(entry.name), " is not the one that the manifest names: its SHA-256 is another; build the engine again");
+        fail(kind, "the plan ", quote(entry.name), " is not the one that the manifest names: its SHA-256 is another; build the engine again");
     const Plan plan = parse_plan(*file);
     if (plan.nfe != entry.nfe || plan.branches != entry.branches || plan.noises() != entry.noises)
-        fail(kind, "the plan ", quoted(entry.name), " has ", plan.nfe, " evaluations, ", plan.branches, " branches and ", plan.noises(),
+        fail(kind, "the plan ", quote(entry.name), " has ", plan.nfe, " evaluations, ", plan.branches, " branches and ", plan.noises(),
              " noises; the manifest says ", entry.nfe, ", ", entry.branches, " and ", entry.noises);
     if (plan.branches == 2 && !doubled)
-        fail(kind, "the plan ", quoted(entry.name), " keeps both halves of a guided pair apart, and the engine has no such pair");
+        fail(kind, "the plan ", quote(entry.name), " keeps both halves of a guided pair apart, and the engine has no such pair");
     return plan;
 }
 
@@ -61,7 +61,7 @@ EngineFile::EngineFile(const std::string& path) {
             const auto folder = std::find_if(folders.begin(), folders.end(), [&](const auto& each) {
                 return view.name.size() > each.first.size() && view.name.rfind(each.first, 0) == 0;
             });
-            if (folder == folders.end()) fail(kind, "it holds the tensor ", quoted(view.name), "; expected weights/…, code/…, plans/… and unconditional/… alone");
+            if (folder == folders.end()) fail(kind, "it holds the tensor ", quote(view.name), "; expected weights/…, code/…, plans/… and unconditional/… alone");
             view.name.erase(0, folder->first.size());
             folder->second->push_back(std::move(view));
         }
@@ -71,7 +71,7 @@ EngineFile::EngineFile(const std::string& path) {
         for (const PlanEntry& entry : description.plans) plans.push_back(plan_of(entry, plan_files, description.doubled));
         if (!description.doubled && !unconditional.empty()) fail(kind, "it holds unconditional arguments, and has no guidance");
     } catch (const Error& error) {
-        fail(error.kind(), quoted(path, 200), " is no usable engine file: ", error.what());
+        fail(error.kind(), quote(path, 200), " is no usable engine file: ", error.what());
     }
 }
 

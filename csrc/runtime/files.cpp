@@ -81,7 +81,7 @@ void write_new(const std::string& temporary, const std::string& path, std::strin
 InputFile::InputFile(const std::string& path) : path_(path) {
     // Opening a pipe would wait for ever without O_NONBLOCK, which means nothing to a regular file.
     descriptor_ = ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (descriptor_ < 0) fail(kind, "cannot read ", quoted(path, 200), ": ", advice(errno));
+    if (descriptor_ < 0) fail(kind, "cannot read ", quote(path, 200), ": ", advice(errno));
     struct stat status;
     const int result = ::fstat(descriptor_, &status);
     if (result == 0 && S_ISREG(status.st_mode)) {
@@ -90,7 +90,7 @@ InputFile::InputFile(const std::string& path) : path_(path) {
     }
     const std::string reason = result != 0 ? advice(errno) : concat("it is ", kind_of(status.st_mode), "; give the path of a file");
     ::close(descriptor_);
-    fail(kind, "cannot read ", quoted(path, 200), ": ", reason);
+    fail(kind, "cannot read ", quote(path, 200), ": ", reason);
 }
 
 InputFile::~InputFile() { ::close(descriptor_); }
@@ -100,8 +100,8 @@ void InputFile::read(std::size_t offset, void* into, std::size_t count) const {
     while (count > 0) {
         const ssize_t done = ::pread(descriptor_, next, count, static_cast<off_t>(offset));
         if (done < 0 && errno == EINTR) continue;
-        if (done < 0) fail(kind, "cannot read ", quoted(path_, 200), ": ", advice(errno));
-        if (done == 0) fail(kind, "cannot read ", quoted(path_, 200), ": it shrank while it was read; try again");
+        if (done < 0) fail(kind, "cannot read ", quote(path_, 200), ": ", advice(errno));
+        if (done == 0) fail(kind, "cannot read ", quote(path_, 200), ": it shrank while it was read; try again");
         next += done, offset += static_cast<std::size_t>(done), count -= static_cast<std::size_t>(done);
     }
 }
@@ -110,11 +110,11 @@ void check_writable(const std::string& path) {
     const std::string folder = folder_of(path);
     struct stat status;
     if (path.empty() || ::stat(folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode))
-        fail(kind, "cannot write to ", quoted(path, 200), ": there is no folder ", quoted(folder, 200), "; create it first");
+        fail(kind, "cannot write to ", quote(path, 200), ": there is no folder ", quote(folder, 200), "; create it first");
     if (::lstat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))
-        fail(kind, "cannot write to ", quoted(path, 200), ": it is ", kind_of(status.st_mode),
+        fail(kind, "cannot write to ", quote(path, 200), ": it is ", kind_of(status.st_mode),
              "; give the path of a file, or of one to be created");
-    if (::access(folder.c_str(), W_OK) != 0) fail(kind, "cannot write to ", quoted(path, 200), ": ", advice(errno));
+    if (::access(folder.c_str(), W_OK) != 0) fail(kind, "cannot write to ", quote(path, 200), ": ", advice(errno));
 }
 
 void write_atomically(const std::string& path, std::string_view data) {
@@ -124,7 +124,7 @@ void write_atomically(const std::string& path, std::string_view data) {
     try {
         write_new(temporary, path, data);
     } catch (int number) {
-        fail(kind, "cannot write ", data.size(), " bytes to ", quoted(path, 200), ": ", advice(number));
+        fail(kind, "cannot write ", data.size(), " bytes to ", quote(path, 200), ": ", advice(number));
     }
     flush_folder(folder_of(path));
 }
@@ -133,7 +133,7 @@ PrivateFolder::PrivateFolder() {
     const char* root = std::getenv("TMPDIR");
     path_ = concat(root && *root ? root : "/tmp", "/olss-XXXXXX");
     if (!::mkdtemp(path_.data()))  // which makes it with mode 0700
-        fail(kind, "cannot make a temporary folder ", quoted(path_, 200), ": ", advice(errno), "; TMPDIR chooses another place");
+        fail(kind, "cannot make a temporary folder ", quote(path_, 200), ": ", advice(errno), "; TMPDIR chooses another place");
 }
 
 PrivateFolder::~PrivateFolder() {
@@ -150,7 +150,7 @@ std::string PrivateFolder::write(const std::string& name, const unsigned char* d
         names_ += name + "/";
         write_all(open.number, reinterpret_cast<const char*>(data), size);
     } catch (int number) {
-        fail(kind, "cannot write ", size, " bytes to ", quoted(path, 200), ": ", advice(number), "; TMPDIR chooses another place");
+        fail(kind, "cannot write ", size, " bytes to ", quote(path, 200), ": ", advice(number), "; TMPDIR chooses another place");
     }
     return path;
 }

@@ -81,7 +81,7 @@ class Parser {
         do {
             skip_space();
             std::string name = string();
-            if (!names.insert(name).second) refuse("the name " + quoted(name) + " occurs twice");
+            if (!names.insert(name).second) refuse("the name " + quote(name) + " occurs twice");
             expect(':');
             members.emplace_back(std::move(name), value(depth + 1));
         } while (take(','));
@@ -192,7 +192,7 @@ std::string Json::summary() const {
     if (const bool* truth = as<bool>()) return *truth ? "true" : "false";
     if (const std::int64_t* integer = as<std::int64_t>()) return concat(*integer);
     if (const double* number = as<double>()) return concat(*number);
-    if (const std::string* text = as<std::string>()) return quoted(*text);
+    if (const std::string* text = as<std::string>()) return quote(*text);
     if (const Array* items = as<Array>()) return concat("a list of ", items->size());
     if (const Object* members = as<Object>()) return concat("an object of ", members->size());
     return "null";

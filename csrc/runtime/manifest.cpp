@@ -43,7 +43,7 @@ struct Item {
     }
     Item member(const std::string& member_name) const {
         const Json* value = json.find(member_name);
-        if (!value) refuse("an object with the member " + quoted(member_name));
+        if (!value) refuse("an object with the member " + quote(member_name));
         return {*value, name.empty() ? member_name : name + "." + member_name};
     }
 };
@@ -51,10 +51,8 @@ struct Item {
 void expect_members(const Item& item, std::initializer_list<const char*> expected) {
     const std::set<std::string> wanted(expected.begin(), expected.end());
     std::set<std::string> found;
-    for (const auto& [name, value] : item.as<Json::Object>("an object")) found.insert(quoted(name));
-    std::set<std::string> quoted_wanted;
-    for (const std::string& name : wanted) quoted_wanted.insert(quoted(name));
-    if (found != quoted_wanted) item.refuse("an object with exactly the members " + listed(wanted));
+    for (const auto& [name, value] : item.as<Json::Object>("an object")) found.insert(name);
+    if (found != wanted) item.refuse("an object with exactly the members " + listed(wanted));
 }
 
 template <typename Read>
@@ -68,7 +66,7 @@ auto list_of(const Item& item, Read read) {
 template <typename Read>
 auto map_of(const Item& item, Read read) {
     std::map<std::string, decltype(read(item))> result;
-    for (const auto& [name, value] : item.as<Json::Object>("an object")) result[name] = read(Item{value, item.name + "." + quoted(name)});
+    for (const auto& [name, value] : item.as<Json::Object>("an object")) result[name] = read(Item{value, item.name + "." + quote(name)});
     return result;
 }
 
@@ -128,9 +126,9 @@ PlanEntry plan(const Item& item) {
 void check_names(const Description& engine) {
     std::set<std::string> inputs, plans;
     for (const Input& each : engine.inputs)
-        if (!inputs.insert(each.name).second) fail(kind, "the manifest has two inputs of the name ", quoted(each.name));
+        if (!inputs.insert(each.name).second) fail(kind, "the manifest has two inputs of the name ", quote(each.name));
     for (const PlanEntry& each : engine.plans)
-        if (!plans.insert(each.name).second) fail(kind, "the manifest has two plans of the name ", quoted(each.name));
+        if (!plans.insert(each.name).second) fail(kind, "the manifest has two plans of the name ", quote(each.name));
     if (plans.empty()) fail(kind, "the manifest names no plan; expected at least one");
 }
 

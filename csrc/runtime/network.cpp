@@ -40,12 +40,12 @@ CompiledNetwork::CompiledNetwork(const EngineFile& file, std::size_t runs_at_onc
     for (const auto& [inner, fqn] : names) {
         const std::string name = weight_name(fqn);
         const auto view = views.find(name);
-        if (view == views.end()) fail(kind, "the engine's code reads a weight ", quoted(name), " that is not in the file; build the engine again");
+        if (view == views.end()) fail(kind, "the engine's code reads a weight ", quote(name), " that is not in the file; build the engine again");
         const auto strides = file.description.strides.find(name);
         at::Tensor& weight = weights_[name];
         if (!weight.defined()) weight = copied(*view->second, strides == file.description.strides.end() ? nullptr : &strides->second);
         if (const auto dtype = dtypes.find(inner); dtype != dtypes.end() && dtype->second != static_cast<std::int32_t>(weight.scalar_type()))
-            fail(kind, "weight ", quoted(name), " is ", name_of(weight.scalar_type()), ", and the engine's code expects another dtype; build the engine again");
+            fail(kind, "weight ", quote(name), " is ", name_of(weight.scalar_type()), ", and the engine's code expects another dtype; build the engine again");
         constants[inner] = weight;
     }
     guarded(kind, "the engine's weights do not fit its code",

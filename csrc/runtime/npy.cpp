@@ -112,7 +112,7 @@ const Type& type_of(const std::string& descr) {
         if (descr == type.descr) return type;
     std::vector<std::string> known;
     for (const Type& type : types) known.push_back(type.dtype);
-    fail(kind, "it holds numbers of the type ", quoted(descr), "; save it as one of ", listed(known));
+    fail(kind, "it holds numbers of the type ", quote(descr), "; save it as one of ", listed(known));
 }
 
 std::string_view header_of(std::string_view file) {
@@ -151,13 +151,13 @@ Npy parse_npy(std::string_view file) {
 
 Npy read_npy(const std::string& path) {
     const InputFile file(path);
-    if (file.size() > most_bytes) fail(kind, quoted(path, 200), " has ", file.size(), " bytes; expected at most ", most_bytes);
+    if (file.size() > most_bytes) fail(kind, quote(path, 200), " has ", file.size(), " bytes; expected at most ", most_bytes);
     Bytes bytes(file.size());
     file.read(0, bytes.data.get(), bytes.size);
     try {
         return parse_npy(bytes.text());
     } catch (const Error& error) {
-        fail(kind, quoted(path, 200), " is no usable .npy file: ", error.what());
+        fail(kind, quote(path, 200), " is no usable .npy file: ", error.what());
     }
 }
 

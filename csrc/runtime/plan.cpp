@@ -28,7 +28,7 @@ struct Reader {
     const TableEntry& described(const std::string& name, const char* dtype, std::size_t dimensions) const {
         for (const TableEntry& each : table)
             if (each.name == name && each.dtype == dtype && each.shape.size() == dimensions) return each;
-        fail(kind, "it has no tensor ", quoted(name), " of dtype ", dtype, " in ", dimensions, " dimension(s)");
+        fail(kind, "it has no tensor ", quote(name), " of dtype ", dtype, " in ", dimensions, " dimension(s)");
     }
 
     template <typename T>
@@ -143,7 +143,7 @@ Plan parse_plan(const TensorView& file) {
     try {
         return decoded(file);
     } catch (const Error& error) {
-        throw Error(error.kind(), concat("the plan ", quoted(file.name), " is unusable: ", error.what()));
+        throw Error(error.kind(), concat("the plan ", quote(file.name), " is unusable: ", error.what()));
     }
 }
 

@@ -40,7 +40,7 @@ at::Tensor argument(const Input& input, const std::string& what, const at::Tenso
 at::Tensor joined(const Input& input, const at::Tensor& without, const at::Tensor& given) {
     if (input.per_sample) return at::cat({without, given});
     if (!at::equal(without, given))
-        fail(kind, "conditioning and unconditional differ in ", quoted(input.name), ", which belongs to no sample, and the network is asked "
+        fail(kind, "conditioning and unconditional differ in ", quote(input.name), ", which belongs to no sample, and the network is asked "
              "about both at once: give both the same");
     return given.contiguous();
 }
@@ -75,9 +75,9 @@ std::size_t chosen_plan(const Description& engine, const std::optional<std::int6
     for (std::size_t i = 0; i < engine.plans.size(); ++i) {
         const PlanEntry& each = engine.plans[i];
         if (plan ? each.name == *plan : !steps || each.nfe == *steps) return i;
-        known.push_back(concat(quoted(each.name), " (", each.nfe, " steps)"));
+        known.push_back(concat(quote(each.name), " (", each.nfe, " steps)"));
     }
-    fail(kind, "the engine has no plan ", plan ? quoted(*plan) : concat("of ", *steps, " steps"), "; it has ", listed(known));
+    fail(kind, "the engine has no plan ", plan ? quote(*plan) : concat("of ", *steps, " steps"), "; it has ", listed(known));
 }
 
 double chosen_guidance(const Description& engine, const std::optional<double>& guidance_scale) {
@@ -93,11 +93,11 @@ void check_names(const Description& engine, const std::map<std::string, Values>&
     std::vector<std::string> missing, unknown, known;
     std::set<std::string> names;
     for (const Input& each : engine.inputs) {
-        names.insert(each.name), known.push_back(quoted(each.name));
-        if (!given.count(each.name)) missing.push_back(quoted(each.name));
+        names.insert(each.name), known.push_back(quote(each.name));
+        if (!given.count(each.name)) missing.push_back(quote(each.name));
     }
     for (const auto& [name, value] : given)
-        if (!names.count(name)) unknown.push_back(quoted(name));
+        if (!names.count(name)) unknown.push_back(quote(name));
     if (missing.empty() && unknown.empty()) return;
     const std::string faults = concat(missing.empty() ? "" : listed(missing) + " missing", missing.empty() || unknown.empty() ? "" : " and ",
                                       unknown.empty() ? "" : listed(unknown) + " unknown");
@@ -117,7 +117,7 @@ std::vector<at::Tensor> network_inputs(const Description& engine, const Request&
     if (engine.doubled) check_names(engine, without, "unconditional");
     std::vector<at::Tensor> result;
     for (const Input& each : engine.inputs) {
-        const std::string name = quoted(each.name);
+        const std::string name = quote(each.name);
         const at::Tensor given = argument(each, "conditioning " + name, request.conditioning.at(each.name), samples, false);
         result.push_back(!engine.doubled ? given.contiguous()
                                          : joined(each, argument(each, "unconditional " + name, without.at(each.name), samples, true), given));

@@ -39,7 +39,7 @@ bool dense(const Shape& shape, const Shape& strides) {
 at::ScalarType dtype_named(const std::string& name) {
     for (const Name& each : names)
         if (name == each.torch || name == each.file) return each.dtype;
-    fail(Error::Kind::internal, "there is no dtype ", quoted(name));
+    fail(Error::Kind::internal, "there is no dtype ", quote(name));
 }
 
 std::string name_of(at::ScalarType dtype) {
@@ -53,7 +53,7 @@ at::Tensor copied(const TensorView& view, const Shape* strides) {
     if (view.size > 0) std::memcpy(plain.mutable_data_ptr(), view.data, view.size);
     if (!strides) return plain;
     if (!dense(view.shape, *strides))
-        fail(Error::Kind::file, "weight ", quoted(view.name), " of shape ", shown(view.shape), " has the strides ", shown(*strides),
+        fail(Error::Kind::file, "weight ", quote(view.name), " of shape ", shown(view.shape), " has the strides ", shown(*strides),
              "; expected those of dense memory");
     return at::empty_strided(view.shape, *strides, plain.options()).copy_(plain);
 }

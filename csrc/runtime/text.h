@@ -40,7 +40,7 @@ inline std::size_t letter_size(std::string_view text) {
 }
 
 // In quotes, whatever is no printable letter escaped, about `width` bytes at most and an ellipsis.
-inline std::string quoted(std::string_view text, std::size_t width = 80) {
+inline std::string quote(std::string_view text, std::size_t width = 80) {
     std::string shown = "'";
     while (!text.empty() && shown.size() <= width) {
         const unsigned char first = static_cast<unsigned char>(text[0]);

@@ -73,7 +73,7 @@ at::Tensor parse_value(const Input& input, const std::string& text, std::int64_t
 
 void check_out(const std::string& path, const Profile& profile) {
     const bool picture = ends_with(path, ".png");
-    if (!picture && !ends_with(path, ".npy")) fail(kind, "--out is ", quoted(path, 200), "; expected a name that ends in .npy or .png");
+    if (!picture && !ends_with(path, ".npy")) fail(kind, "--out is ", quote(path, 200), "; expected a name that ends in .npy or .png");
     const std::size_t axes = profile.min.size();
     const auto fits = [&](std::int64_t channels) { return profile.min[1] <= channels && channels <= profile.max[1]; };
     if (picture && (axes != 4 || !(fits(1) || fits(3))))

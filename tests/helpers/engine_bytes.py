@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engines import GUIDED
@@ -84,6 +85,19 @@ class EngineBytes:
             "weights/conv.weight": ("F32", [1, 1, 3, 3], bytes(range(36))),
         }
     )
+
+    @classmethod
+    def of(cls, path: Path) -> EngineBytes:
+        """The parts of a file, its digest blank again."""
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        manifest = json.loads(header.pop("__metadata__")["olss_fast.engine"])
+        tensors = {
+            name: (row["dtype"], row["shape"], content[end + row["data_offsets"][0] : end + row["data_offsets"][1]])
+            for name, row in header.items()
+        }
+        return cls({**manifest, "sha256": BLANK}, tensors)
 
     def table(self) -> dict[str, Any]:
         rows, end = {}, 0

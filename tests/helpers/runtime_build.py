@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from olss_fast.engine import runtime
+from olss_fast.errors import BuildError
 
 FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-runtime-")  # gone when the interpreter ends
 CHECKER = Path(__file__).parents[1] / "hostile" / "check_files.cpp"
@@ -20,9 +21,19 @@ SANITIZED = ["-std=c++20", "-O0", "-fsanitize=address,undefined", "-fno-sanitize
 
 
 @functools.cache
+def _built() -> Path | BuildError:
+    try:
+        return runtime.build_runtime(Path(FOLDER.name, "runtime")).parents[1]
+    except BuildError as error:  # kept: each test would spend a minute to find it again
+        return error
+
+
 def built_runtime() -> Path:
     """The folder with bin, lib and include."""
-    return runtime.build_runtime(Path(FOLDER.name, "runtime")).parents[1]
+    built = _built()
+    if isinstance(built, BuildError):
+        raise built
+    return built
 
 
 def olss_run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -66,3 +77,27 @@ def check_files(paths: Sequence[Path]) -> list[str]:
     answers = done.stdout.splitlines()
     assert len(answers) == len(paths)
     return answers
+
+
+@functools.cache
+def user_program() -> Path:
+    """The program of use_runtime.cpp, compiled against the installed headers and library."""
+    built, torch = built_runtime(), runtime._torch()
+    program = Path(FOLDER.name, "use-runtime")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    flags = [
+        "-std=c++20",
+        "-O0",
+        "-I",
+        str(built / "include"),
+        "-I",
+        str(runtime.sources()),
+        "-isystem",
+        f"{torch}/include",
+    ]
+    folders = [f"{built}/lib", f"{torch}/lib"]
+    links = [*(f"-L{each}" for each in folders), *(f"-Wl,-rpath,{each}" for each in folders)]
+    source = Path(__file__).with_name("use_runtime.cpp")
+    libraries = ["-lolss_runtime", "-ltorch_cpu", "-lc10", "-lpthread"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(program), *links, *libraries], check=True)
+    return program
