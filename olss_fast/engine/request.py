@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from olss_fast._device import pick_device
+from olss_fast._text import quoted
 from olss_fast.engine.arguments import FlatNetwork, flatten, require_names
+from olss_fast.engine.compiled import shortened
 from olss_fast.engine.manifest import DTYPES
 from olss_fast.engine.shapes import Profile
-from olss_fast.errors import InputError
+from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.network import Conditioning, Denoiser, require_finite
 from olss_fast.plan import Plan
 from olss_fast.sampling import check_plan_fits, network_dtype
@@ -102,9 +104,23 @@ def checked_request(
         device=device,
         times=tuple(map(float, first.timesteps)),
     )
-    with torch.no_grad():  # a network that cannot be called is found before minutes are spent on it
-        require_finite(request.flat(*request.inputs())[None], step=0, first_sample=0)
+    _check_callable(request)
     return request
+
+
+def _check_callable(request: Request) -> None:
+    """A network that cannot be called is found before minutes are spent on it. Raises NetworkError."""
+    try:
+        with torch.no_grad():
+            output = request.flat(*request.inputs())
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as cause:
+        if isinstance(cause, (OlssError, torch.OutOfMemoryError)):
+            raise
+        raise NetworkError(
+            f"the network cannot be called with noise of shape {request.profile.opt} and this example: "
+            f"{shortened(cause)}; arguments that belong to the samples begin with as many rows as this noise"
+        ) from cause
+    require_finite(output[None], step=0, first_sample=0)
 
 
 def named_plans(plan: Any) -> dict[str, Plan]:
@@ -183,6 +199,8 @@ def _one_row(
 
 def _row(name: str, value: Any, like: Tensor, profile: Profile, device: torch.device) -> Tensor:
     shape = (1, *like.shape[1:]) if is_per_sample(like, profile) else tuple(like.shape)
+    if not isinstance(value, (Tensor, bool, int, float)):
+        raise InputError(f"unconditional[{name!r}] is {quoted(value)}; expected a tensor, or a number")
     plain = torch.as_tensor(value).to(device, like.dtype)
     try:
         whole = plain.expand(like.shape)

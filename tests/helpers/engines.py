@@ -118,7 +118,8 @@ def tiny(kind: str) -> Tiny:
     guided      classes, batches of 1 to 4, 8…16 × 8…24 pixels in steps of 4; the default scale is 1.5
     plain       no conditioning; one fixed shape
     nested      conditioning in a mapping, guided; batches of 1 to 3
-    channels_last, float64, bfloat16, float16     "plain" with weights of that memory order, or of that dtype
+    bfloat16, float16     "plain" with weights of that dtype
+    float64     so are these, and they lie in channels_last order
     """
     torch.manual_seed(0)
     if kind == "guided":
@@ -132,10 +133,10 @@ def tiny(kind: str) -> Tiny:
         shapes = Profile((1, 2, 8, 8), (2, 2, 8, 8), (3, 2, 8, 8))
         return Tiny(NestedNetwork().eval(), shapes, UNGUIDED, example, without, 2.0)
     network = TinyNetwork().eval()
-    if kind == "channels_last":
-        network = network.to(memory_format=torch.channels_last)
-    elif kind != "plain":
+    if kind != "plain":
         network = network.to(getattr(torch, kind))
+    if kind == "float64":
+        network = network.to(memory_format=torch.channels_last)
     return Tiny(network, (2, 2, 8, 8), UNGUIDED)
 
 
