@@ -232,6 +232,17 @@ def test_validate_names_every_problem(damaged: Path, monkeypatch: pytest.MonkeyP
     assert [each for each in told if each not in message] == []
 
 
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    built_with = {**machine.versions(), "cuda": "12.8"}
+    facts = {**machine.describe("cpu"), "device": "cuda", "capability": [9, 0]}
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda:2", "cuda:x"):
+        (problem,) = machine.mismatches(built_with, facts, name)
+        assert f"it is to run on {name}, and this machine has 2 GPUs" in problem
+
+
 def test_validate_looks_beyond_the_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file whose sum is right is checked inside."""
     monkeypatch.setattr("olss_fast.engine.engine.hash_weights", lambda blobs: "other")

@@ -99,6 +99,11 @@ def _gpu_mismatches(built_with: dict[str, Any], machine: dict[str, Any], device:
         return [f"it was built for CUDA, and torch {torch.__version__} is a build without: install one with CUDA"]
     if not torch.cuda.is_available():
         return ["it was built for CUDA, and torch finds no usable GPU here: look at the driver"]
+    number, there = device.partition(":")[2] or "0", torch.cuda.device_count()
+    if not number.isdecimal() or int(number) >= there:
+        return [
+            f"it is to run on {device}, and this machine has {there} GPU{'s' * (there != 1)}: name one that is there"
+        ]
     found = []
     capability = list(torch.cuda.get_device_capability(device))
     if capability != machine["capability"]:
