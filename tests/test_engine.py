@@ -370,8 +370,8 @@ def test_noise_that_it_was_not_built_for(monkeypatch: pytest.MonkeyPatch, noise:
     refuses(monkeypatch, "guided", message, noise, {"labels": 1})
 
 
-def test_two_samples_into_an_engine_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ahead-of-time compiled code returns one sample then, and says nothing."""
+def test_more_samples_than_an_engine_is_fixed_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead-of-time compiled code returns as many as it is fixed to then, and says nothing."""
     refuses(monkeypatch, "plain", "axis 0 does not fit the engine's profile: expected 2;", torch.zeros(4, 2, 8, 8), {})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from olss_fast import Engine, NoiseSchedule, Plan, Profile, solvers
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-engines-")  # gone when the interpreter ends
-CACHE = Path(os.environ.get("OLSS_FAST_TEST_CACHE", FOLDER.name), "cache")
+CACHE = Path(FOLDER.name, "cache")
 
 
 def split(plan: Plan, scale: float) -> Plan:
