@@ -11,6 +11,7 @@
 #include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
 
+#include "tensors.h"
 #include "text.h"
 
 namespace olss {
@@ -91,7 +92,7 @@ class Run {
             if (!at::isfinite(history_[column]).all().item<bool>())
                 fail(Error::Kind::network, "the network returned NaN or infinity at evaluation ", (column - 1) / plan_.branches,
                      "; lower the guidance, or build the engine in a wider dtype");
-        fail(Error::Kind::network, "the sample is beyond the range of ", x_.dtype().name(), "; build the engine in a wider dtype");
+        fail(Error::Kind::network, "the sample is beyond the range of ", name_of(x_.scalar_type()), "; build the engine in a wider dtype");
     }
 
     const Tables& plan_;

@@ -9,7 +9,11 @@
 #include <limits>
 #include <thread>
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/zeros.h>
 
 #include "npy.h"
 #include "olss.h"
@@ -45,7 +49,7 @@ void weights(const std::string& path, const std::string& out) {
     for (const auto& [name, value] : std::map<std::string, at::Tensor>{
              {"nothing", at::ones({2})}, {"last.bias", at::ones({3})}, {"last.weight", at::ones({2, 4, 3, 3}, at::kLong)}, {"into.bias", {}}}) {
         try {
-            engine.update_weights({{"last.bias", at::zeros({2})}, {name, value}});
+            engine.update_weights({{"time.bias", at::zeros({4})}, {name, value}});
         } catch (const olss::Error& error) {
             std::cout << static_cast<int>(error.kind()) << " " << error.what() << "\n";
         }
@@ -56,7 +60,7 @@ void weights(const std::string& path, const std::string& out) {
 void misuse(const std::string& path) {
     const olss::Engine engine = olss::Engine::load(path, {});
     const std::map<std::string, std::function<void(olss::Request&)>> faults = {
-        {"no noise", [](olss::Request& r) { r.noise = {}; }},
+        {"no noise", [](olss::Request& r) { r.noise = at::Tensor(); }},
         {"rank", [](olss::Request& r) { r.noise = r.noise[0]; }},
         {"batch", [](olss::Request& r) { r.noise = at::randn({5, 2, 12, 8}); }},
         {"empty batch", [](olss::Request& r) { r.noise = at::randn({0, 2, 12, 8}); }},
@@ -69,7 +73,7 @@ void misuse(const std::string& path) {
         {"labels dtype", [](olss::Request& r) { r.conditioning["labels"] = at::ones({2}, at::kInt); }},
         {"labels shape", [](olss::Request& r) { r.conditioning["labels"] = at::ones({1}, at::kLong); }},
         {"labels range", [](olss::Request& r) { r.conditioning["labels"] = at::full({2}, 77, at::kLong); }},
-        {"labels undefined", [](olss::Request& r) { r.conditioning["labels"] = {}; }},
+        {"labels undefined", [](olss::Request& r) { r.conditioning["labels"] = at::Tensor(); }},
         {"unconditional unknown", [](olss::Request& r) { r.unconditional["more"] = at::ones({2}); }},
         {"unconditional shape", [](olss::Request& r) { r.unconditional["labels"] = at::ones({3}, at::kLong); }},
         {"steps", [](olss::Request& r) { r.steps = 99; }},
