@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from olss_fast._files import read_bounded, write_atomically
+from olss_fast._json import strict_object
 from olss_fast._text import quoted
 from olss_fast.errors import PlanError, PlanFileError
 from olss_fast.plan import Plan
@@ -144,25 +145,9 @@ def _header_bytes(data: bytes) -> bytes:
 
 def _json_object(text: str | bytes, what: str) -> dict[str, object]:
     try:
-        decoded = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(decoded, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as cause:  # decoding and JSON errors are ValueErrors
-        _refuse(f"{what} is not valid JSON ({quoted(str(cause))}); {_COPY_AGAIN}")
-    if not isinstance(value, dict):
-        _refuse(f"{what} is {quoted(value)}; expected a JSON object")
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # Two readers may pick different ones of two equal names; a file must have one meaning.
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError(f"a name occurs twice among {sorted(name for name, _ in pairs)}")
-    return members
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+        return strict_object(text)
+    except ValueError as cause:
+        _refuse(f"{what} {cause}; {_COPY_AGAIN}")
 
 
 def _entry(header: dict[str, object]) -> dict[str, object]:

@@ -29,6 +29,7 @@ from math import prod
 from typing import Any, NoReturn
 
 from olss_fast._files import AnyPath, read_bounded, write_atomically
+from olss_fast._json import strict_object
 from olss_fast._text import quoted
 from olss_fast.errors import EngineFileError
 
@@ -194,26 +195,9 @@ def _header(text: bytes) -> dict[str, Any]:
 
 def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
     try:
-        decoded = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(decoded, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # JSON's escapes can spell what is no text (lone surrogates)
-    except (ValueError, RecursionError) as cause:  # decoding and JSON errors are ValueErrors
-        refuse(f"{what} is not valid JSON ({quoted(str(cause))}); {_COPY_AGAIN}")
-    if not isinstance(value, dict):
-        refuse(f"{what} is {quoted(value)}; expected a JSON object")
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # Two readers may pick different ones of two equal names; a file must have one meaning.
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError(f"a name occurs twice among {quoted(sorted(name for name, _ in pairs))}")
-    return members
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+        return strict_object(text)
+    except ValueError as cause:
+        refuse(f"{what} {cause}; {_COPY_AGAIN}")
 
 
 def _manifest(header: dict[str, Any], kind: str) -> dict[str, Any]:
