@@ -15,10 +15,12 @@ namespace {
 constexpr auto kind = Error::Kind::input;
 constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 
-std::int64_t parse_integer(const std::string& text, const std::string& option, std::int64_t least, std::int64_t most = largest) {
+std::int64_t parse_integer(const std::string& text, const std::string& option, std::int64_t least,
+                           std::int64_t most = largest) {
     const std::vector<std::int64_t> numbers = parse_numbers<std::int64_t>(text, option);
     if (numbers.size() != 1 || numbers[0] < least || numbers[0] > most)
-        fail(kind, option, " is ", quote(text), "; expected a whole number of at least ", least, most < largest ? concat(" and at most ", most) : "");
+        fail(kind, option, " is ", quote(text), "; expected a whole number of at least ", least,
+             most < largest ? concat(" and at most ", most) : "");
     return numbers[0];
 }
 
@@ -78,7 +80,8 @@ std::vector<Number> parse_numbers(const std::string& text, const std::string& wh
         bool good = fault == std::errc() && (stop == end || *stop == ',');
         if constexpr (std::is_floating_point_v<Number>) good = good && std::isfinite(number);
         if (!good)
-            fail(kind, what, " is ", quote(text), "; expected ", std::is_integral_v<Number> ? "whole numbers" : "numbers", " with commas between them");
+            fail(kind, what, " is ", quote(text), "; expected ",
+                 std::is_integral_v<Number> ? "whole numbers" : "numbers", " with commas between them");
         numbers.push_back(number);
         if (stop == end) return numbers;
         next = stop + 1;
@@ -91,8 +94,10 @@ template std::vector<double> parse_numbers(const std::string&, const std::string
 Arguments parse_arguments(const std::vector<std::string>& words) {
     Arguments result;
     using Take = std::function<void(const std::string&)>;
-    const std::map<std::string, bool*> flags = {
-        {"--describe", &result.describe}, {"--help", &result.help}, {"-h", &result.help}, {"--version", &result.version}};
+    const std::map<std::string, bool*> flags = {{"--describe", &result.describe},
+                                                {"--help", &result.help},
+                                                {"-h", &result.help},
+                                                {"--version", &result.version}};
     const std::map<std::string, Take> options = {
         {"--steps", [&](const std::string& text) { result.steps = parse_integer(text, "--steps", 1); }},
         {"--plan", [&](const std::string& text) { result.plan = text; }},
@@ -101,11 +106,13 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
         {"--threads", [&](const std::string& text) { result.threads = parse_integer(text, "--threads", 1, 4096); }},
         {"--repeat", [&](const std::string& text) { result.repeat = parse_integer(text, "--repeat", 1); }},
         {"--at-once", [&](const std::string& text) { result.at_once = parse_integer(text, "--at-once", 1, 1024); }},
-        {"--guidance-scale", [&](const std::string& text) { result.guidance_scale = parse_double(text, "--guidance-scale"); }},
+        {"--guidance-scale",
+         [&](const std::string& text) { result.guidance_scale = parse_double(text, "--guidance-scale"); }},
         {"--shape", [&](const std::string& text) { result.shape = parse_shape(text); }},
         {"--out", [&](const std::string& text) { result.out = text; }},
         {"--set", [&](const std::string& text) { parse_assignment(text, "--set", result.set); }},
-        {"--unconditional", [&](const std::string& text) { parse_assignment(text, "--unconditional", result.unconditional); }}};
+        {"--unconditional",
+         [&](const std::string& text) { parse_assignment(text, "--unconditional", result.unconditional); }}};
     std::set<std::string> seen;
     for (std::size_t i = 0; i < words.size(); ++i) {
         const std::string& word = words[i];
@@ -114,8 +121,10 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
         if (const auto flag = flags.find(word); flag != flags.end()) {
             *flag->second = true;
         } else if (const auto option = options.find(name); option != options.end()) {
-            if (name != "--set" && name != "--unconditional" && !seen.insert(name).second) fail(kind, name, " was given twice");
-            if (equals == std::string::npos && i + 1 == words.size()) fail(kind, name, " needs a value; see olss-run --help");
+            if (name != "--set" && name != "--unconditional" && !seen.insert(name).second)
+                fail(kind, name, " was given twice");
+            if (equals == std::string::npos && i + 1 == words.size())
+                fail(kind, name, " needs a value; see olss-run --help");
             option->second(equals == std::string::npos ? words[++i] : word.substr(equals + 1));
         } else if (word.rfind('-', 0) == 0) {
             fail(kind, "there is no option ", quote(word), "; see olss-run --help");

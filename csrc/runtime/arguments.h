@@ -18,7 +18,7 @@ struct Arguments {
     std::optional<std::string> plan;
     std::optional<double> guidance_scale;
     std::int64_t seed = 0, count = 1, threads = 0, repeat = 1, at_once = 1;
-    std::optional<Shape> shape;                        // without the axis of the samples
+    std::optional<Shape> shape;                             // without the axis of the samples
     std::map<std::string, std::string> set, unconditional;  // name -> value as it was written
 };
 

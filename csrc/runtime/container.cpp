@@ -21,7 +21,8 @@ constexpr const char* again = "; copy or build the file again";
 
 std::size_t bytes_of(const std::string& dtype) {
     static const std::vector<std::pair<const char*, std::size_t>> known = {
-        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}};
+        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8},
+        {"I32", 4}, {"I16", 2}, {"I8", 1},  {"U8", 1},   {"BOOL", 1}};
     for (const auto& [name, bytes] : known)
         if (dtype == name) return bytes;
     return 0;
@@ -63,11 +64,13 @@ TableEntry table_entry(const std::string& name, const Json& json, std::size_t ex
              "; expected dtype, shape and data_offsets [begin, end]", again);
     entry.dtype = *dtype->as<std::string>();
     entry.begin = static_cast<std::size_t>(offsets[0]), entry.end = static_cast<std::size_t>(offsets[1]);
-    if (!bytes_of(entry.dtype)) fail(kind, "tensor ", quote(name), " has the dtype ", quote(entry.dtype), ", which is unknown");
+    if (!bytes_of(entry.dtype))
+        fail(kind, "tensor ", quote(name), " has the dtype ", quote(entry.dtype), ", which is unknown");
     std::size_t size = 0;
-    if (!product(bytes_of(entry.dtype), entry.shape, size) || entry.end < entry.begin || entry.end - entry.begin != size)
-        fail(kind, "tensor ", quote(name), " of ", entry.dtype, " ", shown(entry.shape), " lies in bytes ", entry.begin, " to ",
-             entry.end, ", which do not fit its shape", again);
+    if (!product(bytes_of(entry.dtype), entry.shape, size) || entry.end < entry.begin ||
+        entry.end - entry.begin != size)
+        fail(kind, "tensor ", quote(name), " of ", entry.dtype, " ", shown(entry.shape), " lies in bytes ", entry.begin,
+             " to ", entry.end, ", which do not fit its shape", again);
     if (entry.begin != expected_begin)
         fail(kind, "tensor ", quote(name), " begins at byte ", entry.begin, "; expected ", expected_begin,
              ", where the tensor before it ends", again);
@@ -76,15 +79,17 @@ TableEntry table_entry(const std::string& name, const Json& json, std::size_t ex
 
 std::size_t header_size(const InputFile& file) {
     unsigned char digits[8];
-    if (file.size() < 8) fail(kind, "it has ", file.size(), " bytes; an engine file begins with 8 bytes of header length", again);
+    if (file.size() < 8)
+        fail(kind, "it has ", file.size(), " bytes; an engine file begins with 8 bytes of header length", again);
     file.read(0, digits, 8);
     std::uint64_t size = 0;
     for (int i = 7; i >= 0; --i) size = size << 8 | digits[i];
     if (size > most_header || size % 8)
-        fail(kind, "its first 8 bytes announce a header of ", size, " bytes; expected a multiple of 8 up to ", most_header,
-             "; is it an engine file at all?");
+        fail(kind, "its first 8 bytes announce a header of ", size, " bytes; expected a multiple of 8 up to ",
+             most_header, "; is it an engine file at all?");
     if (8 + size > file.size())
-        fail(kind, "it has ", file.size(), " bytes, but its header should reach to byte ", 8 + size, ": truncated", again);
+        fail(kind, "it has ", file.size(), " bytes, but its header should reach to byte ", 8 + size, ": truncated",
+             again);
     return static_cast<std::size_t>(size);
 }
 
@@ -95,10 +100,12 @@ void check_version(const Json& manifest) {
         fail(kind, "its format is ", format ? format->summary() : "missing", "; expected ", quote(entry_name));
     const Json* version = manifest.find("version");
     const std::int64_t* number = version ? version->as<std::int64_t>() : nullptr;
-    if (!number || *number < 1) fail(kind, "its version is ", version ? version->summary() : "missing", "; expected a positive integer");
+    if (!number || *number < 1)
+        fail(kind, "its version is ", version ? version->summary() : "missing", "; expected a positive integer");
     if (*number > newest_version)
-        fail(Error::Kind::version, "it was written in version ", *number, " of the format, by a newer olss_fast; this runtime reads version ",
-             newest_version, "; build the runtime of that olss_fast, or build the engine again with this one");
+        fail(Error::Kind::version, "it was written in version ", *number,
+             " of the format, by a newer olss_fast; this runtime reads version ", newest_version,
+             "; build the runtime of that olss_fast, or build the engine again with this one");
 }
 
 const std::string& claimed_digest(const Json& manifest) {
@@ -107,7 +114,8 @@ const std::string& claimed_digest(const Json& manifest) {
         fail(kind, "the manifest is ", manifest.summary(), "; expected an object whose first member is sha256");
     const std::string* digits = members->front().second.as<std::string>();
     if (!digits || digits->size() != 64 || digits->find_first_not_of("0123456789abcdef") != std::string::npos)
-        fail(kind, "its sha256 is ", members->front().second.summary(), "; expected 64 lower-case hexadecimal digits", again);
+        fail(kind, "its sha256 is ", members->front().second.summary(), "; expected 64 lower-case hexadecimal digits",
+             again);
     return *digits;
 }
 
@@ -134,7 +142,8 @@ std::string digest_of_pieces(const Bytes& bytes) {
 // The digest is that of the file in which its own digits are zeros; they are where they occur first in the header.
 void check_digest(Bytes& bytes, std::size_t header, const std::string& claimed) {
     const std::size_t place = bytes.text().substr(8, header).find(claimed);
-    if (place == std::string_view::npos) fail(kind, "the digits of its sha256 are written in escapes; expected plain ones", again);
+    if (place == std::string_view::npos)
+        fail(kind, "the digits of its sha256 are written in escapes; expected plain ones", again);
     std::memset(bytes.data.get() + 8 + place, '0', claimed.size());
     const std::string found = digest_of_pieces(bytes);
     if (found != claimed)
@@ -161,7 +170,9 @@ std::vector<TableEntry> tensor_table(const Json& header, std::size_t data_size) 
 const std::string& metadata_entry(const Json& header, const std::string& name) {
     const Json* metadata = header.find("__metadata__");
     const Json::Object* entries = metadata ? metadata->as<Json::Object>() : nullptr;
-    const std::string* text = entries && entries->size() == 1 ? metadata->find(name) ? metadata->find(name)->as<std::string>() : nullptr : nullptr;
+    const std::string* text = entries && entries->size() == 1
+                                  ? metadata->find(name) ? metadata->find(name)->as<std::string>() : nullptr
+                                  : nullptr;
     if (!text)
         fail(kind, "its __metadata__ is ", metadata ? metadata->summary() : "missing", "; expected the single entry ",
              quote(name), ". Perhaps a model, or another kind of file?");
@@ -184,7 +195,8 @@ Container::Container(const std::string& path) : bytes_(0) {
     file.read(data_begin, bytes_.data.get() + data_begin, bytes_.size - data_begin);
     check_digest(bytes_, header_bytes, claimed);
     for (const TableEntry& entry : table)
-        tensors_.push_back({entry.name, entry.dtype, entry.shape, bytes_.data.get() + data_begin + entry.begin, entry.end - entry.begin});
+        tensors_.push_back({entry.name, entry.dtype, entry.shape, bytes_.data.get() + data_begin + entry.begin,
+                            entry.end - entry.begin});
 }
 
 }  // namespace olss

@@ -33,7 +33,8 @@ void check_fits(const Description& engine) {
 // What keeps `given` from taking the place of `held`, or nothing.
 std::string unfit(const at::Tensor& given, const at::Tensor& held) {
     if (!given.defined()) return "is no tensor";
-    if (given.sizes() != held.sizes()) return concat("has shape ", shown(given.sizes()), ", expected ", shown(held.sizes()));
+    if (given.sizes() != held.sizes())
+        return concat("has shape ", shown(given.sizes()), ", expected ", shown(held.sizes()));
     if (given.is_complex() || given.is_floating_point() != held.is_floating_point())
         return concat("is ", name_of(given.scalar_type()), ", expected ", name_of(held.scalar_type()));
     return "";
@@ -47,7 +48,8 @@ std::map<std::string, at::Tensor> default_arguments(const EngineFile& file) {
         for (const Input& each : file.description.inputs)
             if (each.name == view.name) known = &each;
         if (!known || tensor.scalar_type() != dtype_named(known->dtype) || tensor.sizes() != shape_of(*known, 1))
-            fail(Error::Kind::file, "the unconditional argument ", quote(view.name), " of ", view.dtype, " ", shown(view.shape),
+            fail(Error::Kind::file, "the unconditional argument ", quote(view.name), " of ", view.dtype, " ",
+                 shown(view.shape),
                  " is none of the engine's inputs, or of another dtype or shape; build the engine again");
     }
     return result;
@@ -79,7 +81,8 @@ struct Engine::Impl {
         if (plan.noises == 0) return {};
         std::vector<std::int64_t> shape = request.noise.sizes().vec();
         shape.insert(shape.begin(), plan.noises);
-        const std::optional<at::Generator> generator = request.generator.defined() ? std::make_optional(request.generator) : std::nullopt;
+        const std::optional<at::Generator> generator =
+            request.generator.defined() ? std::make_optional(request.generator) : std::nullopt;
         return at::randn(shape, generator, at::kFloat);
     }
 
@@ -87,14 +90,18 @@ struct Engine::Impl {
         std::vector<std::string> faults;
         for (const auto& [name, value] : given) {
             const auto held = network.weights().find(name);
-            const bool unused = std::find(description.unused.begin(), description.unused.end(), name) != description.unused.end();
-            const std::string fault = held != network.weights().end() ? unfit(value, held->second) : unused ? "" : "is none of the engine's weights";
+            const bool unused =
+                std::find(description.unused.begin(), description.unused.end(), name) != description.unused.end();
+            const std::string fault = held != network.weights().end() ? unfit(value, held->second)
+                                      : unused                        ? ""
+                                                                      : "is none of the engine's weights";
             if (!fault.empty() && faults.size() < 8) faults.push_back(quote(name) + " " + fault);
         }
         if (!faults.empty()) fail(input, "weights that do not fit, nothing was changed: ", listed(faults, "; "));
         const std::unique_lock<std::shared_mutex> lock(weights_in_use);
         for (const auto& [name, value] : given)
-            if (const auto held = network.weights().find(name); held != network.weights().end()) held->second.copy_(value);
+            if (const auto held = network.weights().find(name); held != network.weights().end())
+                held->second.copy_(value);
     }
 
     const Description description;
@@ -104,7 +111,9 @@ struct Engine::Impl {
     mutable std::shared_mutex weights_in_use;  // shared by runs, exclusive while weights are written
 };
 
-Engine Engine::load(const std::string& path, const Options& options) { return load(guarded(Error::Kind::file, "the engine cannot be read", [&] { return EngineFile(path); }), options); }
+Engine Engine::load(const std::string& path, const Options& options) {
+    return load(guarded(Error::Kind::file, "the engine cannot be read", [&] { return EngineFile(path); }), options);
+}
 
 Engine Engine::load(EngineFile file, const Options& options) {
     return guarded(Error::Kind::internal, "the engine cannot be loaded", [&] {
@@ -135,11 +144,13 @@ Description describe(const std::string& path) {
 }
 
 std::vector<std::string> mismatches(const Description& engine) {
-    return guarded(Error::Kind::internal, "the machine cannot be looked at", [&] { return mismatches(engine, this_machine(TORCH_VERSION)); });
+    return guarded(Error::Kind::internal, "the machine cannot be looked at",
+                   [&] { return mismatches(engine, this_machine(TORCH_VERSION)); });
 }
 
 at::Generator seeded(std::uint64_t seed) {
-    return guarded(Error::Kind::internal, "no generator", [&] { return at::make_generator<at::CPUGeneratorImpl>(seed); });
+    return guarded(Error::Kind::internal, "no generator",
+                   [&] { return at::make_generator<at::CPUGeneratorImpl>(seed); });
 }
 
 }  // namespace olss

@@ -14,7 +14,7 @@ struct EngineFile {
     explicit EngineFile(const std::string& path);  // throws Error: file, version
 
     Description description;
-    std::vector<Plan> plans;                              // as in description.plans
+    std::vector<Plan> plans;                               // as in description.plans
     std::vector<TensorView> weights, code, unconditional;  // names without the folder
 
   private:

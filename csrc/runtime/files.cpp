@@ -58,7 +58,8 @@ std::string folder_of(const std::string& path) {
     return slash == std::string::npos ? "." : path.substr(0, slash + 1);
 }
 
-// Make the rename itself survive a power cut; a folder that cannot be opened or flushed leaves the file whole all the same.
+// Make the rename itself survive a power cut; a folder that cannot be opened or flushed leaves the file whole all the
+// same.
 void flush_folder(const std::string& folder) {
     const Descriptor open{::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
     if (open.number >= 0) ::fsync(open.number);
@@ -88,7 +89,8 @@ InputFile::InputFile(const std::string& path) : path_(path) {
         size_ = static_cast<std::size_t>(status.st_size);
         return;
     }
-    const std::string reason = result != 0 ? advice(errno) : concat("it is ", kind_of(status.st_mode), "; give the path of a file");
+    const std::string reason =
+        result != 0 ? advice(errno) : concat("it is ", kind_of(status.st_mode), "; give the path of a file");
     ::close(descriptor_);
     fail(kind, "cannot read ", quote(path, 200), ": ", reason);
 }
@@ -110,7 +112,8 @@ void check_writable(const std::string& path) {
     const std::string folder = folder_of(path);
     struct stat status;
     if (path.empty() || ::stat(folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode))
-        fail(kind, "cannot write to ", quote(path, 200), ": there is no folder ", quote(folder, 200), "; create it first");
+        fail(kind, "cannot write to ", quote(path, 200), ": there is no folder ", quote(folder, 200),
+             "; create it first");
     if (::lstat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))
         fail(kind, "cannot write to ", quote(path, 200), ": it is ", kind_of(status.st_mode),
              "; give the path of a file, or of one to be created");
@@ -120,7 +123,8 @@ void check_writable(const std::string& path) {
 void write_atomically(const std::string& path, std::string_view data) {
     check_writable(path);
     std::random_device random;
-    const std::string temporary = concat(folder_of(path) == "." ? "" : folder_of(path), ".", std::hex, random(), random(), ".tmp");
+    const std::string temporary =
+        concat(folder_of(path) == "." ? "" : folder_of(path), ".", std::hex, random(), random(), ".tmp");
     try {
         write_new(temporary, path, data);
     } catch (int number) {
@@ -133,7 +137,8 @@ PrivateFolder::PrivateFolder() {
     const char* root = std::getenv("TMPDIR");
     path_ = concat(root && *root ? root : "/tmp", "/olss-XXXXXX");
     if (!::mkdtemp(path_.data()))  // which makes it with mode 0700
-        fail(kind, "cannot make a temporary folder ", quote(path_, 200), ": ", advice(errno), "; TMPDIR chooses another place");
+        fail(kind, "cannot make a temporary folder ", quote(path_, 200), ": ", advice(errno),
+             "; TMPDIR chooses another place");
 }
 
 PrivateFolder::~PrivateFolder() {
@@ -150,7 +155,8 @@ std::string PrivateFolder::write(const std::string& name, const unsigned char* d
         names_ += name + "/";
         write_all(open.number, reinterpret_cast<const char*>(data), size);
     } catch (int number) {
-        fail(kind, "cannot write ", size, " bytes to ", quote(path, 200), ": ", advice(number), "; TMPDIR chooses another place");
+        fail(kind, "cannot write ", size, " bytes to ", quote(path, 200), ": ", advice(number),
+             "; TMPDIR chooses another place");
     }
     return path;
 }

@@ -26,7 +26,8 @@ class Parser {
 
   private:
     [[noreturn]] void refuse(const std::string& reason) const {
-        fail(Error::Kind::file, what_, " is not valid JSON (", reason, " at byte ", at_, "); copy or build the file again");
+        fail(Error::Kind::file, what_, " is not valid JSON (", reason, " at byte ", at_,
+             "); copy or build the file again");
     }
 
     void skip_space() {
@@ -154,7 +155,8 @@ class Parser {
         const std::string_view digits = text_.substr(at_, 4);
         std::uint32_t code = 0;
         const auto [end, fault] = std::from_chars(digits.data(), digits.data() + digits.size(), code, 16);
-        if (digits.size() != 4 || fault != std::errc() || end != digits.data() + 4) refuse("expected 4 hexadecimal digits");
+        if (digits.size() != 4 || fault != std::errc() || end != digits.data() + 4)
+            refuse("expected 4 hexadecimal digits");
         at_ += 4;
         return code;
     }

@@ -25,7 +25,8 @@ at::ScalarType sums_of(at::ScalarType dtype) { return dtype == at::kDouble ? at:
 // weights (k,) . columns (k, N) in the dtype of `weights`.
 at::Tensor weighted_sum(const at::Tensor& columns, const at::Tensor& weights) {
     if (columns.scalar_type() == weights.scalar_type()) return at::mv(columns.t(), weights);
-    const std::int64_t size = columns.size(1), width = std::max<std::int64_t>(1, 8 * block / std::max<std::int64_t>(1, weights.size(0)));
+    const std::int64_t size = columns.size(1),
+                       width = std::max<std::int64_t>(1, 8 * block / std::max<std::int64_t>(1, weights.size(0)));
     const at::Tensor total = at::empty({size}, weights.options());
     for (std::int64_t begin = 0; begin < size; begin += width) {
         const std::int64_t count = std::min(width, size - begin);
@@ -62,14 +63,16 @@ class Run {
         const at::Tensor weights = plan_.rows[row];
         at::Tensor total = weighted_sum(history_.narrow(0, 0, known), weights.narrow(0, 0, known));
         if (noises > 0)
-            total.add_(weighted_sum(history_.narrow(0, first_noise(), noises), weights.narrow(0, first_noise(), noises)));
+            total.add_(
+                weighted_sum(history_.narrow(0, first_noise(), noises), weights.narrow(0, first_noise(), noises)));
         x_.view({halves_, size_}).copy_(total);
         time_.copy_(plan_.timesteps[row]);
     }
 
     void keep_output(std::int64_t evaluation, const at::Tensor& output) {
         if (output.sizes() != x_.sizes())
-            fail(Error::Kind::network, "the network returned the shape ", shown(output.sizes()), " for an input of ", shown(x_.sizes()));
+            fail(Error::Kind::network, "the network returned the shape ", shown(output.sizes()), " for an input of ",
+                 shown(x_.sizes()));
         at::Tensor outputs = output.to(x_.scalar_type()).contiguous().view({halves_, size_});
         if (halves_ == 2 && plan_.branches == 1) {
             const at::Tensor both = outputs.to(plan_.rows.scalar_type()), unconditional = both[0];
@@ -90,9 +93,10 @@ class Run {
     void require_finite() const {
         for (std::int64_t column = 1; column < first_noise(); ++column)
             if (!at::isfinite(history_[column]).all().item<bool>())
-                fail(Error::Kind::network, "the network returned NaN or infinity at evaluation ", (column - 1) / plan_.branches,
-                     "; lower the guidance, or build the engine in a wider dtype");
-        fail(Error::Kind::network, "the sample is beyond the range of ", name_of(x_.scalar_type()), "; build the engine in a wider dtype");
+                fail(Error::Kind::network, "the network returned NaN or infinity at evaluation ",
+                     (column - 1) / plan_.branches, "; lower the guidance, or build the engine in a wider dtype");
+        fail(Error::Kind::network, "the sample is beyond the range of ", name_of(x_.scalar_type()),
+             "; build the engine in a wider dtype");
     }
 
     const Tables& plan_;
@@ -111,7 +115,8 @@ Tables::Tables(const Plan& plan, at::ScalarType dtype) : nfe(plan.nfe), branches
     timesteps.narrow(0, 0, nfe).copy_(table(plan.timesteps, {nfe}, at::kFloat));
     for (std::int64_t row = 0; row <= nfe; ++row) {
         std::int64_t last = plan.columns;
-        while (last > plan.first_noise() && plan.rows[static_cast<std::size_t>(row * plan.columns + last - 1)] == 0) --last;
+        while (last > plan.first_noise() && plan.rows[static_cast<std::size_t>(row * plan.columns + last - 1)] == 0)
+            --last;
         noise_counts.push_back(last - plan.first_noise());
     }
 }

@@ -24,7 +24,7 @@ struct Tables {
 // The raw output of the network for x (N, …) and time (N,) float32; N = 2B where `doubled`, unconditional half first.
 using Network = std::function<at::Tensor(const at::Tensor& x, const at::Tensor& time)>;
 
-// The samples (B, …) of `noise`. step_noise: (Z, B, …) float32 for a plan that reads fresh noises, else not defined.
+// The samples (B, …) of `noise`. step_noise: (Z, B, …) float32 for a plan with fresh noises, else not defined.
 // Throws Error(network) that names the first evaluation whose output is not finite, or has another shape than x.
 at::Tensor sample(const Tables& plan, const Network& network, const at::Tensor& noise, const at::Tensor& step_noise,
                   bool doubled, double guidance_scale);

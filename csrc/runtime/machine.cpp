@@ -36,20 +36,25 @@ Here this_machine(const std::string& torch_version) {
 
 std::vector<std::string> mismatches(const Description& engine, const Here& here) {
     std::vector<std::string> reasons;
-    const auto compare = [&](const char* what, const std::string& wanted, const std::string& found, const char* advice) {
-        if (wanted != found) reasons.push_back(concat(what, " is ", quote(found), " and the engine was built for ", quote(wanted), "; ", advice));
+    const auto compare = [&](const char* what, const std::string& wanted, const std::string& found,
+                             const char* advice) {
+        if (wanted != found)
+            reasons.push_back(
+                concat(what, " is ", quote(found), " and the engine was built for ", quote(wanted), "; ", advice));
     };
     const auto torch = engine.built_with.find("torch");
     compare("torch", torch == engine.built_with.end() ? "" : series(torch->second), series(here.torch),
             "build the engine again, or build this runtime with that torch");
     compare("the system", engine.machine.system, here.system, "build the engine on such a system");
     compare("the architecture", engine.machine.architecture, here.architecture, "build the engine on such a machine");
-    compare("the device of this runtime", engine.machine.device, "cpu", "run it from Python, with olss_fast.load_engine");
+    compare("the device of this runtime", engine.machine.device, "cpu",
+            "run it from Python, with olss_fast.load_engine");
     std::vector<std::string> missing;
     for (const std::string& each : engine.machine.instructions)
         if (!here.instructions.count(each)) missing.push_back(quote(each));
     if (!missing.empty())
-        reasons.push_back("the processor lacks the instructions " + listed(missing) + "; build the engine on this machine");
+        reasons.push_back("the processor lacks the instructions " + listed(missing) +
+                          "; build the engine on this machine");
     return reasons;
 }
 

@@ -1,6 +1,8 @@
 // olss-run: samples with an engine file. See `usage` in arguments.cpp.
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
+#include <exception>
 #include <iostream>
 #include <thread>
 
@@ -31,7 +33,8 @@ Shape noise_shape(const Profile& profile, const Arguments& arguments) {
     if (arguments.shape) shape.insert(shape.end(), arguments.shape->begin(), arguments.shape->end());
     for (std::size_t i = 1; !arguments.shape && i < profile.min.size(); ++i) {
         if (profile.min[i] != profile.max[i])
-            fail(Error::Kind::input, "this engine takes noise of ", text_of(profile), "; choose with --shape, as in --shape ",
+            fail(Error::Kind::input, "this engine takes noise of ", text_of(profile),
+                 "; choose with --shape, as in --shape ",
                  listed(Shape(profile.opt.begin() + 1, profile.opt.end()), ","));
         shape.push_back(profile.min[i]);
     }
@@ -39,8 +42,9 @@ Shape noise_shape(const Profile& profile, const Arguments& arguments) {
     return shape;
 }
 
-std::map<std::string, at::Tensor> tensors_of(const Description& engine, const std::map<std::string, std::string>& values,
-                                             std::int64_t samples, const std::string& option) {
+std::map<std::string, at::Tensor> tensors_of(const Description& engine,
+                                             const std::map<std::string, std::string>& values, std::int64_t samples,
+                                             const std::string& option) {
     std::map<std::string, at::Tensor> result;
     for (const Input& each : engine.inputs)
         if (const auto value = values.find(each.name); value != values.end())
@@ -54,10 +58,12 @@ Request request_of(const Description& engine, const Arguments& arguments) {
     const Shape shape = noise_shape(engine.profile, arguments);
     check_out(arguments.out, engine.profile);
     check_names(engine, arguments.set, "--set");
-    std::map<std::string, std::string> without = arguments.set;  // whose names are known; the engine has a value for others
+    std::map<std::string, std::string> without =
+        arguments.set;  // whose names are known; the engine has a value for others
     for (const auto& [name, value] : arguments.unconditional) without[name] = value;
     check_names(engine, without, "--unconditional");
-    if (!engine.doubled && !arguments.unconditional.empty()) fail(Error::Kind::input, "--unconditional was given, but this engine is built without guidance");
+    if (!engine.doubled && !arguments.unconditional.empty())
+        fail(Error::Kind::input, "--unconditional was given, but this engine is built without guidance");
     request.steps = arguments.steps, request.plan = arguments.plan, request.guidance_scale = arguments.guidance_scale;
     chosen_plan(engine, request.steps, request.plan), chosen_guidance(engine, request.guidance_scale);
     request.conditioning = tensors_of(engine, arguments.set, arguments.count, "--set");
@@ -80,7 +86,8 @@ at::Tensor run_often(const Engine& engine, const Request& request, const Argumen
     const auto work = [&](std::string& fault) {
         try {
             for (std::int64_t i = 0; i < arguments.repeat; ++i)
-                if (!at::equal(run(engine, request), first)) fail(Error::Kind::internal, "two runs of the same request differ");
+                if (!at::equal(run(engine, request), first))
+                    fail(Error::Kind::internal, "two runs of the same request differ");
         } catch (const std::exception& error) {
             fault = error.what();
         }
@@ -99,7 +106,8 @@ at::Tensor run_often(const Engine& engine, const Request& request, const Argumen
 
 void run_program(const Arguments& arguments) {
     if (arguments.engine.empty()) fail(Error::Kind::input, "no engine was given; see olss-run --help");
-    if (!arguments.describe && arguments.out.empty()) fail(Error::Kind::input, "--out is missing: where should the samples go? See olss-run --help");
+    if (!arguments.describe && arguments.out.empty())
+        fail(Error::Kind::input, "--out is missing: where should the samples go? See olss-run --help");
     const auto begin = Clock::now();
     EngineFile file(arguments.engine);
     if (arguments.describe) {
@@ -115,13 +123,24 @@ void run_program(const Arguments& arguments) {
     const at::Tensor samples = once ? run(engine, request) : run_often(engine, request, arguments);
     const double sampled = seconds_since(sampling);
     write_samples(samples, arguments.out);
-    std::printf("%s: %lld samples of %s; %.3f s to load, %.3f s to sample\n", arguments.out.c_str(), static_cast<long long>(arguments.count),
-                shown(samples.sizes().slice(1)).c_str(), loaded, sampled);
+    std::printf("%s: %lld samples of %s; %.3f s to load, %.3f s to sample\n", arguments.out.c_str(),
+                static_cast<long long>(arguments.count), shown(samples.sizes().slice(1)).c_str(), loaded, sampled);
+}
+
+// Compiled code that throws inside a parallel region (an index beyond its table) ends the program: with one line, too.
+[[noreturn]] void end_with_one_line() {
+    try {
+        if (const std::exception_ptr error = std::current_exception()) std::rethrow_exception(error);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "olss-run: the network failed: %s\n", first_words(error.what()).c_str());
+    } catch (...) {}
+    std::_Exit(2);
 }
 
 }  // namespace
 
 int main(int count, char** words) {
+    std::set_terminate(end_with_one_line);
     // Compiled code writes what goes wrong to std::cerr, stack and all, before it throws: one line is enough.
     std::cerr.rdbuf(nullptr);
     try {

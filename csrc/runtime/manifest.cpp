@@ -66,7 +66,8 @@ auto list_of(const Item& item, Read read) {
 template <typename Read>
 auto map_of(const Item& item, Read read) {
     std::map<std::string, decltype(read(item))> result;
-    for (const auto& [name, value] : item.as<Json::Object>("an object")) result[name] = read(Item{value, item.name + "." + quote(name)});
+    for (const auto& [name, value] : item.as<Json::Object>("an object"))
+        result[name] = read(Item{value, item.name + "." + quote(name)});
     return result;
 }
 
@@ -99,8 +100,10 @@ Profile profile(const Item& item) {
     Profile result{sizes(item.member("min"), 1), sizes(item.member("opt"), 1), sizes(item.member("max"), 1),
                    sizes(item.member("multiple"), 1)};
     const std::size_t axes = result.min.size();
-    bool fits = axes >= 2 && axes <= 16 && result.opt.size() == axes && result.max.size() == axes && result.multiple.size() == axes;
-    for (std::size_t i = 0; fits && i < axes; ++i) fits = result.min[i] <= result.opt[i] && result.opt[i] <= result.max[i];
+    bool fits = axes >= 2 && axes <= 16 && result.opt.size() == axes && result.max.size() == axes &&
+                result.multiple.size() == axes;
+    for (std::size_t i = 0; fits && i < axes; ++i)
+        fits = result.min[i] <= result.opt[i] && result.opt[i] <= result.max[i];
     if (!fits) item.refuse("min <= opt <= max and multiple, of 2 to 16 axes each");
     return result;
 }
@@ -136,8 +139,9 @@ void check_names(const Description& engine) {
 
 Description description_of(const Json& manifest) {
     const Item all{manifest, ""};
-    expect_members(all, {"sha256", "format", "version", "notice", "built_with", "machine", "network", "dtype", "profile",
-                         "doubled", "guidance_scale", "inputs", "fixed", "plans", "strides", "unused", "hashes", "measured"});
+    expect_members(
+        all, {"sha256", "format", "version", "notice", "built_with", "machine", "network", "dtype", "profile",
+              "doubled", "guidance_scale", "inputs", "fixed", "plans", "strides", "unused", "hashes", "measured"});
     expect_members(all.member("built_with"), {"olss_fast", "torch", "triton", "cuda", "driver"});
     expect_members(all.member("hashes"), {"weights", "code"});
     Description result;

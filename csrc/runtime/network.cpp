@@ -22,7 +22,9 @@ std::unique_ptr<torch::inductor::AOTIModelContainerRunnerCpu> mapped(const Engin
         if (each.name == "network.so") library = path;
     }
     const std::size_t runs = runs_at_once ? runs_at_once : std::max(1u, std::thread::hardware_concurrency());
-    return guarded(kind, "the engine's code cannot be loaded (if programs may not run in the folder for temporary files, name another with TMPDIR)",
+    return guarded(kind,
+                   "the engine's code cannot be loaded (if programs may not run in the folder for temporary files, "
+                   "name another with TMPDIR)",
                    [&] { return std::make_unique<torch::inductor::AOTIModelContainerRunnerCpu>(library, runs); });
 }
 
@@ -31,7 +33,8 @@ std::string weight_name(const std::string& fqn) { return fqn.rfind("network.", 0
 
 }  // namespace
 
-CompiledNetwork::CompiledNetwork(const EngineFile& file, std::size_t runs_at_once) : runner_(mapped(file, runs_at_once)) {
+CompiledNetwork::CompiledNetwork(const EngineFile& file, std::size_t runs_at_once)
+    : runner_(mapped(file, runs_at_once)) {
     std::map<std::string, const TensorView*> views;
     for (const TensorView& each : file.weights) views[each.name] = &each;
     const std::unordered_map<std::string, std::string> names = runner_->getConstantNamesToOriginalFQNs();
@@ -40,22 +43,30 @@ CompiledNetwork::CompiledNetwork(const EngineFile& file, std::size_t runs_at_onc
     for (const auto& [inner, fqn] : names) {
         const std::string name = weight_name(fqn);
         const auto view = views.find(name);
-        if (view == views.end()) fail(kind, "the engine's code reads a weight ", quote(name), " that is not in the file; build the engine again");
+        if (view == views.end())
+            fail(kind, "the engine's code reads a weight ", quote(name),
+                 " that is not in the file; build the engine again");
         const auto strides = file.description.strides.find(name);
         at::Tensor& weight = weights_[name];
-        if (!weight.defined()) weight = copied(*view->second, strides == file.description.strides.end() ? nullptr : &strides->second);
-        if (const auto dtype = dtypes.find(inner); dtype != dtypes.end() && dtype->second != static_cast<std::int32_t>(weight.scalar_type()))
-            fail(kind, "weight ", quote(name), " is ", name_of(weight.scalar_type()), ", and the engine's code expects another dtype; build the engine again");
+        if (!weight.defined())
+            weight = copied(*view->second, strides == file.description.strides.end() ? nullptr : &strides->second);
+        if (const auto dtype = dtypes.find(inner);
+            dtype != dtypes.end() && dtype->second != static_cast<std::int32_t>(weight.scalar_type()))
+            fail(kind, "weight ", quote(name), " is ", name_of(weight.scalar_type()),
+                 ", and the engine's code expects another dtype; build the engine again");
         constants[inner] = weight;
     }
-    guarded(kind, "the engine's weights do not fit its code",
-            [&] { runner_->update_constant_buffer(constants, /*use_inactive=*/false, /*validate_full_updates=*/true, /*user_managed=*/true); });
+    guarded(kind, "the engine's weights do not fit its code", [&] {
+        runner_->update_constant_buffer(constants, /*use_inactive=*/false, /*validate_full_updates=*/true,
+                                        /*user_managed=*/true);
+    });
 }
 
 at::Tensor CompiledNetwork::operator()(std::vector<at::Tensor> inputs) const {
     const std::vector<at::Tensor> outputs =
         guarded(Error::Kind::network, "the network failed", [&] { return runner_->boxed_run(std::move(inputs)); });
-    if (outputs.size() != 1) fail(Error::Kind::network, "the network returned ", outputs.size(), " tensors; expected one");
+    if (outputs.size() != 1)
+        fail(Error::Kind::network, "the network returned ", outputs.size(), " tensors; expected one");
     return outputs.front();
 }
 

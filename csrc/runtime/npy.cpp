@@ -116,13 +116,15 @@ const Type& type_of(const std::string& descr) {
 }
 
 std::string_view header_of(std::string_view file) {
-    if (file.size() < 12 || file.substr(0, 6) != magic) fail(kind, "it does not begin as a .npy file does; write it with numpy.save");
+    if (file.size() < 12 || file.substr(0, 6) != magic)
+        fail(kind, "it does not begin as a .npy file does; write it with numpy.save");
     const int version = static_cast<unsigned char>(file[6]);
     if (version < 1 || version > 3) fail(kind, "it is of version ", version, " of the format; expected 1, 2 or 3");
     const std::size_t digits = version == 1 ? 2 : 4;
     std::size_t size = 0;
     for (std::size_t i = digits; i-- > 0;) size = size << 8 | static_cast<unsigned char>(file[8 + i]);
-    if (size > most_header || 8 + digits + size > file.size()) fail(kind, "its header should have ", size, " bytes, and the file has ", file.size(), ": truncated?");
+    if (size > most_header || 8 + digits + size > file.size())
+        fail(kind, "its header should have ", size, " bytes, and the file has ", file.size(), ": truncated?");
     return file.substr(8 + digits, size);
 }
 
@@ -130,7 +132,8 @@ std::size_t bytes_needed(const Type& type, const Shape& shape) {
     std::size_t bytes = type.bytes;
     for (std::int64_t size : shape) {
         const std::size_t factor = static_cast<std::size_t>(size);
-        if (factor && bytes > most_bytes / factor) fail(kind, "its shape is ", shown(shape), "; expected at most ", most_bytes, " bytes");
+        if (factor && bytes > most_bytes / factor)
+            fail(kind, "its shape is ", shown(shape), "; expected at most ", most_bytes, " bytes");
         bytes *= factor;
     }
     return bytes;
@@ -142,16 +145,20 @@ Npy parse_npy(std::string_view file) {
     const std::string_view head = header_of(file);
     const Header header(head);
     const Type& type = type_of(header.descr);
-    if (header.fortran_order && header.shape.size() > 1) fail(kind, "it is in Fortran order; save numpy.ascontiguousarray(array)");
+    if (header.fortran_order && header.shape.size() > 1)
+        fail(kind, "it is in Fortran order; save numpy.ascontiguousarray(array)");
     const std::string_view data = file.substr(static_cast<std::size_t>(head.data() + head.size() - file.data()));
     const std::size_t needed = bytes_needed(type, header.shape);
-    if (data.size() != needed) fail(kind, "an array of ", type.dtype, " ", shown(header.shape), " needs ", needed, " bytes, and it has ", data.size());
+    if (data.size() != needed)
+        fail(kind, "an array of ", type.dtype, " ", shown(header.shape), " needs ", needed, " bytes, and it has ",
+             data.size());
     return {type.dtype, header.shape, std::string(data)};
 }
 
 Npy read_npy(const std::string& path) {
     const InputFile file(path);
-    if (file.size() > most_bytes) fail(kind, quote(path, 200), " has ", file.size(), " bytes; expected at most ", most_bytes);
+    if (file.size() > most_bytes)
+        fail(kind, quote(path, 200), " has ", file.size(), " bytes; expected at most ", most_bytes);
     Bytes bytes(file.size());
     file.read(0, bytes.data.get(), bytes.size);
     try {
@@ -162,9 +169,10 @@ Npy read_npy(const std::string& path) {
 }
 
 std::string npy_file(const Npy& array) {
-    const Type* type = std::find_if(std::begin(types), std::end(types), [&](const Type& each) { return array.dtype == each.dtype; });
-    std::string header = concat("{'descr': '", type->descr, "', 'fortran_order': False, 'shape': (", listed(array.shape),
-                                array.shape.size() == 1 ? ",), }" : "), }");
+    const Type* type =
+        std::find_if(std::begin(types), std::end(types), [&](const Type& each) { return array.dtype == each.dtype; });
+    std::string header = concat("{'descr': '", type->descr, "', 'fortran_order': False, 'shape': (",
+                                listed(array.shape), array.shape.size() == 1 ? ",), }" : "), }");
     header.append(63 - (magic.size() + 4 + header.size()) % 64, ' ') += '\n';
     const char prefix[] = {1, 0, static_cast<char>(header.size() & 0xff), static_cast<char>(header.size() >> 8)};
     return concat(magic, std::string_view(prefix, 4), header, array.data);

@@ -14,8 +14,8 @@ struct Npy {
     std::string data;
 };
 
-Npy parse_npy(std::string_view file);       // throws Error(file)
-Npy read_npy(const std::string& path);      // throws Error(file)
-std::string npy_file(const Npy& array);     // the content of a file
+Npy parse_npy(std::string_view file);    // throws Error(file)
+Npy read_npy(const std::string& path);   // throws Error(file)
+std::string npy_file(const Npy& array);  // the content of a file
 
 }  // namespace olss

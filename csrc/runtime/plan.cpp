@@ -34,14 +34,16 @@ struct Reader {
     template <typename T>
     std::vector<T> values(const TableEntry& entry) const {
         std::vector<T> result((entry.end - entry.begin) / sizeof(T));
-        if (!result.empty()) std::memcpy(result.data(), text.data() + data_begin + entry.begin, entry.end - entry.begin);
+        if (!result.empty())
+            std::memcpy(result.data(), text.data() + data_begin + entry.begin, entry.end - entry.begin);
         return result;
     }
 
     std::vector<double> finite(const TableEntry& entry) const {
         std::vector<double> result = values<double>(entry);
         for (double& value : result) {
-            if (!std::isfinite(value)) fail(kind, entry.name, " holds ", value, "; every number of a plan must be finite");
+            if (!std::isfinite(value))
+                fail(kind, entry.name, " holds ", value, "; every number of a plan must be finite");
             value += 0.0;  // -0.0 + 0.0 == 0.0
         }
         return result;
@@ -66,7 +68,8 @@ void check_digest(const Reader& reader) {
     const std::string* claimed = member ? member->as<std::string>() : nullptr;
     std::string content(reader.text);
     const std::size_t place = claimed && claimed->size() == 64 ? content.find(*claimed) : std::string::npos;
-    if (place == std::string::npos) fail(kind, "its sha256 is ", member ? member->summary() : "missing", "; expected 64 hexadecimal digits");
+    if (place == std::string::npos)
+        fail(kind, "its sha256 is ", member ? member->summary() : "missing", "; expected 64 hexadecimal digits");
     content.replace(place, 64, 64, '0');
     if (hexadecimal(sha256(reinterpret_cast<const unsigned char*>(content.data()), content.size())) != *claimed)
         fail(kind, "its sha256 is not that of its content: damaged or altered; build the engine again");
@@ -86,7 +89,8 @@ Reader opened(const TensorView& file) {
     std::uint64_t size = 0;
     if (file.size < 8 || file.size > most_bytes) fail(kind, "it has ", file.size, " bytes; expected 8 to ", most_bytes);
     for (int i = 7; i >= 0; --i) size = size << 8 | file.data[i];
-    if (size > most_header || 8 + size > file.size) fail(kind, "its header should have ", size, " bytes, and it has ", file.size, " in all");
+    if (size > most_header || 8 + size > file.size)
+        fail(kind, "its header should have ", size, " bytes, and it has ", file.size, " in all");
     reader.data_begin = 8 + static_cast<std::size_t>(size);
     reader.header = parse_json(reader.text.substr(8, reader.data_begin - 8), "its header");
     reader.entry = parse_json(metadata_entry(reader.header, entry_name), "its entry");
@@ -98,38 +102,46 @@ Reader opened(const TensorView& file) {
 }
 
 void check_shapes(const Reader& reader, const Plan& plan, const Shape& rows) {
-    const bool fits = plan.nfe >= 1 && plan.nfe <= most_steps && rows[0] == plan.nfe + 1 && rows[1] >= plan.first_noise() && rows[1] <= most_columns;
+    const bool fits = plan.nfe >= 1 && plan.nfe <= most_steps && rows[0] == plan.nfe + 1 &&
+                      rows[1] >= plan.first_noise() && rows[1] <= most_columns;
     if (!fits) fail(kind, "rows has shape ", shown(rows), " for ", plan.nfe, " timesteps and branches=", plan.branches);
-    for (const auto& [name, dtype, length] : {std::tuple{"alphas", "F64", plan.nfe + 1}, {"sigmas", "F64", plan.nfe + 1}, {"models", "I64", plan.nfe}})
-        if (reader.described(name, dtype, 1).shape[0] != length) fail(kind, name, " does not have ", length, " entries");
+    for (const auto& [name, dtype, length] :
+         {std::tuple{"alphas", "F64", plan.nfe + 1}, {"sigmas", "F64", plan.nfe + 1}, {"models", "I64", plan.nfe}})
+        if (reader.described(name, dtype, 1).shape[0] != length)
+            fail(kind, name, " does not have ", length, " entries");
 }
 
 void check_levels(const Reader& reader) {
-    const std::vector<double> alphas = reader.finite(reader.described("alphas", "F64", 1)), sigmas = reader.finite(reader.described("sigmas", "F64", 1));
+    const std::vector<double> alphas = reader.finite(reader.described("alphas", "F64", 1)),
+                              sigmas = reader.finite(reader.described("sigmas", "F64", 1));
     for (std::size_t i = 0; i < alphas.size(); ++i)
         if (alphas[i] < 0 || sigmas[i] < 0 || (alphas[i] == 0 && sigmas[i] == 0))
-            fail(kind, "row ", i, " has the signal and noise levels ", alphas[i], " and ", sigmas[i], "; expected neither below 0, nor both 0");
+            fail(kind, "row ", i, " has the signal and noise levels ", alphas[i], " and ", sigmas[i],
+                 "; expected neither below 0, nor both 0");
 }
 
 void check_causality(const Plan& plan) {
     for (std::int64_t row = 0; row <= plan.nfe; ++row)
         for (std::int64_t column = 1 + row * plan.branches; column < plan.first_noise(); ++column)
             if (const double value = plan.rows[row * plan.columns + column]; value != 0)
-                fail(kind, "rows[", row, ", ", column, "] is ", value, "; expected exactly 0: that output does not exist yet");
+                fail(kind, "rows[", row, ", ", column, "] is ", value,
+                     "; expected exactly 0: that output does not exist yet");
 }
 
 Plan decoded(const TensorView& file) {
     const Reader reader = opened(file);
     const Json* branches = reader.entry.find("branches");
     const std::int64_t* number = branches ? branches->as<std::int64_t>() : nullptr;
-    if (!number || (*number != 1 && *number != 2)) fail(kind, "branches is ", branches ? branches->summary() : "missing", "; expected 1 or 2");
+    if (!number || (*number != 1 && *number != 2))
+        fail(kind, "branches is ", branches ? branches->summary() : "missing", "; expected 1 or 2");
     const TableEntry &times = reader.described("timesteps", "F64", 1), &rows = reader.described("rows", "F64", 2);
     Plan plan{times.shape[0], *number, rows.shape[1], {}, {}};
     if (plan.nfe > most_steps) fail(kind, "it has ", plan.nfe, " timesteps; expected at most ", most_steps);
     check_shapes(reader, plan, rows.shape);
     plan.timesteps = reader.finite(times), plan.rows = reader.finite(rows);
     for (double time : plan.timesteps)
-        if (std::abs(time) > std::numeric_limits<float>::max()) fail(kind, "timestep ", time, " is beyond float32, which networks are handed");
+        if (std::abs(time) > std::numeric_limits<float>::max())
+            fail(kind, "timestep ", time, " is beyond float32, which networks are handed");
     check_levels(reader);
     check_causality(plan);
     for (std::int64_t model : reader.values<std::int64_t>(reader.described("models", "I64", 1)))

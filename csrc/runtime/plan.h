@@ -7,7 +7,8 @@
 
 namespace olss {
 
-// S evaluations: row i < S of `rows` forms the input of evaluation i over [x_T | outputs | fresh noises], row S the sample.
+// S evaluations: row i < S of `rows` forms the input of evaluation i over [x_T | outputs | fresh noises], row S the
+// sample.
 struct Plan {
     std::int64_t nfe = 0, branches = 1, columns = 0;
     std::vector<double> timesteps;  // (S,)

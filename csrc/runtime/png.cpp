@@ -16,7 +16,8 @@ char pixel(double value) {
 }
 
 std::string big_endian(std::uint32_t number) {
-    return {static_cast<char>(number >> 24), static_cast<char>(number >> 16), static_cast<char>(number >> 8), static_cast<char>(number)};
+    return {static_cast<char>(number >> 24), static_cast<char>(number >> 16), static_cast<char>(number >> 8),
+            static_cast<char>(number)};
 }
 
 // CRC-32 of ISO 3309, which ends every chunk.
@@ -51,7 +52,8 @@ std::string stored(const std::string& data) {
     for (std::size_t begin = 0; begin < data.size(); begin += most) {
         const std::size_t size = std::min(most, data.size() - begin);
         stream += begin + size == data.size() ? '\1' : '\0';
-        for (const std::size_t length : {size, ~size}) (stream += static_cast<char>(length)) += static_cast<char>(length >> 8);
+        for (const std::size_t length : {size, ~size})
+            (stream += static_cast<char>(length)) += static_cast<char>(length >> 8);
         stream.append(data, begin, size);
     }
     return stream + big_endian(adler(data));
@@ -59,7 +61,8 @@ std::string stored(const std::string& data) {
 
 }  // namespace
 
-Image grid_of(const double* images, std::int64_t count, std::int64_t channels, std::int64_t height, std::int64_t width) {
+Image grid_of(const double* images, std::int64_t count, std::int64_t channels, std::int64_t height,
+              std::int64_t width) {
     const auto columns = static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(count))));
     const std::int64_t lines = (count + columns - 1) / columns;
     Image sheet{lines * (height + gap) - gap, columns * (width + gap) - gap, channels, {}};
@@ -69,17 +72,20 @@ Image grid_of(const double* images, std::int64_t count, std::int64_t channels, s
         for (std::int64_t c = 0; c < channels; ++c)
             for (std::int64_t y = 0; y < height; ++y)
                 for (std::int64_t x = 0; x < width; ++x)
-                    sheet.pixels[static_cast<std::size_t>(((top + y) * sheet.width + left + x) * channels + c)] = pixel(*images++);
+                    sheet.pixels[static_cast<std::size_t>(((top + y) * sheet.width + left + x) * channels + c)] =
+                        pixel(*images++);
     }
     return sheet;
 }
 
 std::string png_file(const Image& image) {
-    const std::string head = big_endian(static_cast<std::uint32_t>(image.width)) + big_endian(static_cast<std::uint32_t>(image.height)) +
-                             '\x08' + (image.channels == 3 ? '\x02' : '\0') + std::string(3, '\0');
+    const std::string head = big_endian(static_cast<std::uint32_t>(image.width)) +
+                             big_endian(static_cast<std::uint32_t>(image.height)) + '\x08' +
+                             (image.channels == 3 ? '\x02' : '\0') + std::string(3, '\0');
     const auto line = static_cast<std::size_t>(image.width * image.channels);
     std::string lines;  // each after a byte that says: not filtered
-    for (std::size_t begin = 0; begin < image.pixels.size(); begin += line) (lines += '\0').append(image.pixels, begin, line);
+    for (std::size_t begin = 0; begin < image.pixels.size(); begin += line)
+        (lines += '\0').append(image.pixels, begin, line);
     return "\x89PNG\r\n\x1a\n" + chunk("IHDR", head) + chunk("IDAT", stored(lines)) + chunk("IEND", "");
 }
 

@@ -17,7 +17,8 @@ std::string text_of(const Profile& profile);
 void check_shape(const Profile& profile, at::IntArrayRef shape);
 
 // The number of the plan that is asked for.
-std::size_t chosen_plan(const Description& engine, const std::optional<std::int64_t>& steps, const std::optional<std::string>& plan);
+std::size_t chosen_plan(const Description& engine, const std::optional<std::int64_t>& steps,
+                        const std::optional<std::string>& plan);
 
 // The guidance scale, which an engine without guidance has none but 1 of.
 double chosen_guidance(const Description& engine, const std::optional<double>& guidance_scale);
@@ -28,7 +29,8 @@ void check_names(const Description& engine, const std::map<std::string, Values>&
 
 // The tensors after x and time, in the code's order: of both halves, unconditional first, where the engine is doubled.
 // `defaults` are the engine's own unconditional arguments.
-std::vector<at::Tensor> network_inputs(const Description& engine, const Request& request, const std::map<std::string, at::Tensor>& defaults);
+std::vector<at::Tensor> network_inputs(const Description& engine, const Request& request,
+                                       const std::map<std::string, at::Tensor>& defaults);
 
 // The shape of an input for that many samples.
 Shape shape_of(const Input& input, std::int64_t samples);

@@ -17,9 +17,11 @@ struct Name {
     const char *torch, *file;  // in torch and in a safetensors file
     at::ScalarType dtype;
 };
-constexpr Name names[] = {{"float64", "F64", at::kDouble}, {"float32", "F32", at::kFloat}, {"float16", "F16", at::kHalf},
-                          {"bfloat16", "BF16", at::kBFloat16}, {"int64", "I64", at::kLong}, {"int32", "I32", at::kInt},
-                          {"int16", "I16", at::kShort}, {"int8", "I8", at::kChar}, {"uint8", "U8", at::kByte}, {"bool", "BOOL", at::kBool}};
+constexpr Name names[] = {{"float64", "F64", at::kDouble}, {"float32", "F32", at::kFloat},
+                          {"float16", "F16", at::kHalf},   {"bfloat16", "BF16", at::kBFloat16},
+                          {"int64", "I64", at::kLong},     {"int32", "I32", at::kInt},
+                          {"int16", "I16", at::kShort},    {"int8", "I8", at::kChar},
+                          {"uint8", "U8", at::kByte},      {"bool", "BOOL", at::kBool}};
 
 bool dense(const Shape& shape, const Shape& strides) {
     if (shape.size() != strides.size()) return false;
@@ -53,8 +55,8 @@ at::Tensor copied(const TensorView& view, const Shape* strides) {
     if (view.size > 0) std::memcpy(plain.mutable_data_ptr(), view.data, view.size);
     if (!strides) return plain;
     if (!dense(view.shape, *strides))
-        fail(Error::Kind::file, "weight ", quote(view.name), " of shape ", shown(view.shape), " has the strides ", shown(*strides),
-             "; expected those of dense memory");
+        fail(Error::Kind::file, "weight ", quote(view.name), " of shape ", shown(view.shape), " has the strides ",
+             shown(*strides), "; expected those of dense memory");
     return at::empty_strided(view.shape, *strides, plain.options()).copy_(plain);
 }
 

@@ -24,8 +24,8 @@ template <typename... Parts>
     throw Error(kind, concat(std::forward<Parts>(parts)...));
 }
 
-// The bytes of the letter of UTF-8 that begins there; 0 where there is none: malformed, longer than need be, a surrogate
-// or beyond U+10FFFF.
+// The bytes of the letter of UTF-8 that begins there; 0 where there is none: malformed, longer than need be, a
+// surrogate or beyond U+10FFFF.
 inline std::size_t letter_size(std::string_view text) {
     const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
     const unsigned char first = text.empty() ? 0xff : byte(0);
@@ -45,7 +45,8 @@ inline std::string quote(std::string_view text, std::size_t width = 80) {
     while (!text.empty() && shown.size() <= width) {
         const unsigned char first = static_cast<unsigned char>(text[0]);
         std::size_t size = letter_size(text);
-        const bool control = first < 0x20 || first == 0x7f || (first == 0xc2 && size == 2 && static_cast<unsigned char>(text[1]) < 0xa0);
+        const bool control =
+            first < 0x20 || first == 0x7f || (first == 0xc2 && size == 2 && static_cast<unsigned char>(text[1]) < 0xa0);
         if (size == 0 || control) {
             char escape[8];
             std::snprintf(escape, sizeof escape, "\\x%02x", first);

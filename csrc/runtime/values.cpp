@@ -43,8 +43,11 @@ at::Tensor cast(const at::Tensor& values, at::ScalarType dtype, const std::strin
     const bool same = at::isFloatingType(dtype) ? at::isfinite(result).all().item<bool>()
                                                 : at::eq(result.to(values.scalar_type()), values).all().item<bool>();
     // A floating-point value beyond an integer type is undefined there, and might come back as itself.
-    const bool small = !values.is_floating_point() || at::isFloatingType(dtype) || values.abs().lt(9e18).all().item<bool>();
-    if (!same || !small) fail(kind, what, " holds values that are no ", name_of(dtype), ": it is written with a fraction, too large, or not finite");
+    const bool small =
+        !values.is_floating_point() || at::isFloatingType(dtype) || values.abs().lt(9e18).all().item<bool>();
+    if (!same || !small)
+        fail(kind, what, " holds values that are no ", name_of(dtype),
+             ": it is written with a fraction, too large, or not finite");
     return result;
 }
 
@@ -66,27 +69,32 @@ at::Tensor parse_value(const Input& input, const std::string& text, std::int64_t
     // Numbers of the command line have no shape: their count decides.
     if (values.numel() == 1) return values.reshape({}).expand(all).contiguous();
     if (fills(values, all, !file)) return values.reshape(all);
-    if (input.per_sample && (fills(values, row, !file) || fills(values, input.shape, !file))) return values.reshape(row).expand(all).contiguous();
-    fail(kind, what, " has ", file ? "the shape " + shown(values.sizes()) : concat(values.numel(), " numbers"), "; expected one number, or ", shown(all),
-         input.per_sample ? ", or " + shown(row) + " for every sample" : "");
+    if (input.per_sample && (fills(values, row, !file) || fills(values, input.shape, !file)))
+        return values.reshape(row).expand(all).contiguous();
+    fail(kind, what, " has ", file ? "the shape " + shown(values.sizes()) : concat(values.numel(), " numbers"),
+         "; expected one number, or ", shown(all), input.per_sample ? ", or " + shown(row) + " for every sample" : "");
 }
 
 void check_out(const std::string& path, const Profile& profile) {
     const bool picture = ends_with(path, ".png");
-    if (!picture && !ends_with(path, ".npy")) fail(kind, "--out is ", quote(path, 200), "; expected a name that ends in .npy or .png");
+    if (!picture && !ends_with(path, ".npy"))
+        fail(kind, "--out is ", quote(path, 200), "; expected a name that ends in .npy or .png");
     const std::size_t axes = profile.min.size();
     const auto fits = [&](std::int64_t channels) { return profile.min[1] <= channels && channels <= profile.max[1]; };
     if (picture && (axes != 4 || !(fits(1) || fits(3))))
-        fail(kind, "a .png holds grey or RGB pictures, and this engine's samples are ", text_of(profile), "; write .npy");
+        fail(kind, "a .png holds grey or RGB pictures, and this engine's samples are ", text_of(profile),
+             "; write .npy");
     check_writable(path);
 }
 
 void write_samples(const at::Tensor& samples, const std::string& path) {
     if (ends_with(path, ".png")) {
         if (samples.dim() != 4 || (samples.size(1) != 1 && samples.size(1) != 3))
-            fail(kind, "a .png holds grey or RGB pictures, and the samples have shape ", shown(samples.sizes()), "; write .npy");
+            fail(kind, "a .png holds grey or RGB pictures, and the samples have shape ", shown(samples.sizes()),
+                 "; write .npy");
         const at::Tensor values = samples.to(at::kDouble).contiguous();
-        write_atomically(path, png_file(grid_of(values.const_data_ptr<double>(), values.size(0), values.size(1), values.size(2), values.size(3))));
+        write_atomically(path, png_file(grid_of(values.const_data_ptr<double>(), values.size(0), values.size(1),
+                                                values.size(2), values.size(3))));
         return;
     }
     // NumPy has no bfloat16; float32 holds each of its values.

@@ -42,12 +42,18 @@ void weights(const std::string& path, const std::string& out) {
     std::vector<std::thread> threads;  // which may see the old weights or the new ones, and nothing between
     std::vector<at::Tensor> during(4);
     for (at::Tensor& each : during) threads.emplace_back([&] { each = engine.run(request); });
-    engine.update_weights({{"last.weight", at::full({2, 4, 3, 3}, 0.25)}, {"last.bias", at::full({2}, 0.5, at::kDouble)}, {"idle.bias", at::ones({2})}});
+    engine.update_weights({{"last.weight", at::full({2, 4, 3, 3}, 0.25)},
+                           {"last.bias", at::full({2}, 0.5, at::kDouble)},
+                           {"idle.bias", at::ones({2})}});
     for (std::thread& thread : threads) thread.join();
-    for (std::size_t i = 0; i < during.size(); ++i) olss::write_samples(during[i], out + "/during" + std::to_string(i) + ".npy");
+    for (std::size_t i = 0; i < during.size(); ++i)
+        olss::write_samples(during[i], out + "/during" + std::to_string(i) + ".npy");
     olss::write_samples(engine.run(request), out + "/after.npy");
-    for (const auto& [name, value] : std::map<std::string, at::Tensor>{
-             {"nothing", at::ones({2})}, {"last.bias", at::ones({3})}, {"last.weight", at::ones({2, 4, 3, 3}, at::kLong)}, {"into.bias", {}}}) {
+    for (const auto& [name, value] :
+         std::map<std::string, at::Tensor>{{"nothing", at::ones({2})},
+                                           {"last.bias", at::ones({3})},
+                                           {"last.weight", at::ones({2, 4, 3, 3}, at::kLong)},
+                                           {"into.bias", {}}}) {
         try {
             engine.update_weights({{"time.bias", at::zeros({4})}, {name, value}});
         } catch (const olss::Error& error) {
