@@ -467,11 +467,13 @@ def test_outputs_that_are_not_finite_name_the_evaluation() -> None:
         engine(noise_for("plain"))
 
 
-def test_conditioning_that_the_network_cannot_take_is_a_network_error() -> None:
+@pytest.mark.parametrize("label", [4, 99, -1])
+def test_classes_that_the_network_has_not(label: int) -> None:
+    """With several threads: a check of the compiled code's own would end the process there."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of several threads of compiled code, one that raises ends the process
+    torch.set_num_threads(2)
     try:
-        with pytest.raises(NetworkError, match=r"compiled network failed: .*index out of bounds.* numbers of classes"):
-            tiny_engine("guided")(GOOD, labels=99)
+        with pytest.raises(NetworkError, match=r"compiled network failed: .* numbers of classes that it has\?"):
+            tiny_engine("guided")(GOOD, labels=torch.tensor([0, label]))
     finally:
         torch.set_num_threads(threads)

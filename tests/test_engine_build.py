@@ -383,8 +383,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch: pytest.MonkeyP
 
 # --- killed --------------------------------------------------------------------------------------------------------
 
-# A process that builds and saves, and ends itself before the n-th operation on files of cache or engine,
-# for all n until one is not reached; then is ended at random times. The compiler's answer is known beforehand.
+# A process that builds and saves, and ends itself without warning before the n-th operation on files, for all n until
+# one is not reached; then is ended at random times. The compiler's answer is known beforehand.
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path

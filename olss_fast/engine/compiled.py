@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from olss_fast.engine.manifest import CODE_FILE
 from olss_fast.engine.shapes import Profile
@@ -32,6 +33,7 @@ OWNER = "network."  # of the weights' names in the code: FlatNetwork's attribute
 SETTINGS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,  # else small weights become numbers in the code
+    "cpp.dynamic_threads": True,  # else code for the processor has the number of threads of whoever built it, for ever
 }
 
 
@@ -47,10 +49,24 @@ def export(
     rest = tuple(batch if own else {} for own in per_sample)
     dynamic = (axes, batch, rest) if rest else (axes, batch)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), _CheckedIndices():
             return torch.export.export(flat, tuple(inputs), dynamic_shapes=dynamic, strict=False)
     except Exception as cause:
         raise BuildError(f"the network cannot be exported for noise of {profile}: {shortened(cause)}") from cause
+
+
+class _CheckedIndices(TorchFunctionMode):
+    """Adds to the graph that indices into a table of embeddings, such as numbers of classes, are in its range.
+
+    Compiled code looks too, but in several threads at once, where an exception ends the whole process. On a GPU this
+    would be a wait in every call, which no graph can capture.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.embedding and args[0].device.type == "cpu":
+            indices, table = args[:2]
+            torch._check(((indices >= 0) & (indices < table.shape[0])).all().item())  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
 
 
 def _dimension(profile: Profile, axis: int, halves: int) -> Any:

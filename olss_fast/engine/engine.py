@@ -73,7 +73,8 @@ class Engine:
             conditioning: the network's arguments; a number stands for every sample.
 
         Raises:
-            InputError: any of these is other than the engine was built for. NetworkError: outputs that are not finite.
+            InputError: any of these is other than the engine was built for. NetworkError: outputs that are not
+                finite, or classes that the network has not.
         """
         chosen = self.chosen_plan(steps, plan)
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
