@@ -304,6 +304,12 @@ def test_describe_help_and_version() -> None:
     assert olss_run("--version").stdout == f"olss-run {olss_fast.__version__}\n"
 
 
+def test_the_page_names_every_option() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "runtime.md").read_text(encoding="utf-8")
+    options = set(re.findall(r"--[a-z-]+", olss_run("--help").stdout)) - {"--help", "--version"}
+    assert options <= set(re.findall(r"--[a-z-]+", page))
+
+
 # --- the machine, and what is left behind -----------------------------------------------------------------------------
 
 
