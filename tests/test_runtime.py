@@ -103,8 +103,9 @@ def test_steps_guidance_and_unconditional(tmp_path: Path) -> None:
     assert not np.array_equal(default, found)
 
 
-@pytest.mark.parametrize("kind", ["plain", "channels_last", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["plain", "float64", "float16", "bfloat16"])
 def test_dtypes_and_memory_orders(tmp_path: Path, kind: str) -> None:
+    """The weights of "float64" lie in channels_last order."""
     engine = tiny_engine(kind)
     for plan in engine.plans:
         found = sampled(engine_file(kind), tmp_path / "x.npy", "--plan", plan, "--count", 2, "--seed", 2**40)
@@ -191,7 +192,7 @@ def test_every_bad_request_is_named() -> None:
         "unknown": f"{INPUT} conditioning: 'more' unknown",
         "labels dtype": f"{INPUT} conditioning 'labels' is int32",
         "labels shape": f"{INPUT} conditioning 'labels' has shape (1); expected (2)",
-        "labels range": f"{NETWORK} the network failed: index out of bounds",
+        "labels range": f"{NETWORK} the network failed (is an index, such as a class, beyond its table?)",
         "labels undefined": f"{INPUT} conditioning 'labels' is no tensor",
         "unconditional unknown": f"{INPUT} unconditional: 'more' unknown",
         "unconditional shape": f"{INPUT} unconditional 'labels' has shape (3); expected (2)",
@@ -253,7 +254,7 @@ def test_bad_command_lines_are_named(tmp_path: Path) -> None:
         ([file, *GOOD[2:], "--set", "labels=1,2,3"], "has 3 numbers; expected one number, or (1)"),
         ([file, *GOOD[2:], "--set", "labels=@three.npy"], "has the shape (3)"),
         ([file, *GOOD[2:], "--set", "labels=@missing.npy"], "no such file"),
-        ([file, *GOOD[2:], "--set", "labels=77"], "index out of bounds"),
+        ([file, *GOOD[2:], "--set", "labels=77"], "is an index, such as a class, beyond its table?"),
         ([file, *GOOD[:-1], "folder.npy"], "it is a folder"),
         ([file, *GOOD[:-1], "link.npy"], "it is a symbolic link"),
         ([file, *GOOD[:-1], "nowhere/x.npy"], "there is no folder 'nowhere/'"),

@@ -83,8 +83,9 @@ at::Tensor run(const Engine& engine, Request request) {
 at::Tensor run_often(const Engine& engine, const Request& request, const Arguments& arguments) {
     const at::Tensor first = run(engine, request);
     std::vector<std::string> faults(static_cast<std::size_t>(arguments.at_once));
-    const auto work = [&](std::string& fault) {
+    const auto work = [&, threads_of_one = at::get_num_threads()](std::string& fault) {
         try {
+            at::set_num_threads(threads_of_one);  // a setting of each thread's own, on which rounding may depend
             for (std::int64_t i = 0; i < arguments.repeat; ++i)
                 if (!at::equal(run(engine, request), first))
                     fail(Error::Kind::internal, "two runs of the same request differ");

@@ -64,7 +64,8 @@ CompiledNetwork::CompiledNetwork(const EngineFile& file, std::size_t runs_at_onc
 
 at::Tensor CompiledNetwork::operator()(std::vector<at::Tensor> inputs) const {
     const std::vector<at::Tensor> outputs =
-        guarded(Error::Kind::network, "the network failed", [&] { return runner_->boxed_run(std::move(inputs)); });
+        guarded(Error::Kind::network, "the network failed (is an index, such as a class, beyond its table?)",
+                [&] { return runner_->boxed_run(std::move(inputs)); });
     if (outputs.size() != 1)
         fail(Error::Kind::network, "the network returned ", outputs.size(), " tensors; expected one");
     return outputs.front();
