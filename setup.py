@@ -11,7 +11,7 @@ from glob import glob
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
-FLAGS = ["/O2", "/W3"] if sys.platform == "win32" else ["-O3", "-Wall", "-Wextra"]
+FLAGS = ["/O2", "/W3"] if sys.platform == "win32" else ["-O3", "-ffp-contract=off", "-Wall", "-Wextra"]
 
 ParallelCompile().install()
 
@@ -20,7 +20,7 @@ setup(
         Pybind11Extension(
             "olss_fast._C",
             sources=sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            depends=[*sorted(glob("csrc/*.h")), "csrc/runtime/step.h"],
             include_dirs=["csrc"],
             extra_compile_args=FLAGS,
             cxx_std=17,

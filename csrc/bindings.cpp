@@ -1,11 +1,16 @@
-// The only file that sees pybind11: it binds, and computes nothing. Arguments are checked in olss_fast/planning.py.
+// The only file that sees pybind11: it binds, and computes nothing. Arguments are checked by the
+// modules that call it: olss_fast/planning.py, olss_fast/executors/host_step.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdint>
 #include <tuple>
 
 #include "improve.h"
+#include "runtime/step.h"
 
 namespace py = pybind11;
 
@@ -44,10 +49,52 @@ std::vector<Measured> improve(const Matrix& r, const Matrix& rows, const olss::P
     return paths;
 }
 
+// The memory of a StepState (kernels/step.py), by address.
+template <typename T>
+struct HostStep {
+    std::uintptr_t history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time;
+    std::ptrdiff_t stride, size, height, width, times;
+    std::int32_t programs;
+    int branches;
+    bool doubled;
+
+    template <typename V>
+    static V* at(std::uintptr_t address) {
+        return reinterpret_cast<V*>(address);
+    }
+
+    // The step with `output`, or `start` where it is 0; false where there is no such row.
+    bool operator()(std::uintptr_t output) const {
+        auto* counter = at<std::int32_t>(finished);
+        const std::ptrdiff_t row = output ? *counter / programs + 1 : 0;
+        if (row < 0 || row >= height) return false;
+        const olss::StepColumns<T> columns{at<T>(history), stride, size, 1 + row * branches,
+                                           *at<std::int32_t>(noise_start), at<std::int32_t>(noise_counts)[row],
+                                           branches, doubled};
+        olss::host_step(columns, at<const T>(output), *at<const T>(guidance), at<const T>(rows) + row * width, at<T>(x));
+        std::fill_n(at<float>(time), times, at<const float>(timesteps)[row]);
+        *counter = output ? *counter + programs : 0;
+        return true;
+    }
+};
+
+template <typename T>
+void bind_step(py::module_& m, const char* name) {
+    using Step = HostStep<T>;
+    py::class_<Step>(m, name, "One step of a plan on the host; use olss_fast.executors.host_step, which checks.")
+        .def(py::init([](const std::array<std::uintptr_t, 9>& a, const std::array<std::ptrdiff_t, 5>& s,
+                         std::int32_t programs, int branches, bool doubled) {
+                 return Step{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8],
+                             s[0], s[1], s[2], s[3], s[4], programs, branches, doubled};
+             }),
+             py::arg("addresses"), py::arg("sizes"), py::arg("programs"), py::arg("branches"), py::arg("doubled"))
+        .def("__call__", &Step::operator(), py::arg("output"), Unlocked());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Path planning over an R factor, in plain C++. Use olss_fast.planning, which checks what it is given.";
+    m.doc() = "Path planning over an R factor (olss_fast.planning) and steps on the host (olss_fast.executors).";
     m.def("measure", &measure, py::arg("r"), py::arg("rows"), py::arg("path"), Unlocked(),
           "A path with its stride errors and its deployed error, not divided by the root of the number of values.");
     m.def("plan", &plan, py::arg("r"), py::arg("rows"), py::arg("steps"), py::arg("most_visits"), Unlocked(),
@@ -55,4 +102,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("improve", &improve, py::arg("r"), py::arg("rows"), py::arg("path"), py::arg("bound"), py::arg("width"),
           py::arg("keep"), Unlocked(),
           "Paths near `path` as `measure` gives them, least deployed error first, no stride error above `bound`.");
+    bind_step<float>(m, "HostStep32");
+    bind_step<double>(m, "HostStep64");
 }

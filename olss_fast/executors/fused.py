@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError
+from olss_fast.executors.host_step import host_step
 from olss_fast.kernels import StepState
 from olss_fast.plan import Plan
 
@@ -48,6 +49,7 @@ class FusedLoop:
             doubled=doubled,
         )
         self.plan: Plan | None = None
+        self._host = host_step(self.state)
 
     @property
     def room(self) -> tuple[int, int, int]:
@@ -101,11 +103,17 @@ class FusedLoop:
         same = output is self.x or output._base is self.x  # a network that works in place
         if same or output.dtype != self.x.dtype or output.stride() != self.x.stride():
             output = torch.empty_like(self.x).copy_(output)
-        torch.ops.olss_fast.step.default(output, *self.state)
+        if self._host is not None:
+            self._host(output)
+        else:
+            torch.ops.olss_fast.step.default(output, *self.state)
 
     def start(self) -> None:
         """The first network input. The operators themselves, here and above: the state was checked when it was made."""
-        torch.ops.olss_fast.start.default(*self.state)
+        if self._host is not None:
+            self._host(None)
+        else:
+            torch.ops.olss_fast.start.default(*self.state)
 
     def run(self) -> Tensor:
         """The sample (B, …): a view of the network's input buffer, gone with the next run."""
