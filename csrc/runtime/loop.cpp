@@ -12,6 +12,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "tensors.h"
+#include "step.h"
 #include "text.h"
 
 namespace olss {
@@ -57,28 +58,22 @@ class Run {
     const at::Tensor& x() const { return x_; }
     const at::Tensor& time() const { return time_; }
 
-    // The next network input, or the sample, from the columns that are known after `row` evaluations.
-    void write_row(std::int64_t row) {
-        const std::int64_t known = 1 + row * plan_.branches, noises = plan_.noise_counts[static_cast<std::size_t>(row)];
-        const at::Tensor weights = plan_.rows[row];
-        at::Tensor total = weighted_sum(history_.narrow(0, 0, known), weights.narrow(0, 0, known));
-        if (noises > 0)
-            total.add_(
-                weighted_sum(history_.narrow(0, first_noise(), noises), weights.narrow(0, first_noise(), noises)));
-        x_.view({halves_, size_}).copy_(total);
-        time_.copy_(plan_.timesteps[row]);
-    }
-
-    void keep_output(std::int64_t evaluation, const at::Tensor& output) {
-        if (output.sizes() != x_.sizes())
-            fail(Error::Kind::network, "the network returned the shape ", shown(output.sizes()), " for an input of ",
-                 shown(x_.sizes()));
-        at::Tensor outputs = output.to(x_.scalar_type()).contiguous().view({halves_, size_});
-        if (halves_ == 2 && plan_.branches == 1) {
-            const at::Tensor both = outputs.to(plan_.rows.scalar_type()), unconditional = both[0];
-            outputs = at::addcmul(unconditional, guidance_, at::sub(both[1], unconditional));
+    // Takes the output of the evaluation before `row` in (none for row 0), and forms the next network input or the sample.
+    void step(std::int64_t row, const at::Tensor& output) {
+        at::Tensor raw;
+        if (output.defined()) {
+            if (output.sizes() != x_.sizes())
+                fail(Error::Kind::network, "the network returned the shape ", shown(output.sizes()), " for an input of ",
+                     shown(x_.sizes()));
+            raw = output.to(x_.scalar_type()).contiguous().view({halves_, size_});
         }
-        history_.narrow(0, 1 + evaluation * plan_.branches, plan_.branches).copy_(outputs);
+        if (x_.scalar_type() == at::kFloat)
+            step_in_one<float>(row, raw);
+        else if (x_.scalar_type() == at::kDouble)
+            step_in_one<double>(row, raw);
+        else
+            step_of_halves(row, raw);
+        time_.fill_(plan_.timesteps[row]);
     }
 
     at::Tensor result() const {
@@ -88,6 +83,36 @@ class Run {
     }
 
   private:
+    std::int64_t noises_of(std::int64_t row) const { return plan_.noise_counts[static_cast<std::size_t>(row)]; }
+
+    // As olss_fast/executors/host_step.py.
+    template <typename T>
+    void step_in_one(std::int64_t row, const at::Tensor& raw) {
+        const StepColumns<T> columns{history_.data_ptr<T>(), history_.stride(0), size_,
+                                     1 + row * plan_.branches, first_noise(), noises_of(row),
+                                     static_cast<int>(plan_.branches), halves_ == 2};
+        host_step(columns, raw.defined() ? raw.const_data_ptr<T>() : nullptr, *guidance_.const_data_ptr<T>(),
+                  plan_.rows.const_data_ptr<T>() + row * plan_.rows.stride(0), x_.data_ptr<T>());
+    }
+
+    // As the reference of kernels/step.py.
+    void step_of_halves(std::int64_t row, at::Tensor outputs) {
+        const std::int64_t known = 1 + row * plan_.branches, noises = noises_of(row);
+        if (outputs.defined()) {
+            if (halves_ == 2 && plan_.branches == 1) {
+                const at::Tensor both = outputs.to(plan_.rows.scalar_type()), unconditional = both[0];
+                outputs = at::addcmul(unconditional, guidance_, at::sub(both[1], unconditional));
+            }
+            history_.narrow(0, known - plan_.branches, plan_.branches).copy_(outputs);
+        }
+        const at::Tensor weights = plan_.rows[row];
+        at::Tensor total = weighted_sum(history_.narrow(0, 0, known), weights.narrow(0, 0, known));
+        if (noises > 0)
+            total.add_(
+                weighted_sum(history_.narrow(0, first_noise(), noises), weights.narrow(0, first_noise(), noises)));
+        x_.view({halves_, size_}).copy_(total);
+    }
+
     std::int64_t first_noise() const { return 1 + plan_.nfe * plan_.branches; }
 
     void require_finite() const {
@@ -125,10 +150,9 @@ at::Tensor sample(const Tables& plan, const Network& network, const at::Tensor& 
                   bool doubled, double guidance_scale) {
     Run run(plan, noise, doubled, guidance_scale);
     if (step_noise.defined()) run.fill_noises(step_noise);
-    run.write_row(0);
+    run.step(0, {});
     for (std::int64_t i = 0; i < plan.nfe; ++i) {
-        run.keep_output(i, network(run.x(), run.time()));
-        run.write_row(i + 1);
+        run.step(i + 1, network(run.x(), run.time()));
     }
     return run.result();
 }

@@ -1,7 +1,7 @@
 """A step on the host as one call: the CPU path of the fused executor in float32 and float64.
 
-The operators of `olss_fast.kernels` are some twenty small operations there. Warm, they cost 30 microseconds; between two
-calls of a network, which leaves the caches full of its own, ten times that.
+The operators of `olss_fast.kernels` are some twenty small operations there. Warm, they cost 30 microseconds; between
+two calls of a network, which leaves the caches full of its own, ten times that.
 """
 
 from __future__ import annotations
