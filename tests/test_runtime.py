@@ -376,6 +376,8 @@ def test_what_a_build_leaves() -> None:
     built = built_runtime()
     files = sorted(str(path.relative_to(built)) for path in built.rglob("*") if path.is_file())
     assert files == ["bin/olss-run", "include/olss.h", "include/olss_description.h", "lib/libolss_runtime.so"]
+    for header in (built / "include").iterdir():
+        assert header.read_bytes() == (runtime.sources() / header.name).read_bytes()
 
 
 def test_missing_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

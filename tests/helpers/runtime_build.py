@@ -81,20 +81,11 @@ def check_files(paths: Sequence[Path]) -> list[str]:
 
 @functools.cache
 def user_program() -> Path:
-    """The program of use_runtime.cpp, compiled against the installed headers and library."""
+    """The program of use_runtime.cpp, against the library; its headers are among the sources, together with others."""
     built, torch = built_runtime(), runtime._torch()
     program = Path(FOLDER.name, "use-runtime")
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    flags = [
-        "-std=c++20",
-        "-O0",
-        "-I",
-        str(built / "include"),
-        "-I",
-        str(runtime.sources()),
-        "-isystem",
-        f"{torch}/include",
-    ]
+    flags = ["-std=c++20", "-O0", "-I", str(runtime.sources()), "-isystem", f"{torch}/include"]
     folders = [f"{built}/lib", f"{torch}/lib"]
     links = [*(f"-L{each}" for each in folders), *(f"-Wl,-rpath,{each}" for each in folders)]
     source = Path(__file__).with_name("use_runtime.cpp")
