@@ -31,10 +31,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from olss_fast.engine.arguments import require_names
 from olss_fast.engine.compiled import export, quiet, shortened
 from olss_fast.engine.request import Request, checked_request
 from olss_fast.engine.shapes import LARGEST, Profile
-from olss_fast.errors import BuildError, InputError, ModelError, OlssError
+from olss_fast.errors import BuildError, InputError, ModelError
 from olss_fast.network import Conditioning
 from olss_fast.plan import Plan
 
@@ -71,7 +72,7 @@ def export_onnx(
     written atomically, the model last.
 
     Raises:
-        InputError: arguments that do not fit each other, or that the network cannot be called with.
+        InputError: arguments that do not fit each other. NetworkError: the network cannot be called with them.
         BuildError: packages that this needs are missing, or the network cannot be expressed in ONNX.
         ModelError: the file cannot be written.
     """
@@ -135,21 +136,13 @@ def _request(
     """The arguments, checked: what an engine of this network, for any batch, would be built from."""
     sizes = Profile.of(shape).opt
     profile = Profile((1, *sizes[1:]), sizes, (LARGEST, *sizes[1:]))
-    try:
-        request = checked_request(
-            network, {"plan": plan}, profile, example, unconditional, guidance_scale, dtype=None, device=None
-        )
-    except OlssError:
-        raise
-    except Exception as cause:
-        raise InputError(
-            f"the network cannot be called with noise of shape {sizes} and the example: {shortened(cause)}"
-        ) from cause
+    taken = sorted(RESERVED & set(require_names(example, "example")))
+    if taken:
+        raise InputError(f"the network's argument {taken[0]!r} has the name of an input or output of the model's own")
+    request = checked_request(
+        network, {"plan": plan}, profile, example, unconditional, guidance_scale, dtype=None, device=None
+    )
     for (name, given), own in zip(request.tensors.items(), request.per_sample, strict=True):
-        if name.split(".")[0] in RESERVED:
-            raise InputError(
-                f"the network's argument {name!r} has the name of one of the model's own inputs or outputs"
-            )
         if request.doubled and not own and not torch.equal(request.unconditional[name], given):
             raise InputError(
                 f"example and unconditional differ in {name!r}, whose first size is not that of the samples, "

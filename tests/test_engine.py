@@ -286,12 +286,21 @@ def test_an_engine_shares_no_memory_with_its_network() -> None:
     assert torch.equal(engine(noise), after)
 
 
-@pytest.mark.xfail(strict=True, reason="a weight that is tied to another is known by one of its names alone")
 def test_a_tied_weight_is_updated_by_either_name() -> None:
     engine, noise = own_engine("plain"), noise_for("plain")
     before = engine(noise)
-    engine.update_weights({"back.weight": torch.zeros(4, 4, 1, 1)})
-    assert not torch.equal(engine(noise), before)
+    tied = engine.manifest.facts["tied"]
+    ((second, first),) = tied.items()
+    assert {second, first} >= {"back.weight"}
+    weight = engine.weights[first].clone()
+    with pytest.raises(InputError, match=f"{second} and {first} are one weight .* different values"):
+        engine.update_weights({second: weight, first: 2.0 * weight})
+    assert torch.equal(engine(noise), before)
+    engine.update_weights({second: 2.0 * weight, first: 2.0 * weight})
+    after = engine(noise)
+    engine.update_weights({second: weight})
+    assert torch.equal(engine(noise), before)
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
         ("strides", {"into.weight": "C"}, "strides of 'into.weight' are 'C'; expected numbers"),
         ("strides", {"idle.weight": [2, 1]}, "it has strides of .*'idle.weight'.*; expected names of its weights"),
         ("unused", [1], r"unused\[0\] is 1; expected str"),
+        ("tied", {"a": 1}, "tied.'a' is 1; expected the name of a weight"),
+        ("tied", [], r"tied is \[\]; expected dict"),
         ("hashes.weights", "0" * 64, "the hash of its weights is .*: altered; build it again"),
         ("hashes.code", "", "the hash of its code is"),
         ("hashes.code", None, "hashes.code is None; expected str"),
@@ -150,6 +152,7 @@ def test_all_that_does_not_fit_a_machine_is_named_at_once(hostile: Path) -> None
         ("measured", {"milliseconds_per_network_call": 1e-9}),
         ("measured", {}),
         ("unused", []),
+        ("tied", {"second": "of nothing"}),
         ("guidance_scale", -3),
     ],
 )

@@ -124,7 +124,7 @@ def test_arguments_that_it_was_not_built_for(
         ),
         ({"added": NESTED}, "conditioning: added.table is missing"),
         ({"added": {**NESTED, "table": TABLE, "more": 1}}, "'added.more' is unknown"),
-        ({"added": {**NESTED, "table": TABLE}, "gain": 0.5}, "'gain' is unknown"),
+        ({"added": {**NESTED, "table": TABLE}, "gain": 0.5}, "gain was baked in .*, as 0.5; leave it out"),
         ({"added": {**NESTED, "table": -TABLE}}, "differ in 'added.table', which belongs to no sample"),
         ({"added": {**NESTED, "table": TABLE[0]}}, r"conditioning\['added.table'\] has shape \(2, 1, 1\); expected"),
         (

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import olss_fast
 from olss_fast import _onnx_file, demo, export_onnx, onnx_export
 from olss_fast.cli import app
-from olss_fast.errors import BuildError, InputError, ModelError
+from olss_fast.errors import BuildError, InputError, ModelError, NetworkError
 
 
 @pytest.fixture
@@ -101,9 +101,9 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[Exception], str]
     "several networks": (lambda path: {"plan": PLAN.replace(models=[0, 0, 1, 1])}, InputError, r"networks \[0, 1\]"),
     "no shape": (lambda path: {"shape": 4}, InputError, "4"),
     "empty batch": (lambda path: {"shape": (0, 3, 4, 4)}, InputError, r"\(0, 3, 4, 4\)"),
-    "other shape": (lambda path: {"shape": (2, 4, 4, 4)}, InputError, r"cannot be called.*\(2, 4, 4, 4\)"),
-    "wrong batch": (lambda path: {"example": {"y": torch.arange(3)}}, InputError, "cannot be called"),
-    "unknown argument": (lambda path: {"example": {"z": Y}}, InputError, "cannot be called.*'z'"),
+    "other shape": (lambda path: {"shape": (2, 4, 4, 4)}, NetworkError, r"cannot be called.*\(2, 4, 4, 4\)"),
+    "wrong batch": (lambda path: {"example": {"y": torch.arange(3)}}, NetworkError, "cannot be called"),
+    "unknown argument": (lambda path: {"example": {"z": Y}}, NetworkError, "cannot be called.*'z'"),
     "reserved": (lambda path: {"example": {"step_noise": 1.0 * Y}}, InputError, "step_noise"),
     "no mapping": (lambda path: {"example": [Y]}, InputError, "example"),
     "guidance alone": (lambda path: {"guidance_scale": 2.0}, InputError, "unconditional"),

@@ -3,6 +3,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/randn.h>
 #include <torch/headeronly/version.h>
 
@@ -89,7 +90,7 @@ struct Engine::Impl {
     void update(const std::map<std::string, at::Tensor>& given) {
         std::vector<std::string> faults;
         for (const auto& [name, value] : given) {
-            const auto held = network.weights().find(name);
+            const auto held = network.weights().find(read_as(name));
             const bool unused =
                 std::find(description.unused.begin(), description.unused.end(), name) != description.unused.end();
             const std::string fault = held != network.weights().end() ? unfit(value, held->second)
@@ -97,11 +98,20 @@ struct Engine::Impl {
                                                                       : "is none of the engine's weights";
             if (!fault.empty() && faults.size() < 8) faults.push_back(quote(name) + " " + fault);
         }
+        for (const auto& [name, real] : description.tied)
+            if (faults.empty() && given.count(name) && given.count(real) && !at::equal(given.at(name), given.at(real)))
+                faults.push_back(quote(name) + " and " + quote(real) + " are one weight and were given different values");
         if (!faults.empty()) fail(input, "weights that do not fit, nothing was changed: ", listed(faults, "; "));
         const std::unique_lock<std::shared_mutex> lock(weights_in_use);
         for (const auto& [name, value] : given)
-            if (const auto held = network.weights().find(name); held != network.weights().end())
+            if (const auto held = network.weights().find(read_as(name)); held != network.weights().end())
                 held->second.copy_(value);
+    }
+
+    // The name under which the code reads a weight.
+    const std::string& read_as(const std::string& name) const {
+        const auto second = description.tied.find(name);
+        return second == description.tied.end() ? name : second->second;
     }
 
     const Description description;

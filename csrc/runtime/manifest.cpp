@@ -141,7 +141,7 @@ Description description_of(const Json& manifest) {
     const Item all{manifest, ""};
     expect_members(
         all, {"sha256", "format", "version", "notice", "built_with", "machine", "network", "dtype", "profile",
-              "doubled", "guidance_scale", "inputs", "fixed", "plans", "strides", "unused", "hashes", "measured"});
+              "doubled", "guidance_scale", "inputs", "fixed", "plans", "strides", "unused", "tied", "hashes", "measured"});
     expect_members(all.member("built_with"), {"olss_fast", "torch", "triton", "cuda", "driver"});
     expect_members(all.member("hashes"), {"weights", "code"});
     Description result;
@@ -158,6 +158,7 @@ Description description_of(const Json& manifest) {
     result.plans = list_of(all.member("plans"), plan);
     result.strides = map_of(all.member("strides"), [](const Item& item) { return sizes(item, 0); });
     result.unused = list_of(all.member("unused"), text);
+    result.tied = map_of(all.member("tied"), text);
     result.hashes = map_of(all.member("hashes"), text);
     result.measured = map_of(all.member("measured"), [](const Item& item) { return item.number(); });
     check_names(result);

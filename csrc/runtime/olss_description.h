@@ -66,6 +66,7 @@ struct Description {
     std::vector<PlanEntry> plans;
     std::map<std::string, Shape> strides;  // of weights that the code wants in another order than C order
     std::vector<std::string> unused;       // names of a state_dict that the code does not read
+    std::map<std::string, std::string> tied;  // second names of weights: name -> the name that the code reads
     std::map<std::string, std::string> hashes;
     std::map<std::string, double> measured;
 };

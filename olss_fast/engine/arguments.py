@@ -23,11 +23,14 @@ def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in arguments.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, name + "."))
+            found = flatten(value, name + ".")
         elif isinstance(value, (list, tuple)) and any(isinstance(each, (Tensor, np.ndarray)) for each in value):
-            flat.update(flatten({str(i): each for i, each in enumerate(value)}, name + "."))
+            found = flatten({str(i): each for i, each in enumerate(value)}, name + ".")
         else:
-            flat[name] = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+            found = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value}
+        if twice := sorted(set(flat) & set(found)):
+            raise InputError(f"{', '.join(twice)} was given twice, nested and by its flat name; give it once")
+        flat.update(found)
     return flat
 
 

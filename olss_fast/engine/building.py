@@ -24,13 +24,15 @@ from olss_fast.engine.request import Request, checked_request, is_per_sample, na
 from olss_fast.engine.shapes import Profile
 from olss_fast.engine.structure import structure_key
 from olss_fast.engine.weights import hash_weights, strides_of, to_blob
-from olss_fast.errors import BuildError, EngineFileError
+from olss_fast.errors import BuildError, EngineFileError, InputError
 from olss_fast.network import Conditioning
 from olss_fast.plan import Plan
 from olss_fast.plan_io import plan_to_bytes
 
 # How far the compiled network may be from the one that it was compiled from, relative to the largest output.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
+SLACK = 10.0  # what code from the cache may be further from its network than it was from the one before
+TINY = 1e-30
 CHECKED_TIMES = 8  # of the first plan, at most, at which both are asked
 TIMED_CALLS = 5
 
@@ -70,6 +72,8 @@ def build(
     """
     plans = named_plans(plan)
     request = checked_request(network, plans, Profile.of(shapes), example, unconditional, guidance_scale, dtype, device)
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"options is {options!r}; expected a mapping of Inductor's settings")
     settings = dict(options or {})
     folder = code_cache.default_folder() if cache is True else Path(cache) if cache else None
     with _stages(progress) as stage:
@@ -84,9 +88,11 @@ def build(
         key, code, seconds = _by_graph(request, exported, settings, folder)
         stage("check")
         constants = {**exported.state_dict, **exported.constants}
-        engine = _checked(_engine(request, plans, code, constants, seconds), request)
+        bound = TOLERANCE[str(request.dtype).removeprefix("torch.")]
+        engine = _checked(_engine(request, plans, code, constants, seconds), request, bound)
+        measured = engine.manifest.facts["measured"]
         for name in {structure, _structure(request, settings)} if folder is not None else ():
-            code_cache.point(folder, name, key)
+            code_cache.point(folder, name, key, measured["largest_difference"] / max(measured["largest_output"], TINY))
         return engine
 
 
@@ -100,8 +106,10 @@ def _by_structure(
         return None
     network = request.flat
     tensors = {**dict(network.named_buffers()), **network.state_dict()}
+    code, seconds, difference = found
+    bound = SLACK * (difference + torch.finfo(request.dtype).eps)
     try:
-        return _checked(_engine(request, plans, found[0], tensors, found[1]), request)
+        return _checked(_engine(request, plans, code, tensors, seconds), request, bound)
     except (BuildError, EngineFileError):
         return None
 
@@ -163,42 +171,62 @@ def _engine(
         "plans": [_plan_facts(name, each) for name, each in plans.items()],
         "strides": {},
         "unused": [],
+        "tied": {},
         "hashes": {"weights": "", "code": hash_code(code)},
         "measured": {"seconds_to_compile": seconds},
     }
     engine = Engine(manifest.parse(facts), plans, code, weights, request.unconditional, request.device)
-    facts["unused"] = sorted(set(request.flat.network.state_dict()) - set(engine.weights))
+    facts["tied"] = _tied(request.flat.network.state_dict(), list(engine.weights))
+    facts["unused"] = sorted(set(request.flat.network.state_dict()) - set(engine.weights) - set(facts["tied"]))
     facts["strides"] = strides_of(engine.weights)
     facts["hashes"]["weights"] = hash_weights({name: to_blob(each) for name, each in engine.weights.items()})
     return engine
 
 
-def _checked(engine: Engine, request: Request) -> Engine:
-    """The engine, if its network computes what the one that it was compiled from does; with figures in its manifest."""
+def _tied(state: Mapping[str, Tensor], used: list[str]) -> dict[str, str]:
+    """Second names of weights that the code reads: name -> the name that it reads."""
+    places = {_place(state[name]): name for name in used if name in state and state[name].numel()}
+    rest = {name: each for name, each in state.items() if name not in used}
+    return {name: places[_place(each)] for name, each in rest.items() if _place(each) in places}
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _checked(engine: Engine, request: Request, bound: float) -> Engine:
+    """The engine, if its network computes what the one that it was compiled from does, to `bound` times the largest
+    output; with figures in its manifest."""
     difference, largest = 0.0, 0.0
-    for time_ in request.times[:: max(1, len(request.times) // CHECKED_TIMES)]:
-        inputs = request.inputs(time=time_)
-        with torch.no_grad():
-            expected, found = request.flat(*inputs).double(), engine.network(*inputs).double()
+    for inputs in _checked_inputs(request):
+        with torch.no_grad():  # each has inputs of its own, for networks that work in place
+            found = engine.network(*[each.clone() for each in inputs]).double()
+            expected = request.flat(*inputs).double()
         if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
             raise BuildError("the compiled network's output is not finite, or of another shape than the original's")
         difference = max(difference, float((found - expected).abs().max()))
         largest = max(largest, float(expected.abs().max()))
-    bound = TOLERANCE[engine.manifest.dtype]
-    if not difference <= bound * max(largest, 1e-30):
+    if not difference <= bound * max(largest, TINY):
         raise BuildError(
             f"the compiled network differs from the original by {difference:.3g} where the largest output is "
-            f"{largest:.3g}; expected at most {bound:g} of that: is it random, or does it change its weights?"
+            f"{largest:.3g}; expected at most {bound:.3g} of that: is it random, or does it change its weights?"
         )
-    warm_up(engine)
+    if engine.device.type == "cuda":
+        warm_up(engine, request.tensors)
+    inputs = request.inputs()
     seconds = statistics.median(_timed(engine, inputs) for _ in range(TIMED_CALLS))
-    figures = {
-        "milliseconds_per_network_call": 1e3 * seconds,
-        "largest_difference": difference,
-        "largest_output": largest,
-    }
-    engine.manifest.facts["measured"].update(figures)
+    figures = {"milliseconds_per_network_call": 1e3 * seconds}
+    engine.manifest.facts["measured"].update(figures | {"largest_difference": difference, "largest_output": largest})
     return engine
+
+
+def _checked_inputs(request: Request) -> Iterator[list[Tensor]]:
+    """At `opt` and the times of the first plan, and at the ends of the profile: torch.export takes it that no size that
+    varies is one, and a network may treat that differently."""
+    for time_ in request.times[:: max(1, len(request.times) // CHECKED_TIMES)]:
+        yield request.inputs(time=time_)
+    for shape in sorted({request.profile.min, request.profile.max} - {request.profile.opt}):
+        yield request.inputs(shape=shape)
 
 
 def _timed(engine: Engine, inputs: list[Tensor]) -> float:

@@ -51,17 +51,22 @@ def store(folder: Path | None, key: str, code: Mapping[str, bytes], seconds: flo
     _write(folder, key, {"seconds_to_compile": seconds}, code)
 
 
-def point(folder: Path | None, name: str | None, key: str) -> None:
-    """Remembers that whatever has `name` was compiled to the entry `key`."""
+def point(folder: Path | None, name: str | None, key: str, difference: float) -> None:
+    """Remembers that whatever has `name` was compiled to the entry `key`, which is this far from it at most."""
     if name is not None:
-        _write(folder, name, {"same_as": key}, {})
+        _write(folder, name, {"same_as": key, "difference": difference}, {})
 
 
-def follow(folder: Path | None, name: str | None) -> tuple[dict[str, bytes], float] | None:
-    """What `point` remembered, as `load` gives it."""
+def follow(folder: Path | None, name: str | None) -> tuple[dict[str, bytes], float, float] | None:
+    """What `point` remembered: code and seconds as `load` gives them, and the difference."""
     entry = _read(folder, name)
-    target = entry[0].get("same_as") if entry is not None else None
-    return load(folder, target) if isinstance(target, str) and re.fullmatch("[0-9a-f]{64}", target) else None
+    if entry is None:
+        return None
+    target, difference = entry[0].get("same_as"), entry[0].get("difference")
+    if not isinstance(target, str) or not re.fullmatch("[0-9a-f]{64}", target) or not isinstance(difference, float):
+        return None
+    found = load(folder, target)
+    return None if found is None else (*found, difference)
 
 
 def _read(folder: Path | None, key: str | None) -> tuple[dict[str, Any], dict[str, bytes]] | None:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class Engine:
     be called from several threads; each has buffers of its own.
 
     manifest: what the file says about itself, `manifest.facts` is all of it. plans: by name; the first is the default.
-    network: the compiled network, `network(x, time, *tensors)`; it checks nothing.
+    network: the compiled network, `network(x, time, *tensors)`; it checks nothing. unconditional: its defaults, one row
+    for all samples.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.manifest, self.plans, self.device = manifest, dict(plans), device
-        self._code, self._unconditional = dict(code), dict(unconditional)
+        self._code, self.unconditional = dict(code), dict(unconditional)
         self.network = LoadedCode(code, weights, device)
         self._threads = threading.local()
 
@@ -84,7 +85,7 @@ class Engine:
             raise InputError(
                 f"unconditional is {quoted(unconditional)}; expected a mapping of argument names to values"
             )
-        without = {**self._unconditional, **flatten(unconditional or {})}
+        without = {**self.unconditional, **flatten(unconditional or {})}
         tensors = inputs.network_inputs(self.manifest, noise.shape[0], self.device, conditioning, without)
         loops = self._loops()
         step_noise = draw_step_noise(chosen, noise, generator)
@@ -116,6 +117,19 @@ class Engine:
         """What the code reads, by the names of the network's state_dict."""
         return self.network.weights
 
+    def usual_arguments(self, samples: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Conditioning and unconditional arguments that the network is likely to take: the engine's own, else zeros."""
+        given: dict[str, Any] = {each.name: 0 for each in self.manifest.inputs}
+        without = {name: 0 for name in given if name not in self.unconditional} if self.manifest.doubled else None
+        for each in self.manifest.inputs:
+            if each.name in self.unconditional:
+                row = self.unconditional[each.name]
+                given[each.name] = row.expand(samples, *row.shape[1:]) if each.per_sample else row
+        return given, without
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Engine is neither pickled nor copied: save() it, and load it where it is needed")
+
     def stats(self) -> Stats:
         """What this thread's calls did; see `Stats`."""
         return self._loops().stats()
@@ -123,26 +137,34 @@ class Engine:
     def update_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Writes other weights over those in use, without a build: a fine-tuned model, LoRA merged into its weights.
 
-        Names are those of the network's state_dict; some may be left out. Not while another thread samples.
+        Names are those of the network's state_dict; some may be left out. What the code does not read changes nothing.
+        Not while another thread samples.
 
         Raises InputError, before anything is written: unknown names, other shapes, dtypes that are no numbers of the
-        same kind.
+        same kind, two values for what is one weight under two names.
         """
         if not isinstance(state_dict, Mapping):
             raise InputError(f"state_dict is a {type(state_dict).__name__}; expected a mapping of names to tensors")
-        known = {**dict.fromkeys(self.manifest.facts["unused"]), **self.weights}
+        tied: dict[str, str] = self.manifest.facts["tied"]
+        known = {*self.manifest.facts["unused"], *tied, *self.weights}
         unknown = sorted(str(name) for name in state_dict if name not in known)
         if unknown:
             raise InputError(
                 f"the engine has no weights {_listed(unknown)}; its weights are {_listed(sorted(self.weights))}"
             )
-        taken = {name: value for name, value in state_dict.items() if name in self.weights}
-        faults = [fault for name, value in taken.items() if (fault := _unfit(name, value, self.weights[name]))]
+        places = {name: tied.get(name, name) for name in state_dict if tied.get(name, name) in self.weights}
+        faults = [fault for name, at in places.items() if (fault := _unfit(name, state_dict[name], self.weights[at]))]
+        if not faults:
+            faults = [
+                f"{name} and {at} are one weight and were given different values"
+                for name, at in places.items()
+                if name != at and at in state_dict and not torch.equal(state_dict[name], state_dict[at])
+            ]
         if faults:
             raise InputError(f"weights that do not fit, nothing was changed: {'; '.join(faults[:8])}")
         with torch.no_grad():
-            for name, value in taken.items():
-                self.weights[name].copy_(value)
+            for name, at in places.items():
+                self.weights[at].copy_(state_dict[name])
 
     def save(self, path: AnyPath) -> None:
         """Writes the engine file, atomically, with the weights as they are now. Raises EngineFileError."""
@@ -150,7 +172,7 @@ class Engine:
         plans = {name: Blob.of_bytes(plan_to_bytes(plan)) for name, plan in self.plans.items()}
         blobs = {f"code/{name}": Blob.of_bytes(content) for name, content in self._code.items()}
         blobs |= {f"plans/{name}": blob for name, blob in plans.items()}
-        blobs |= {f"unconditional/{name}": to_blob(each) for name, each in self._unconditional.items()}
+        blobs |= {f"unconditional/{name}": to_blob(each) for name, each in self.unconditional.items()}
         blobs |= {f"weights/{name}": blob for name, blob in weights.items()}
         facts = {
             name: fact for name, fact in self.manifest.facts.items() if name not in ("sha256", "format", "version")
@@ -273,14 +295,17 @@ def plan_facts(name: str, plan: Plan, data: bytes | memoryview) -> dict[str, Any
     return {"name": name, "nfe": plan.nfe, "branches": plan.branches, "noises": plan.noises, "sha256": digest}
 
 
-def warm_up(engine: Engine) -> None:
-    """One run at the profile's `opt`, so that buffers, and on a GPU the graph, are there before the first call."""
+def warm_up(engine: Engine, conditioning: Mapping[str, Tensor] | None = None) -> None:
+    """One run at the profile's `opt`, so that buffers, and on a GPU the graph, are there before the first call.
+
+    conditioning: at `opt`; default: `engine.usual_arguments`.
+    """
     found = engine.manifest
-    noise = torch.zeros(found.profile.opt, dtype=getattr(torch, found.dtype), device=engine.device)
-    zeros: dict[str, Any] = {each.name: 0 for each in found.inputs}
-    given = zeros if found.doubled else None
-    with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
-        engine(noise, unconditional=given, **zeros)
+    noise = torch.randn(found.profile.opt, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(engine.device, getattr(torch, found.dtype))
+    usual, without = engine.usual_arguments(noise.shape[0])
+    given: dict[str, Any] = usual if conditioning is None else dict(conditioning)
+    engine(noise, unconditional=without, generator=torch.Generator(engine.device).manual_seed(0), **given)
 
 
 def _parts(blobs: Mapping[str, Blob]) -> dict[str, dict[str, Blob]]:

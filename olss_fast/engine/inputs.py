@@ -40,7 +40,11 @@ def network_inputs(
     Raises InputError: missing or unknown names, a wrong shape, dtype or device; halves that differ in an argument that
     belongs to no sample.
     """
-    given = tensors_of(manifest.inputs, flatten(conditioning), samples, device, "conditioning")
+    flat = flatten(conditioning)
+    for name in sorted(set(flat) & set(manifest.facts["fixed"])):
+        value = manifest.facts["fixed"][name]
+        raise InputError(f"conditioning: {name} was baked in when this engine was built, as {value}; leave it out")
+    given = tensors_of(manifest.inputs, flat, samples, device, "conditioning")
     if not manifest.doubled:
         if unconditional:
             raise InputError(f"unconditional was given, but this engine is built without guidance: {_knows(manifest)}")

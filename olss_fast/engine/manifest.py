@@ -52,6 +52,7 @@ _SCHEMA: dict[str, Any] = {
     "plans": [{"name": str, "nfe": int, "branches": int, "noises": int, "sha256": str}],
     "strides": dict,
     "unused": [str],
+    "tied": dict,
     "hashes": {"weights": str, "code": str},
     "measured": dict,
 }
@@ -166,6 +167,9 @@ def _check_values(facts: Mapping[str, Any]) -> None:
     for name, value in facts["fixed"].items():
         if not isinstance(value, str):
             refuse(f"fixed {quoted(name)} is {quoted(value)}; expected a string")
+    for name, value in facts["tied"].items():
+        if not isinstance(value, str):
+            refuse(f"tied.{quoted(name)} is {quoted(value)}; expected the name of a weight")
     for name, value in facts["measured"].items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
             refuse(f"measured.{quoted(name)} is {quoted(value)}; expected a finite number")

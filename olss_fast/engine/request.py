@@ -44,13 +44,18 @@ class Request:
     def per_sample(self) -> list[bool]:
         return [is_per_sample(each, self.profile) for each in self.tensors.values()]
 
-    def inputs(self, least: int = 1, time: float | None = None) -> list[Tensor]:
-        """x, time and the example's tensors, as the network sees them at `opt`; of a batch that is not fixed at least
-        `least` samples, since one is a special case for torch.export. time: default: the first of the first plan."""
-        samples = max(self.profile.opt[0], least if 0 in self.profile.dynamic else 1)
-        batch = samples * (1 + self.doubled)
+    def inputs(
+        self, least: int = 1, *, time: float | None = None, shape: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """x, time and the example's tensors, as the network sees them at `shape`, by default `opt`; of an axis that is
+        not fixed at least `least` steps, since one is a special case for torch.export. time: default: the first of the
+        first plan."""
+        sizes = list(self.profile.opt if shape is None else shape)
+        for axis in self.profile.dynamic:
+            sizes[axis] = max(sizes[axis], least * self.profile.multiple[axis])
+        batch = sizes[0] * (1 + self.doubled)
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn((batch, *self.profile.opt[1:]), generator=generator).to(self.device, self.dtype)
+        x = torch.randn((batch, *sizes[1:]), generator=generator).to(self.device, self.dtype)
         times = torch.full((batch,), self.times[0] if time is None else time, device=self.device)
         rest = [
             _repeated(each, batch) if own else each
@@ -159,8 +164,8 @@ def _device(network: nn.Module, device: torch.device | str | None) -> torch.devi
 
 def _dtype(network: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     chosen = network_dtype(network, torch.float32) if dtype is None else dtype
-    if str(chosen).removeprefix("torch.") not in DTYPES:
-        raise InputError(f"dtype is {chosen!r}; expected one of {', '.join(DTYPES)} of torch")
+    if not isinstance(chosen, torch.dtype) or str(chosen).removeprefix("torch.") not in DTYPES:
+        raise InputError(f"dtype is {chosen!r}; expected one of {', '.join(f'torch.{each}' for each in DTYPES)}")
     return chosen
 
 
@@ -201,7 +206,12 @@ def _row(name: str, value: Any, like: Tensor, profile: Profile, device: torch.de
     shape = (1, *like.shape[1:]) if is_per_sample(like, profile) else tuple(like.shape)
     if not isinstance(value, (Tensor, bool, int, float)):
         raise InputError(f"unconditional[{name!r}] is {quoted(value)}; expected a tensor, or a number")
-    plain = torch.as_tensor(value).to(device, like.dtype)
+    given = torch.as_tensor(value).to(device)
+    plain = given.to(like.dtype)
+    if not like.is_floating_point() and not torch.equal(plain.to(given.dtype), given):
+        raise InputError(
+            f"unconditional[{name!r}] is {quoted(value)}, which is no {like.dtype}; expected whole numbers"
+        )
     try:
         whole = plain.expand(like.shape)
     except RuntimeError as error:

@@ -1,21 +1,26 @@
 """What a network is apart from its weights' values, as a key: equal keys, equal graphs.
 
 Tracing a network tells its graph, and takes seconds. This takes milliseconds, and errs on the other side: it covers all
-attributes of all modules, and every Python file that is loaded, by time and size. What it cannot see (a function that
-was replaced while the program runs) is found afterwards, when the compiled network is compared with the network.
+attributes of all modules, the code of their classes with what it reads by name, and every Python file that is loaded,
+by time and size. What it does not see is found afterwards, when the compiled network is compared with the network.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import os
 import pickle
 import sys
 import time
+import types
 from typing import Any
 
 from torch import Tensor, nn
+
+VERSIONED = {"torch", "numpy", "builtins", "typing", "collections", "abc", "functools", "enum"}
+PLAIN = (type(None), bool, int, float, complex, str, bytes, tuple, frozenset)
 
 
 def structure_key(network: nn.Module) -> str | None:
@@ -23,10 +28,11 @@ def structure_key(network: nn.Module) -> str | None:
     buffer = io.BytesIO()
     try:
         sources = repr(_sources())
-        _Structure(buffer, network).dump(network)
+        structure = _Structure(buffer, network)
+        structure.dump(network)
     except Exception:  # whatever an object of theirs raises when it is to be pickled
         return None
-    return hashlib.sha256(buffer.getvalue() + sources.encode()).hexdigest()
+    return hashlib.sha256(buffer.getvalue() + repr(structure.code).encode() + sources.encode()).hexdigest()
 
 
 class _Structure(pickle.Pickler):
@@ -36,6 +42,46 @@ class _Structure(pickle.Pickler):
         super().__init__(file, protocol=4)
         self._weights = {id(each) for each in [*network.parameters(), *network.buffers()]}
         self._seen: dict[int, int] = {}
+        self.code: list[object] = []
+        self._read: set[int] = set()
+        self._kept: list[Any] = []
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Classes and functions are written by their names: what these names stand for is noted beside."""
+        self._note(obj)
+        return NotImplemented
+
+    def _note(self, value: Any) -> None:
+        """The code of a function or class, and what is plain of all that it reads. Torch's is told by its version."""
+        function = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)))
+        if id(function) in self._read or str(getattr(function, "__module__", "")).partition(".")[0] in VERSIONED:
+            return
+        self._read.add(id(function))
+        self._kept.append(function)  # else another object could get its id
+        if isinstance(function, type):
+            for base in function.__mro__[1:]:
+                self._note(base)
+            self._note_names(function.__qualname__, sorted(vars(function).items()))
+        elif isinstance(function, types.FunctionType):
+            code, scope = function.__code__, inspect.getclosurevars(function)
+            self._note_code(code)
+            found = {**scope.globals, **scope.nonlocals, "(defaults)": function.__defaults__}
+            self._note_names(function.__qualname__, sorted(found.items()))
+
+    def _note_names(self, owner: str, named: list[tuple[str, Any]]) -> None:
+        for name, value in named:
+            if isinstance(value, PLAIN) and not (name.startswith("__") and name.endswith("__")):
+                self.code.append((owner, name, _spelled(value)))
+            else:
+                self._note(value)
+
+    def _note_code(self, code: types.CodeType) -> None:
+        self.code.append((code.co_name, code.co_code, code.co_names))
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self._note_code(constant)
+            else:
+                self.code.append(_spelled(constant))
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, Tensor):
@@ -43,6 +89,11 @@ class _Structure(pickle.Pickler):
         number = self._seen.setdefault(id(obj), len(self._seen))  # one weight in two places is not two weights
         values = None if id(obj) in self._weights else obj.detach().cpu().tolist()
         return number, str(obj.dtype), tuple(obj.shape), obj.stride(), str(obj.device), values
+
+
+def _spelled(value: object) -> str:
+    """`repr`, the same in every process: sets of strings have an order of their own in each."""
+    return f"set {sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
 
 
 def _sources() -> list[tuple[str, int, int]]:

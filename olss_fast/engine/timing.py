@@ -148,7 +148,7 @@ def time_engine(
 
 
 def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """A call of the engine, and the bare network calls that are in it. All arguments are zeros, the noise is not.
+    """A call of the engine, and the bare network calls that are in it, with arguments that the network likely takes.
 
     Raises InputError for a batch outside the profile.
     """
@@ -157,15 +157,14 @@ def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Call
     found.profile.check(shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(engine.device, getattr(torch, found.dtype))
-    zeros: dict[str, Any] = {each.name: 0 for each in found.inputs}
-    given = zeros if found.doubled else None
+    given, without = engine.usual_arguments(shape[0])
     generator = torch.Generator(engine.device).manual_seed(0)
     x = torch.cat([noise, noise]) if found.doubled else noise
     times = [torch.full((x.shape[0],), float(each), device=engine.device) for each in plan.timesteps]
-    tensors = inputs.network_inputs(found, shape[0], engine.device, zeros, given or {})
+    tensors = inputs.network_inputs(found, shape[0], engine.device, given, {**engine.unconditional, **(without or {})})
 
     def call() -> Tensor:
-        return engine(noise, plan=plan, unconditional=given, generator=generator, **zeros)
+        return engine(noise, plan=plan, unconditional=without, generator=generator, **given)
 
     def network() -> None:
         for each in times:

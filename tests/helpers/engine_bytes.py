@@ -67,6 +67,7 @@ MANIFEST: dict[str, Any] = {
     ],
     "strides": {"conv.weight": [9, 1, 3, 1]},
     "unused": ["idle"],
+    "tied": {},
     "hashes": {"weights": "1" * 64, "code": "2" * 64},
     "measured": {"seconds_to_compile": 1, "largest_difference": 1.5e-6},
 }
