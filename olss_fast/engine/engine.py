@@ -22,7 +22,7 @@ from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
 from olss_fast.errors import EngineFileError, InputError, MachineError, NetworkError, PlanFileError
 from olss_fast.executors.loops import Loops, Stats
-from olss_fast.network import Conditioning, Denoiser
+from olss_fast.network import Conditioning, Denoiser, sums_to_finite
 from olss_fast.plan import Plan
 from olss_fast.plan_io import plan_from_bytes, plan_to_bytes
 from olss_fast.sampling import check_plan_fits, draw_step_noise
@@ -52,6 +52,7 @@ class Engine:
         self._code, self.unconditional = dict(code), dict(unconditional)
         self.network = LoadedCode(code, weights, device)
         self._threads = threading.local()
+        self._agreed: tuple[Plan, float] | None = None
 
     def __call__(
         self,
@@ -108,7 +109,7 @@ class Engine:
                 f"the compiled network failed: {shortened(cause)}; does the conditioning hold what the network takes, "
                 "such as numbers of classes that it has?"
             ) from cause
-        if result.device.type == "cpu" and not bool(torch.isfinite(result).all()):
+        if result.device.type == "cpu" and not sums_to_finite(result):
             loops.require_finite()
         return result
 
@@ -211,8 +212,11 @@ class Engine:
             raise InputError("this plan keeps both outputs of a guided pair apart: build the engine with unconditional")
         if not doubled and scale != 1.0:
             raise InputError(f"guidance_scale is {scale!r}, but this engine is built without guidance: expected 1")
+        if self._agreed == (plan, scale):  # checked before; between two calls of a network each look costs more
+            return
         either: dict[str, Any] | None = {} if doubled else None
         check_plan_fits(plan, Denoiser([self.network], samples=1, unconditional=either, guidance_scale=scale))
+        self._agreed = (plan, scale)
 
 
 def load_engine(path: AnyPath, *, device: torch.device | str | None = None, sha256: str | None = None) -> Engine:

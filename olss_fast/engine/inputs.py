@@ -13,6 +13,7 @@ from olss_fast._text import quoted
 from olss_fast.engine.arguments import flatten
 from olss_fast.engine.manifest import Input, Manifest
 from olss_fast.errors import InputError
+from olss_fast.network import sums_to_finite
 
 
 def check_noise(noise: object, manifest: Manifest, device: torch.device) -> Tensor:
@@ -23,7 +24,7 @@ def check_noise(noise: object, manifest: Manifest, device: torch.device) -> Tens
     _check_kind("noise", noise, manifest.dtype, device)
     if not noise.is_contiguous():
         raise InputError(f"noise has the strides {noise.stride()}, it is not contiguous; call .contiguous() first")
-    if not bool(torch.isfinite(noise).all()):
+    if not sums_to_finite(noise) and not bool(torch.isfinite(noise).all()):
         raise InputError("the noise holds NaN or infinity")
     return noise
 

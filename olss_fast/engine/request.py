@@ -44,9 +44,7 @@ class Request:
     def per_sample(self) -> list[bool]:
         return [is_per_sample(each, self.profile) for each in self.tensors.values()]
 
-    def inputs(
-        self, least: int = 1, *, time: float | None = None, shape: Sequence[int] | None = None
-    ) -> list[Tensor]:
+    def inputs(self, least: int = 1, *, time: float | None = None, shape: Sequence[int] | None = None) -> list[Tensor]:
         """x, time and the example's tensors, as the network sees them at `shape`, by default `opt`; of an axis that is
         not fixed at least `least` steps, since one is a special case for torch.export. time: default: the first of the
         first plan."""

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 VERSIONED = {"torch", "numpy", "builtins", "typing", "collections", "abc", "functools", "enum"}
+ENTRIES = ("__call__", "__init__", "forward")
 PLAIN = (type(None), bool, int, float, complex, str, bytes, tuple, frozenset)
 
 
@@ -52,28 +53,40 @@ class _Structure(pickle.Pickler):
         return NotImplemented
 
     def _note(self, value: Any) -> None:
-        """The code of a function or class, and what is plain of all that it reads. Torch's is told by its version."""
+        """The code of a function, or of a class as far as a call of it reaches, and what is plain of all that this
+        reads by name. Torch's is told by its version."""
         function = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)))
         if id(function) in self._read or str(getattr(function, "__module__", "")).partition(".")[0] in VERSIONED:
             return
         self._read.add(id(function))
         self._kept.append(function)  # else another object could get its id
         if isinstance(function, type):
-            for base in function.__mro__[1:]:
-                self._note(base)
-            self._note_names(function.__qualname__, sorted(vars(function).items()))
+            self._note_class(function)
         elif isinstance(function, types.FunctionType):
-            code, scope = function.__code__, inspect.getclosurevars(function)
-            self._note_code(code)
+            scope = inspect.getclosurevars(function)
             found = {**scope.globals, **scope.nonlocals, "(defaults)": function.__defaults__}
-            self._note_names(function.__qualname__, sorted(found.items()))
+            for name, each in sorted(found.items()):
+                self._note_named(function.__qualname__, name, each)
+            self._note_code(function.__code__)
 
-    def _note_names(self, owner: str, named: list[tuple[str, Any]]) -> None:
-        for name, value in named:
-            if isinstance(value, PLAIN) and not (name.startswith("__") and name.endswith("__")):
-                self.code.append((owner, name, _spelled(value)))
-            else:
-                self._note(value)
+    def _note_class(self, owner: type) -> None:
+        """Its members that are named by `forward`, or by what that names, and so on."""
+        waiting, met = set(ENTRIES), set()
+        while waiting:
+            name = min(waiting)
+            waiting.remove(name)
+            met.add(name)
+            member = inspect.getattr_static(owner, name, None)
+            self._note_named(owner.__qualname__, name, member)
+            function = inspect.unwrap(getattr(member, "__func__", getattr(member, "fget", member)))
+            if isinstance(function, types.FunctionType):
+                waiting |= _names(function.__code__) - met
+
+    def _note_named(self, owner: str, name: str, value: Any) -> None:
+        if isinstance(value, PLAIN):
+            self.code.append((owner, name, _spelled(value)))
+        else:
+            self._note(value)
 
     def _note_code(self, code: types.CodeType) -> None:
         self.code.append((code.co_name, code.co_code, code.co_names))
@@ -91,9 +104,17 @@ class _Structure(pickle.Pickler):
         return number, str(obj.dtype), tuple(obj.shape), obj.stride(), str(obj.device), values
 
 
+def _names(code: types.CodeType) -> set[str]:
+    """All that a function and those inside it read by name."""
+    return set(code.co_names).union(*(_names(each) for each in code.co_consts if isinstance(each, types.CodeType)))
+
+
 def _spelled(value: object) -> str:
-    """`repr`, the same in every process: sets of strings have an order of their own in each."""
-    return f"set {sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
+    """The same in every process: sets have an order of their own in each, and what is not plain has an address."""
+    if isinstance(value, (tuple, frozenset)):
+        spelled = [_spelled(each) for each in value]
+        return f"{type(value).__name__} {sorted(spelled) if isinstance(value, frozenset) else spelled}"
+    return repr(value) if isinstance(value, PLAIN) else type(value).__qualname__
 
 
 def _sources() -> list[tuple[str, int, int]]:
