@@ -8,8 +8,10 @@ Python code nor diffusers to run, from Python or from a C++ program.
 | `machine` | what this machine is, and why an engine may not fit it |
 | `shapes`, `arguments`, `inputs` | shapes and conditioning: what is built for, and whether a call keeps to it |
 | `compiled`, `weights` | export, compilation, and compiled code that is loaded |
-| `cache` | compiled code by what it was compiled from |
-| `building`, `engine` | `build`; `Engine` and `load_engine` |
+| `structure`, `cache` | what a network is apart from its weights; compiled code by what it was compiled from |
+| `request`, `building` | `build`: what is asked, checked; how it is done |
+| `engine` | `Engine` and `load_engine` |
+| `describe`, `timing` | what `olss-fast inspect` shows and `olss-fast bench` measures |
 | `runtime` | builds the C++ program `olss-run` |
 
 The first three need the standard library alone, so that looking at a file costs no start of torch.

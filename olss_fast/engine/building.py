@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
 from olss_fast.engine.compiled import SETTINGS, compile_code, export, graph_text, hash_code, weight_name
 from olss_fast.engine.container import VERSION
-from olss_fast.engine.engine import Engine, warm_up
+from olss_fast.engine.engine import Engine, plan_facts, warm_up
 from olss_fast.engine.manifest import BATCH, FORMAT, NOTICE
 from olss_fast.engine.request import Request, checked_request, is_per_sample, named_plans
 from olss_fast.engine.shapes import Profile
@@ -168,7 +167,7 @@ def _engine(
         "guidance_scale": request.guidance_scale,
         "inputs": [_described(name, each, request.profile) for name, each in request.tensors.items()],
         "fixed": request.fixed,
-        "plans": [_plan_facts(name, each) for name, each in plans.items()],
+        "plans": [plan_facts(name, each, plan_to_bytes(each)) for name, each in plans.items()],
         "strides": {},
         "unused": [],
         "tied": {},
@@ -250,11 +249,6 @@ def _stages(progress: bool) -> Iterator[Callable[[str], object]]:
         yield stage
         bar.set_description(f"{'Built':<32}", refresh=False)
         bar.update(bar.total - bar.n)
-
-
-def _plan_facts(name: str, plan: Plan) -> dict[str, Any]:
-    digest = hashlib.sha256(plan_to_bytes(plan)).hexdigest()
-    return {"name": name, "nfe": plan.nfe, "branches": plan.branches, "noises": plan.noises, "sha256": digest}
 
 
 def _described(name: str, value: Tensor, profile: Profile) -> dict[str, Any]:
