@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -88,9 +89,19 @@ def test_beyond_the_last_row_nothing_is_written() -> None:
     compiled_start(state)
     compiled_step(torch.ones(1, 10), state)
     before = [each.clone() for each in state if isinstance(each, Tensor)]
-    with pytest.raises(InputError, match="beyond the rows of this run; call start"):
+    with pytest.raises(InputError, match="beyond the rows of this run, 1; call start"):
         compiled_step(torch.full((1, 10), 7.0), state)
     assert all(torch.equal(*each) for each in zip(before, (t for t in state if isinstance(t, Tensor)), strict=True))
+
+
+def test_the_memory_of_the_state_lives_as_long_as_the_step() -> None:
+    state = StepState.empty(torch.zeros(1, 10), torch.zeros(1), steps=1)
+    history = weakref.ref(state.history)
+    run = host_step(state)
+    del state
+    assert history() is not None
+    del run
+    assert history() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -44,6 +44,7 @@ def host_step(state: StepState) -> HostStep | None:
                 output = output.clone()
             address = output.data_ptr()
         if not run(address):
-            raise InputError("a step was asked for beyond the rows of this run; call start")
+            # Naming the state here also keeps its memory, of which `run` has the addresses alone.
+            raise InputError(f"a step was asked for beyond the rows of this run, {len(state.rows) - 1}; call start")
 
     return step
