@@ -46,10 +46,10 @@ def main() -> None:
     model = demo.load()
     noise, labels = draw_noise(model, SAMPLES, 0)[JUDGED], pick_labels(model, SAMPLES)[JUDGED]
     how = arguments(model, labels)
-    teacher = olss_fast.sample(solvers.ddim(model.schedule, 100), model.network, noise, **how)
+    teacher = olss_fast.sample(model.network, solvers.ddim(model.schedule, 100), noise, **how)
     errors: dict[str, dict[str, float]] = {}
     for name, times, plan in plans(model.schedule):
-        images = olss_fast.sample(plan, model.network, noise, **how)
+        images = olss_fast.sample(model.network, plan, noise, **how)
         errors.setdefault(name, {})[times] = float(metrics.rmse(images, teacher).mean())
         print(name, times, errors[name][times], flush=True)
     columns = [*SCHEDULES, *SPACINGS]

@@ -38,7 +38,6 @@ import olss_fast
 from olss_fast import models, solvers
 model = models.load_model("demo", device="cpu")
 how = models.arguments(model, models.pick_labels(model, 4))
-how["example"] = how.pop("conditioning")
 begin = time.perf_counter()
 shapes = olss_fast.Profile((1, *model.shape), (4, *model.shape), (16, *model.shape))
 engine = olss_fast.build(model.network, solvers.unipc(model.schedule, 5), shapes=shapes, progress=False, **how)

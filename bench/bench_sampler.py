@@ -89,15 +89,15 @@ def check(ours: Loop, reference: Loop) -> None:
 @pytest.mark.parametrize("against", [BY_HAND, OF_DIFFUSERS])
 @torch.no_grad()
 def bench_fused(versus: Versus, plan: Plan, noise: Tensor, references: dict[str, Loop], against: str) -> None:
-    sampler = Sampler(plan, network, shape=SHAPE, device="cpu")
+    sampler = Sampler(network, plan, shape=SHAPE, device="cpu")
     check(lambda: sampler(noise), references[against])
-    calls = counted(lambda each: Sampler(plan, each, device="cpu")(noise))
+    calls = counted(lambda each: Sampler(each, plan, device="cpu")(noise))
     versus(lambda: sampler(noise), references[against], name=against, counts={"evaluations": calls})
 
 
 @torch.no_grad()
 def bench_reference(versus: Versus, plan: Plan, noise: Tensor, references: dict[str, Loop]) -> None:
     by_hand = references[BY_HAND]
-    check(lambda: sample(plan, network, noise), by_hand)
-    calls = counted(lambda each: sample(plan, each, noise))
-    versus(lambda: sample(plan, network, noise), by_hand, name=BY_HAND, counts={"evaluations": calls})
+    check(lambda: sample(network, plan, noise), by_hand)
+    calls = counted(lambda each: sample(each, plan, noise))
+    versus(lambda: sample(network, plan, noise), by_hand, name=BY_HAND, counts={"evaluations": calls})

@@ -110,7 +110,7 @@ def _fresh(
         plans |= {f"OLSS, {n} NFE": result.plans[n], f"{best[n].name}, {n} NFE": best[n].plan}
     rows, teacher = [], None
     for name, plan in plans.items():
-        images = olss_fast.sample(plan, model.network, noise, batch_size=64, **how)
+        images = olss_fast.sample(model.network, plan, noise, batch_size=64, **how)
         features = metrics.extract_features(images, classifier)
         teacher = features if teacher is None else teacher
         agreement = metrics.class_agreement(images, labels, classifier)

@@ -2,7 +2,7 @@
 
     schedule = olss_fast.NoiseSchedule.from_betas(betas, prediction_type="epsilon")
     result = olss_fast.tune(network, noise=noise, schedule=schedule, steps=[5, 8])
-    images = olss_fast.sample(result.plans[5], network, noise)
+    images = olss_fast.sample(network, result.plans[5], noise)
 
 Everything is loaded when it is first asked for (PEP 562): importing the package loads neither numpy nor torch.
 """

@@ -138,4 +138,4 @@ def _sample_rows(
     how = arguments(model, pick_labels(model, len(GRID_CLASSES), GRID_CLASSES))
     total = 2 * len(GRID_CLASSES) * sum(plan.nfe for plan in plans.values())  # a guided pair is two
     with counted(model.network, f"{'Pictures':<26}", total, progress=progress) as network:
-        return {name: sample(plan, network, noise, **how).cpu().double().numpy() for name, plan in plans.items()}
+        return {name: sample(network, plan, noise, **how).cpu().double().numpy() for name, plan in plans.items()}

@@ -168,6 +168,6 @@ def sample_images(
     generator = torch.Generator().manual_seed(seed + 1)
     with counted(model.network, "Sampling", total, progress=progress) as network:
         images = sample(
-            plan, network, draw_noise(model, count, seed), generator=generator, batch_size=batch_size, **how
+            network, plan, draw_noise(model, count, seed), generator=generator, batch_size=batch_size, **how
         )
     return images.float().cpu().numpy()

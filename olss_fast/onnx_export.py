@@ -1,6 +1,7 @@
 """`olss_fast.export_onnx`: network, guidance and plan as one ONNX model, for ONNX Runtime and its kin.
 
-    olss_fast.export_onnx(network, plan, "five.onnx", shape=noise.shape, example={"y": y}, unconditional={"y": null})
+    how = {"conditioning": {"y": y}, "unconditional": {"y": null}, "guidance_scale": 3.0}
+    olss_fast.export_onnx(network, plan, "five.onnx", shape=noise.shape, **how)
     (images,) = onnxruntime.InferenceSession("five.onnx").run(["sample"], {"noise": noise.numpy(), "y": y.numpy()})
 
 The model's inputs are
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from olss_fast._old_forms import takes_old_forms
 from olss_fast.engine.arguments import require_names
 from olss_fast.engine.compiled import export, quiet, shortened
 from olss_fast.engine.request import Request, checked_request
@@ -46,13 +48,14 @@ PACKAGES = ("onnx", "onnx_ir", "onnxscript")
 RESERVED = {"noise", "step_noise", "guidance_scale", "unconditional", "sample"}  # the model's own inputs and output
 
 
+@takes_old_forms
 def export_onnx(
     network: torch.nn.Module,
     plan: Plan,
     path: str | os.PathLike[str],
     *,
     shape: Sequence[int],
-    example: Conditioning | None = None,
+    conditioning: Conditioning | None = None,
     unconditional: Conditioning | None = None,
     guidance_scale: float | None = None,
 ) -> None:
@@ -61,9 +64,9 @@ def export_onnx(
     Args:
         network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, in evaluation mode. Not changed.
         plan: any Plan that asks one network.
-        shape: (B, …) of the noise that `example` belongs to. The model takes any batch.
-        example: the network's other arguments. A tensor whose first size is B belongs to the samples and becomes an
-            input (batch, …), any other tensor an input of its own shape. What is no tensor is baked in.
+        shape: (B, …) of the noise that `conditioning` belongs to. The model takes any batch.
+        conditioning: the network's other arguments. A tensor whose first size is B belongs to the samples and becomes
+            an input (batch, …), any other tensor an input of its own shape. What is no tensor is baked in.
         unconditional: as for `sample`; one row, or rows that are all the same. The network of such a model is always
             handed both halves, in one doubled batch.
         guidance_scale: what `guidance_scale` is if left out. Default: what the plan was tuned at, else 1.
@@ -79,7 +82,7 @@ def export_onnx(
     _check_plan(plan)
     _check_path(path)
     _check_packages()
-    request = _request(network, plan, shape, example, unconditional, guidance_scale)
+    request = _request(network, plan, shape, conditioning, unconditional, guidance_scale)
     program = _one_call(request)
 
     from olss_fast._onnx_file import save
@@ -129,23 +132,23 @@ def _request(
     network: torch.nn.Module,
     plan: Plan,
     shape: Sequence[int],
-    example: Conditioning | None,
+    conditioning: Conditioning | None,
     unconditional: Conditioning | None,
     guidance_scale: float | None,
 ) -> Request:
     """The arguments, checked: what an engine of this network, for any batch, would be built from."""
     sizes = Profile.of(shape).opt
     profile = Profile((1, *sizes[1:]), sizes, (LARGEST, *sizes[1:]))
-    taken = sorted(RESERVED & set(require_names(example, "example")))
+    taken = sorted(RESERVED & set(require_names(conditioning, "conditioning")))
     if taken:
         raise InputError(f"the network's argument {taken[0]!r} has the name of an input or output of the model's own")
     request = checked_request(
-        network, {"plan": plan}, profile, example, unconditional, guidance_scale, dtype=None, device=None
+        network, {"plan": plan}, profile, conditioning, unconditional, guidance_scale, dtype=None, device=None
     )
     for (name, given), own in zip(request.tensors.items(), request.per_sample, strict=True):
         if request.doubled and not own and not torch.equal(request.unconditional[name], given):
             raise InputError(
-                f"example and unconditional differ in {name!r}, whose first size is not that of the samples, "
+                f"conditioning and unconditional differ in {name!r}, whose first size is not that of the samples, "
                 f"{sizes[0]}: one doubled batch cannot be handed both"
             )
     return request

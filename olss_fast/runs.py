@@ -188,7 +188,6 @@ def export_onnx(subject: Subject, plan: Plan | None, solver: Mapping[str, Any], 
     models.check_prediction(chosen, loaded.schedule)
     scale = models.tuned_guidance([chosen], subject.guidance_scale)
     how = models.arguments(loaded, models.pick_labels(loaded, 2), scale)
-    how["example"] = how.pop("conditioning", None)
     network: Any = loaded.network
     export(network, chosen, path, shape=(2, *loaded.shape), **how)
     return chosen
@@ -217,7 +216,6 @@ def build_engine(
     chosen = [*plans, *(models.solver_plan(loaded.schedule, {**solver, "steps": nfe}) for nfe in steps)]
     scale = models.tuned_guidance(chosen, subject.guidance_scale)
     how = models.arguments(loaded, models.pick_labels(loaded, batches[1]), scale)
-    how["example"] = how.pop("conditioning", None)
     network: Any = loaded.network
     return build(
         network,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from olss_fast._device import pick_device
+from olss_fast._old_forms import takes_old_forms
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
@@ -46,8 +47,8 @@ class Sampler:
     """`sampler(noise, **conditioning)` runs `plan` on `network`; buffers and graphs are made once a shape.
 
     Args:
-        plan: any Plan; `sampler.plan = other` swaps it in place.
         network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, or a list of networks.
+        plan: any Plan; `sampler.plan = other` swaps it in place.
         shape, dtype, device: of the noise; given a shape, everything is made ready at once, else by the first call.
             dtype and device default to those of the network's parameters, else of the noise.
         conditioning, unconditional, guidance_scale: as for `olss_fast.sample`. Arguments of a call replace those of the
@@ -59,10 +60,11 @@ class Sampler:
         InputError, NetworkError: as `olss_fast.sample`; an unknown backend, or a graph without a CUDA device.
     """
 
+    @takes_old_forms
     def __init__(
         self,
-        plan: Plan,
         network: Network | Sequence[Network],
+        plan: Plan,
         *,
         shape: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
@@ -88,6 +90,11 @@ class Sampler:
         self._loops = Loops(self.networks, "fused" if backend == "auto" else backend, unroll=unroll)
         if shape is not None:
             self._warm_up(shape)
+
+    def __repr__(self) -> str:
+        scale = f", guidance_scale={self.guidance_scale:g}" if self._unconditional is not None else ""
+        names = ", ".join(_name_of(each) for each in self.networks)
+        return f"Sampler({names}, {self.plan!r}{scale}, backend={self.backend!r}, device={str(self.device or 'any')!r})"
 
     @property
     def plan(self) -> Plan:
@@ -123,8 +130,8 @@ class Sampler:
         without = self._unconditional if unconditional is None else unconditional
         if self.backend == "reference":
             return sample(
-                self.plan,
                 self.networks,
+                self.plan,
                 noise,
                 conditioning=given,
                 unconditional=without,
@@ -205,3 +212,7 @@ class Sampler:
 def _device_of(networks: Sequence[Any]) -> torch.device | None:
     modules = [module for module in map(module_of, networks) if module is not None]
     return next((parameter.device for module in modules for parameter in module.parameters()), None)
+
+
+def _name_of(network: Any) -> str:
+    return getattr(network, "__name__", type(network).__name__)

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from olss_fast._old_forms import takes_old_forms
 from olss_fast.errors import InputError
 from olss_fast.executors import reference
 from olss_fast.network import Conditioning, Denoiser, Network, check_noise, module_of, require_finite
 from olss_fast.plan import Plan
 
 
+@takes_old_forms
 def sample(
-    plan: Plan,
     network: Network | Sequence[Network],
+    plan: Plan,
     noise: Tensor,
     *,
     conditioning: Conditioning | None = None,

@@ -35,7 +35,7 @@ def sampled(kind: str, plan: Plan, noise: Tensor, labels: Any = None, **options:
     """By the network that `tiny_engine(kind)` was built from."""
     if labels is not None:
         options = {"conditioning": {"labels": labels}, "unconditional": {"labels": 3}, **options}
-    return olss_fast.sample(plan, tiny(kind).network, noise, **options)
+    return olss_fast.sample(tiny(kind).network, plan, noise, **options)
 
 
 def generator() -> torch.Generator:
@@ -103,8 +103,8 @@ def test_nested_conditioning(samples: int) -> None:
     added = {"text": torch.ones(samples, 3).cumsum(0), "strength": torch.arange(samples) * 1.0, "table": TABLE}
     without = {"text": torch.zeros(samples, 3), "strength": torch.ones(samples), "table": TABLE}
     expected = olss_fast.sample(
-        GUIDED["three"],
         tiny("nested").network,
+        GUIDED["three"],
         noise,
         conditioning={"added": added, "gain": 0.5},
         unconditional={"added": without, "gain": 0.5},
@@ -126,7 +126,7 @@ def test_networks_without_conditioning(kind: str, name: str) -> None:
 def test_half_precision_keeps_to_the_error_budget(kind: str) -> None:
     """Eager half precision errs by its rounding; the engine's loop rounds as often, in other places."""
     noise, plan = noise_for(kind), UNGUIDED["three"]
-    exact = olss_fast.sample(plan, tiny(kind).network.double(), noise.double())
+    exact = olss_fast.sample(tiny(kind).network.double(), plan, noise.double())
     eager = (sampled(kind, plan, noise).double() - exact).square().mean().sqrt()
     found = tiny_engine(kind)(noise, plan="three")
     assert found.dtype == noise.dtype
@@ -241,7 +241,7 @@ def test_updated_weights_give_the_samples_of_the_changed_network(kind: str, tmp_
     before = engine(noise)
     engine.update_weights(network.state_dict())
     after = engine(noise)
-    assert_near(after, olss_fast.sample(UNGUIDED["two"], network, noise))
+    assert_near(after, olss_fast.sample(network, UNGUIDED["two"], noise))
     assert float((after - before).abs().max()) > 0.1
     engine.save(tmp_path / "changed.olss")
     loaded = olss_fast.load_engine(tmp_path / "changed.olss")
@@ -257,7 +257,7 @@ def test_some_weights_alone_are_updated() -> None:
     engine.update_weights({"classes.weight": other.classes.weight, "frequencies": torch.tensor([2.0, 0.5])})
     network.classes, network.frequencies = other.classes, torch.tensor([2.0, 0.5])
     given = {"conditioning": {"labels": LABELS}, "unconditional": {"labels": 3}, "guidance_scale": 1.5}
-    assert_near(engine(noise, labels=LABELS), olss_fast.sample(GUIDED["two"], network, noise, **given))
+    assert_near(engine(noise, labels=LABELS), olss_fast.sample(network, GUIDED["two"], noise, **given))
 
 
 def test_lora_merged_in_place() -> None:
@@ -269,7 +269,7 @@ def test_lora_merged_in_place() -> None:
     engine.update_weights({"into.weight": merged})
     with torch.no_grad():
         network.into.weight.copy_(merged)
-    assert_near(engine(noise), olss_fast.sample(UNGUIDED["two"], network, noise))
+    assert_near(engine(noise), olss_fast.sample(network, UNGUIDED["two"], noise))
 
 
 def test_an_engine_shares_no_memory_with_its_network() -> None:
@@ -325,3 +325,10 @@ def test_weights_that_do_not_fit_change_nothing(state: Any, message: str) -> Non
     with pytest.raises(InputError, match=message):
         engine.update_weights({**good, **state} if isinstance(state, dict) else state)
     assert all(torch.equal(each, before[name]) for name, each in engine.weights.items())
+
+
+def test_an_engine_says_what_it_is() -> None:
+    text = repr(tiny_engine("guided"))
+    assert text.startswith("Engine(TinyNetwork, noise ")
+    assert "takes labels, plans two (2 steps), three (3 steps)" in text
+    assert text.endswith("device='cpu')")

@@ -61,9 +61,9 @@ def code_of(kind: str) -> dict[str, bytes]:
         ({"dtype": "float32x"}, "dtype is 'float32x'; expected one of"),
         ({"device": "meta"}, "device is 'meta', which torch cannot use"),
         ({"device": "nonsense"}, "device is 'nonsense', which torch cannot use"),
-        ({"example": [1]}, "example is list; expected a mapping"),
-        ({"example": {3: 4}}, "example is dict; expected a mapping of the network's argument names"),
-        ({"example": {"a.b": 4}}, "example is dict; expected a mapping of the network's argument names"),
+        ({"conditioning": [1]}, "conditioning is list; expected a mapping"),
+        ({"conditioning": {3: 4}}, "conditioning is dict; expected a mapping of the network's argument names"),
+        ({"conditioning": {"a.b": 4}}, "conditioning is dict; expected a mapping of the network's argument names"),
         ({"unconditional": [1]}, "unconditional must be a mapping"),
         ({"unconditional": {"labels": 1}}, "unconditional has the keys .*'labels'.* but conditioning has"),
     ],
@@ -81,7 +81,7 @@ def test_arguments_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: dict
         ({"unconditional": {"labels": torch.tensor([0, 1, 2])}}, r"unconditional\['labels'\] has shape \(3,\)"),
         ({"unconditional": {"labels": None}}, r"unconditional\['labels'\] is None"),
         ({"guidance_scale": 2.0}, "guidance_scale=1.5 folded into its coefficients"),
-        ({"shapes": (3, 2, 8, 8), "example": {"labels": torch.tensor([0, 1])}}, "cannot be called"),
+        ({"shapes": (3, 2, 8, 8), "conditioning": {"labels": torch.tensor([0, 1])}}, "cannot be called"),
     ],
 )
 def test_conditioning_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str) -> None:
@@ -93,7 +93,7 @@ def test_conditioning_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: d
 @pytest.mark.parametrize("name", ["noise", "steps", "plan", "guidance_scale", "unconditional", "generator"])
 def test_names_of_an_engines_own_arguments(name: str) -> None:
     with pytest.raises(InputError, match=rf"argument \['{name}'\] has the name of one of an engine's call"):
-        tiny("plain").build(example={name: torch.zeros(2)})
+        tiny("plain").build(conditioning={name: torch.zeros(2)})
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_other_values_of_the_weights_share_code(monkeypatch: pytest.MonkeyPatch,
             weight.mul_(1.5)
         network.frequencies.mul_(2)
     engine = tiny("plain").build(network=network, cache=folder)
-    expected = olss_fast.sample(PLAN, network, noise)
+    expected = olss_fast.sample(network, PLAN, noise)
     bound = 16 * torch.finfo(torch.float32).eps * float(expected.abs().max())  # as in test_engine.py
     torch.testing.assert_close(engine(noise), expected, rtol=0, atol=bound)
     assert not torch.allclose(expected, tiny_engine("plain")(noise), atol=0.1)
@@ -112,10 +112,10 @@ OTHERS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "memory order": ("plain", lambda: {"network": tiny("plain").network.to(memory_format=torch.channels_last)}),
     "options": ("plain", lambda: {"options": {"max_autotune": True}}),
     "guidance": ("guided", lambda: {"unconditional": None, "guidance_scale": 1.0, "plan": PLAN}),
-    "dtype of an input": ("guided", lambda: {"example": {"labels": torch.tensor([0, 1], dtype=torch.int32)}}),
+    "dtype of an input": ("guided", lambda: {"conditioning": {"labels": torch.tensor([0, 1], dtype=torch.int32)}}),
     "fixed argument": (
         "nested",
-        lambda: {name: {"added": NESTED, "gain": 0.25} for name in ("example", "unconditional")},
+        lambda: {name: {"added": NESTED, "gain": 0.25} for name in ("conditioning", "unconditional")},
     ),
 }
 

@@ -100,7 +100,7 @@ def test_build_samples_as_the_model_does(folder: Path, tmp_path: Path) -> None:
     assert engine.manifest.guidance_scale == 2.0
     model = models.load_model(str(folder), device="cpu", null_class=3)
     noise = models.draw_noise(model, 3, seed=5)
-    expected = olss_fast.sample(plan, model.network, noise, **models.arguments(model, [0, 1, 2], 2.0))
+    expected = olss_fast.sample(model.network, plan, noise, **models.arguments(model, [0, 1, 2], 2.0))
     found = engine(noise, class_labels=torch.tensor([0, 1, 2]))
     torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3)  # float32 beside float64
 

@@ -73,7 +73,7 @@ def test_the_embedded_model_from_one_file_at_any_batch(path: Path) -> None:
     plan = solvers.unipc(model.schedule, 5)
     how: dict[str, Any] = {"unconditional": {"class_labels": model.null_class}, "guidance_scale": model.guidance_scale}
     example = {"class_labels": torch.tensor([0, 1])}
-    export_onnx(model.network, plan, path, shape=(2, *model.shape), example=example, **how)
+    export_onnx(model.network, plan, path, shape=(2, *model.shape), conditioning=example, **how)
     noise, labels = noise_of(32, model.shape), torch.arange(32) % model.classes
     session = session_of(path)
     parts = [
@@ -82,7 +82,7 @@ def test_the_embedded_model_from_one_file_at_any_batch(path: Path) -> None:
     ]
     found = np.concatenate(parts).astype(np.float64)
     expected, reference = (
-        olss_fast.sample(plan, network, each, conditioning={"class_labels": labels}, **how).double().numpy()
+        olss_fast.sample(network, plan, each, conditioning={"class_labels": labels}, **how).double().numpy()
         for network, each in ((model.network, noise), (exact.network, noise.double()))
     )
     largest = np.abs(reference).max()
@@ -92,7 +92,7 @@ def test_the_embedded_model_from_one_file_at_any_batch(path: Path) -> None:
 
 
 def test_weights_keep_their_names(net: Net, path: Path) -> None:
-    export_onnx(net, PLAN, path, shape=SHAPE, example={"y": Y})
+    export_onnx(net, PLAN, path, shape=SHAPE, conditioning={"y": Y})
     model = onnx.load(path)
     for name, weight in net.state_dict().items():
         assert np.array_equal(table_of(model, name), weight.numpy())
@@ -114,7 +114,7 @@ PLANS = {
 def test_every_kind_of_plan_at_several_batches(name: str, guided: bool, net: Net, path: Path) -> None:
     plan = PLANS[name]
     how: dict[str, Any] = {"unconditional": {"y": 10}, "guidance_scale": 2.5} if guided else {}
-    export_onnx(net, plan, path, shape=SHAPE, example={"y": Y}, **how)
+    export_onnx(net, plan, path, shape=SHAPE, conditioning={"y": Y}, **how)
     for batch in (1, 2, 5):
         noise, y = noise_of(batch), torch.arange(batch)
         inputs = {"noise": noise, "y": y}
@@ -122,15 +122,15 @@ def test_every_kind_of_plan_at_several_batches(name: str, guided: bool, net: Net
             shape = (plan.noises, *noise.shape)
             inputs["step_noise"] = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         generator = torch.Generator().manual_seed(1)
-        expected = olss_fast.sample(plan, net, noise, conditioning={"y": y}, generator=generator, **how)
+        expected = olss_fast.sample(net, plan, noise, conditioning={"y": y}, generator=generator, **how)
         assert_close(run(path, **inputs), expected)
 
 
 def test_separate_branches(net: Net, path: Path) -> None:
     plan, noise = split(PLAN, 2.5), noise_of(3)
-    export_onnx(net, plan, path, shape=SHAPE, example={"y": Y}, unconditional={"y": 10})
+    export_onnx(net, plan, path, shape=SHAPE, conditioning={"y": Y}, unconditional={"y": 10})
     expected = olss_fast.sample(
-        PLAN, net, noise, conditioning={"y": torch.tensor([1, 2, 3])}, unconditional={"y": 10}, guidance_scale=2.5
+        net, PLAN, noise, conditioning={"y": torch.tensor([1, 2, 3])}, unconditional={"y": 10}, guidance_scale=2.5
     )
     assert_close(run(path, noise=noise, y=np.array([1, 2, 3])), expected)
     assert "guidance_scale" not in {each.name for each in onnx.load(path).graph.input}
@@ -138,7 +138,7 @@ def test_separate_branches(net: Net, path: Path) -> None:
 
 def test_many_arguments_nested_listed_shared_and_fixed(net: Net, path: Path) -> None:
     noise = noise_of(2)
-    export_onnx(net, PLAN, path, shape=SHAPE, example=EVERYTHING, unconditional=NOTHING, guidance_scale=3.0)
+    export_onnx(net, PLAN, path, shape=SHAPE, conditioning=EVERYTHING, unconditional=NOTHING, guidance_scale=3.0)
     inputs = {
         "noise": noise,
         "y": Y,
@@ -150,16 +150,16 @@ def test_many_arguments_nested_listed_shared_and_fixed(net: Net, path: Path) -> 
     }
     assert {each.name for each in session_of(path).get_inputs()} == set(inputs)
     expected = olss_fast.sample(  # `sample` slices no lists: two calls, each handed the whole
-        PLAN, net, noise, conditioning=EVERYTHING, unconditional=NOTHING, guidance_scale=3.0, doubled=False
+        net, PLAN, noise, conditioning=EVERYTHING, unconditional=NOTHING, guidance_scale=3.0, doubled=False
     )
     assert_close(run(path, **inputs), expected)
 
 
 def test_guidance_and_unconditional_arguments_stay_changeable(net: Net, path: Path) -> None:
-    export_onnx(net, PLAN, path, shape=SHAPE, example={"y": Y}, unconditional={"y": 10}, guidance_scale=1.5)
+    export_onnx(net, PLAN, path, shape=SHAPE, conditioning={"y": Y}, unconditional={"y": 10}, guidance_scale=1.5)
     noise = noise_of(2)
     expected = olss_fast.sample(
-        PLAN, net, noise, conditioning={"y": Y}, unconditional={"y": torch.tensor([4])}, guidance_scale=4.0
+        net, PLAN, noise, conditioning={"y": Y}, unconditional={"y": torch.tensor([4])}, guidance_scale=4.0
     )
     given = {"guidance_scale": np.array(4.0, np.float32), "unconditional.y": np.array([4])}
     assert_close(run(path, noise=noise, y=Y, **given), expected)
@@ -168,7 +168,7 @@ def test_guidance_and_unconditional_arguments_stay_changeable(net: Net, path: Pa
 
 def test_the_guidance_scale_is_that_of_the_plan_unless_it_is_given(net: Net, path: Path) -> None:
     tuned = PLAN.replace(metadata={**PLAN.metadata, "guidance_scale": "3.0"})
-    export_onnx(net, tuned, path, shape=SHAPE, example={"y": Y}, unconditional={"y": 10})
+    export_onnx(net, tuned, path, shape=SHAPE, conditioning={"y": Y}, unconditional={"y": 10})
     assert table_of(onnx.load(path), "guidance_scale") == 3.0
 
 
@@ -179,7 +179,7 @@ def test_sums_are_wider_than_the_network(dtype: torch.dtype, path: Path) -> None
     wide, tolerance = (np.float64, 1e-12) if dtype == torch.float64 else (np.float32, HALF_TOLERANCE)
     assert table_of(onnx.load(path), "plan.rows").dtype == wide
     noise = noise_of(2, (5,)).to(dtype)
-    expected = olss_fast.sample(PLAN, net, noise)
+    expected = olss_fast.sample(net, PLAN, noise)
     found = run(path, noise=noise)
     assert str(found.dtype) == str(dtype).removeprefix("torch.")
     assert_close(found, expected, tolerance)
@@ -188,9 +188,9 @@ def test_sums_are_wider_than_the_network(dtype: torch.dtype, path: Path) -> None
 def test_half_precision_guidance(path: Path) -> None:
     net, noise = Net(torch.float16).eval(), noise_of(3).half()
     how: dict[str, Any] = {"unconditional": {"y": 10}, "guidance_scale": 2.0}
-    export_onnx(net, PLAN, path, shape=SHAPE, example={"y": Y}, **how)
+    export_onnx(net, PLAN, path, shape=SHAPE, conditioning={"y": Y}, **how)
     labels = torch.tensor([1, 2, 3])
-    expected = olss_fast.sample(PLAN, net, noise, conditioning={"y": labels}, **how)
+    expected = olss_fast.sample(net, PLAN, noise, conditioning={"y": labels}, **how)
     assert_close(run(path, noise=noise, y=labels), expected, HALF_TOLERANCE)
 
 
@@ -198,7 +198,8 @@ def test_bfloat16_arguments_and_weights(path: Path, monkeypatch: pytest.MonkeyPa
     """Written, and read by onnx; the reference runtime has few operators for it."""
     monkeypatch.setattr(_onnx_file, "LARGEST_INLINE", 0)
     net, given = Wide(torch.bfloat16).eval(), torch.ones(2, 5, dtype=torch.bfloat16)
-    export_onnx(net, PLAN, path, shape=(2, 5), example={"shift": given}, unconditional={"shift": 0.5}, guidance_scale=2)
+    how = {"conditioning": {"shift": given}, "unconditional": {"shift": 0.5}, "guidance_scale": 2}
+    export_onnx(net, PLAN, path, shape=(2, 5), **how)
     model = onnx.load(path)
     row = table_of(model, "unconditional.shift")
     assert row.astype(np.float32).tolist() == [[0.5] * 5]
@@ -218,7 +219,7 @@ class Stateless(torch.nn.Module):
 def test_a_network_that_hands_back_its_input(path: Path) -> None:
     export_onnx(Stateless().eval(), PLAN, path, shape=(1, 5))
     noise = noise_of(3, (5,))
-    assert_close(run(path, noise=noise), olss_fast.sample(PLAN, Stateless(), noise))
+    assert_close(run(path, noise=noise), olss_fast.sample(Stateless(), PLAN, noise))
 
 
 class Clash(torch.nn.Module):
@@ -235,9 +236,9 @@ class Clash(torch.nn.Module):
 
 def test_weights_named_as_inputs(path: Path) -> None:
     net, y, noise = Clash().eval(), torch.tensor([0.5, 0.25]), noise_of(2, (5,))
-    export_onnx(net, PLAN, path, shape=(2, 5), example={"y": y})
+    export_onnx(net, PLAN, path, shape=(2, 5), conditioning={"y": y})
     with torch.no_grad():
-        assert_close(run(path, noise=noise, y=y), olss_fast.sample(PLAN, net, noise, conditioning={"y": y}))
+        assert_close(run(path, noise=noise, y=y), olss_fast.sample(net, PLAN, noise, conditioning={"y": y}))
 
 
 # --- the form of the model -------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def test_the_loop_is_not_unrolled_and_the_plan_is_data(net: Net, path: Path) -> 
 
 
 def test_the_model_says_what_it_is_and_nothing_about_where_it_was_made(net: Net, path: Path) -> None:
-    export_onnx(net, PLAN, path, shape=SHAPE, example={"y": Y})
+    export_onnx(net, PLAN, path, shape=SHAPE, conditioning={"y": Y})
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     facts = {each.key: each.value for each in model.metadata_props}
@@ -279,5 +280,5 @@ def sizes(value: onnx.ValueInfoProto) -> Any:
 def test_two_exports_are_the_same_bytes(net: Net, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.onnx", "b.onnx")]
     for file in files:
-        export_onnx(net, PLAN, file, shape=SHAPE, example={"y": Y})
+        export_onnx(net, PLAN, file, shape=SHAPE, conditioning={"y": Y})
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -43,7 +43,7 @@ def test_large_weights_lie_beside_the_model(path: Path, monkeypatch: pytest.Monk
     assert weights <= beside.stat().st_size < weights + 10 * _onnx_file.ALIGNMENT
     onnx.checker.check_model(path, full_check=True)
     noise = noise_of(3, (5,))
-    assert_close(run(path, noise=noise), olss_fast.sample(PLAN, net, noise))
+    assert_close(run(path, noise=noise), olss_fast.sample(net, PLAN, noise))
     torch.nn.init.zeros_(net.second.weight)
     export_onnx(net, PLAN, path, shape=(2, 5))
     assert beside.exists()  # the file of the model before stays what it was, for who has it open
@@ -102,17 +102,17 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], type[Exception], str]
     "no shape": (lambda path: {"shape": 4}, InputError, "4"),
     "empty batch": (lambda path: {"shape": (0, 3, 4, 4)}, InputError, r"\(0, 3, 4, 4\)"),
     "other shape": (lambda path: {"shape": (2, 4, 4, 4)}, NetworkError, r"cannot be called.*\(2, 4, 4, 4\)"),
-    "wrong batch": (lambda path: {"example": {"y": torch.arange(3)}}, NetworkError, "cannot be called"),
-    "unknown argument": (lambda path: {"example": {"z": Y}}, NetworkError, "cannot be called.*'z'"),
-    "reserved": (lambda path: {"example": {"step_noise": 1.0 * Y}}, InputError, "step_noise"),
-    "no mapping": (lambda path: {"example": [Y]}, InputError, "example"),
+    "wrong batch": (lambda path: {"conditioning": {"y": torch.arange(3)}}, NetworkError, "cannot be called"),
+    "unknown argument": (lambda path: {"conditioning": {"z": Y}}, NetworkError, "cannot be called.*'z'"),
+    "reserved": (lambda path: {"conditioning": {"step_noise": 1.0 * Y}}, InputError, "step_noise"),
+    "no mapping": (lambda path: {"conditioning": [Y]}, InputError, "conditioning"),
     "guidance alone": (lambda path: {"guidance_scale": 2.0}, InputError, "unconditional"),
     "no number": (lambda path: {"unconditional": {}, "guidance_scale": "x"}, InputError, "'x'"),
     "not finite": (lambda path: {"unconditional": {}, "guidance_scale": float("nan")}, InputError, "finite"),
     "other keys": (lambda path: {"unconditional": {"z": 1}}, InputError, "'z'"),
-    "rows differ": (lambda path: {"example": {"y": Y}, "unconditional": {"y": Y}}, InputError, "rows.*differ"),
+    "rows differ": (lambda path: {"conditioning": {"y": Y}, "unconditional": {"y": Y}}, InputError, "rows.*differ"),
     "shared differ": (
-        lambda path: {"example": {"table": torch.ones(3)}, "unconditional": {"table": torch.zeros(3)}},
+        lambda path: {"conditioning": {"table": torch.ones(3)}, "unconditional": {"table": torch.zeros(3)}},
         InputError,
         "differ in 'table'",
     ),

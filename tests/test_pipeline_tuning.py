@@ -213,8 +213,8 @@ def test_image_to_image_plans_are_for_their_strength(pipe: Any) -> None:
     (other,) = fresh([calls[-1]])
     few = latents(image_to_image, olss_fast.PlanScheduler.from_pipe(image_to_image, plan), call, 4)
     with open_pipeline(image_to_image, [other], teacher_steps=TEACHER) as network:
-        expected = sample(plan, network, network.start, conditioning={"sample": torch.arange(1)})
-        target = sample(report.teacher, network, network.start, conditioning={"sample": torch.arange(1)})
+        expected = sample(network, plan, network.start, conditioning={"sample": torch.arange(1)})
+        target = sample(network, report.teacher, network.start, conditioning={"sample": torch.arange(1)})
     torch.testing.assert_close(few, expected, rtol=1e-4, atol=1e-5)
     error = float((few - target).square().mean().sqrt())
     assert error == pytest.approx(report.best(2).errors[-1], rel=1e-3, abs=1e-5)

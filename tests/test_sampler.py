@@ -72,9 +72,9 @@ def test_every_backend_is_the_reference(
 ) -> None:
     how = GUIDED if guided else {"conditioning": {"y": torch.tensor([3, 7])}}
     seeded = [torch.Generator().manual_seed(4) for _ in range(2)]
-    expected = olss_fast.sample(PLANS[name], net, noise, generator=seeded[0], **how)
+    expected = olss_fast.sample(net, PLANS[name], noise, generator=seeded[0], **how)
     sampler = Sampler(
-        PLANS[name], net, backend="graph" if backend == "unrolled" else backend, unroll=backend == "unrolled", **how
+        net, PLANS[name], backend="graph" if backend == "unrolled" else backend, unroll=backend == "unrolled", **how
     )
     calls: list[object] = []
     net.register_forward_pre_hook(lambda *call: calls.append(call))
@@ -88,7 +88,7 @@ def test_every_backend_is_the_reference(
 
 
 def test_graph_is_bitwise_fused(net: Net, noise: Tensor, fake_graphs: None) -> None:
-    results = [Sampler(PLANS["unipc"], net, backend=backend, **GUIDED)(noise) for backend in ("fused", "graph")]
+    results = [Sampler(net, PLANS["unipc"], backend=backend, **GUIDED)(noise) for backend in ("fused", "graph")]
     assert torch.equal(*results)
 
 
@@ -99,20 +99,20 @@ def test_split_guidance(net: Net, noise: Tensor) -> None:
         [plan.rows[:, :1], np.stack([(1 - g) * plan.rows[:, 1:], g * plan.rows[:, 1:]], axis=2).reshape(7, -1)], axis=1
     )
     split = plan.replace(rows=rows, branches=2)
-    expected = olss_fast.sample(plan, net, noise, **GUIDED)
-    torch.testing.assert_close(Sampler(split, net, backend="fused", **GUIDED)(noise), expected, rtol=1e-4, atol=1e-5)
+    expected = olss_fast.sample(net, plan, noise, **GUIDED)
+    torch.testing.assert_close(Sampler(net, split, backend="fused", **GUIDED)(noise), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="keeps the unconditional and the conditional output apart"):
-        Sampler(split, net, backend="fused", conditioning={"y": torch.tensor([1, 2])})(noise)
+        Sampler(net, split, backend="fused", conditioning={"y": torch.tensor([1, 2])})(noise)
 
 
 def test_everything_is_swapped_in_place(net: Net, noise: Tensor, fake_graphs: None) -> None:
-    sampler = Sampler(PLANS["ddim"], net, backend="graph", **GUIDED)
+    sampler = Sampler(net, PLANS["ddim"], backend="graph", **GUIDED)
     sampler(noise)
     for plan, scale, y in [(PLANS["unipc"], 2.5, [1, 2]), (PLANS["heun"], 4.0, [5, 5]), (PLANS["ddim"], 4.0, [3, 7])]:
         sampler.plan, sampler.guidance_scale = plan, scale
         got = sampler(noise, y=torch.tensor(y))
         expected = olss_fast.sample(
-            plan, net, noise, **{**GUIDED, "conditioning": {"y": torch.tensor(y)}, "guidance_scale": scale}
+            net, plan, noise, **{**GUIDED, "conditioning": {"y": torch.tensor(y)}, "guidance_scale": scale}
         )
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert sampler.stats().captures == 1
@@ -125,19 +125,19 @@ def test_a_network_that_cannot_be_captured_falls_back(net: Net, noise: Tensor, m
 
     monkeypatch.setattr(graph, "capture", refuse)
     monkeypatch.setattr("olss_fast.sampler.require_cuda", lambda device: None)
-    sampler = Sampler(PLANS["ddim"], net, backend="graph")
-    torch.testing.assert_close(sampler(noise), olss_fast.sample(PLANS["ddim"], net, noise), rtol=1e-4, atol=1e-5)
+    sampler = Sampler(net, PLANS["ddim"], backend="graph")
+    torch.testing.assert_close(sampler(noise), olss_fast.sample(net, PLANS["ddim"], noise), rtol=1e-4, atol=1e-5)
     assert sampler.stats().backend == "fused"
     assert "RuntimeError: operation not permitted" in sampler.stats().reason
 
 
 def test_errors_of_the_network_are_no_reason_to_fall_back(noise: Tensor, fake_graphs: None) -> None:
     with pytest.raises(NetworkError, match="returned shape"):
-        Sampler(PLANS["ddim"], lambda x, t: x[:, :1], backend="graph")(noise)
+        Sampler(lambda x, t: x[:, :1], PLANS["ddim"], backend="graph")(noise)
 
 
 def test_shapes_are_kept_and_the_oldest_goes(net: Net, fake_graphs: None) -> None:
-    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    sampler = Sampler(net, PLANS["ddim"], backend="graph")
     for size in range(1, KEPT + 2):
         sampler(torch.randn(size, 4, 3, 3))
     assert sampler.stats().captures == KEPT + 1
@@ -154,9 +154,9 @@ def test_other_dtypes_and_memory_formats(dtype: torch.dtype, backend: str, noise
     torch.manual_seed(0)
     net = Net(dtype)
     given = noise.to(dtype).to(memory_format=torch.channels_last)
-    got = Sampler(PLANS["unipc"], net, backend=backend, **GUIDED)(given)
+    got = Sampler(net, PLANS["unipc"], backend=backend, **GUIDED)(given)
     assert got.dtype == dtype
-    exact = olss_fast.sample(PLANS["unipc"], net.to(torch.float64), given.double(), **GUIDED)
+    exact = olss_fast.sample(net.to(torch.float64), PLANS["unipc"], given.double(), **GUIDED)
     # ten roundings of half precision on values of size 10; the reference rounds the network's inputs alone
     tolerance = {torch.float16: 2e-2, torch.bfloat16: 2e-1, torch.float64: 1e-12}[dtype]
     assert float((got.double() - exact).abs().max()) <= tolerance
@@ -164,8 +164,8 @@ def test_other_dtypes_and_memory_formats(dtype: torch.dtype, backend: str, noise
 
 def test_arguments_that_cannot_be_joined_take_two_calls(net: Net, noise: Tensor) -> None:
     how = {"conditioning": {"scale": 1.0}, "unconditional": {"scale": 0.5}, "guidance_scale": 3.0}
-    got = Sampler(PLANS["ddim"], net, backend="fused", **how)(noise)
-    torch.testing.assert_close(got, olss_fast.sample(PLANS["ddim"], net, noise, **how), rtol=1e-4, atol=1e-5)
+    got = Sampler(net, PLANS["ddim"], backend="fused", **how)(noise)
+    torch.testing.assert_close(got, olss_fast.sample(net, PLANS["ddim"], noise, **how), rtol=1e-4, atol=1e-5)
 
 
 def test_a_schedule_of_several_networks(noise: Tensor, fake_graphs: None) -> None:
@@ -174,9 +174,9 @@ def test_a_schedule_of_several_networks(noise: Tensor, fake_graphs: None) -> Non
     with torch.no_grad():
         nets[1].mix.weight.mul_(0.5)
     plan = PLANS["ddim"].replace(models=[0, 1, 1, 0, 1, 0])
-    expected = olss_fast.sample(plan, nets, noise)
+    expected = olss_fast.sample(nets, plan, noise)
     for backend in ("fused", "graph"):
-        sampler = Sampler(plan, nets, backend=backend)
+        sampler = Sampler(nets, plan, backend=backend)
         torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)
     assert sampler.stats().captures == 2
 
@@ -188,32 +188,32 @@ def test_what_is_not_finite_is_named(noise: Tensor) -> None:
     plan = PLANS["ddim"]
     first = int(np.flatnonzero(plan.timesteps < 400)[0])
     with pytest.raises(NetworkError, match=f"NaN or infinity at evaluation {first};"):
-        Sampler(plan, bad, backend="fused")(noise)
+        Sampler(bad, plan, backend="fused")(noise)
 
 
 def test_a_graph_needs_a_gpu(net: Net) -> None:
     with pytest.raises(InputError, match="needs a CUDA device, got cpu"):
-        Sampler(PLANS["ddim"], net, backend="graph")
+        Sampler(net, PLANS["ddim"], backend="graph")
 
 
 def test_a_shape_makes_everything_ready(net: Net, fake_graphs: None) -> None:
-    sampler = Sampler(PLANS["ddim"], net, shape=SHAPE, backend="graph")
+    sampler = Sampler(net, PLANS["ddim"], shape=SHAPE, backend="graph")
     assert sampler.stats().captures == 1
     assert sampler.stats().bytes > 0
     assert sampler.stats().kernels_per_step == 1
 
 
 def test_reference(net: Net, noise: Tensor) -> None:
-    sampler = Sampler(PLANS["ddim"], net, backend="reference", **GUIDED)
-    assert torch.equal(sampler(noise), olss_fast.sample(PLANS["ddim"], net, noise, **GUIDED))
+    sampler = Sampler(net, PLANS["ddim"], backend="reference", **GUIDED)
+    assert torch.equal(sampler(noise), olss_fast.sample(net, PLANS["ddim"], noise, **GUIDED))
     assert sampler.stats().backend == "reference"
 
 
 def test_plan_of_another_length_gets_more_room(net: Net, noise: Tensor, fake_graphs: None) -> None:
-    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    sampler = Sampler(net, PLANS["ddim"], backend="graph")
     sampler(noise)
     sampler.plan = solvers.ddim(SCHEDULE, 40)
-    expected = olss_fast.sample(sampler.plan, net, noise)
+    expected = olss_fast.sample(net, sampler.plan, noise)
     torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)
     assert sampler.stats().captures == 2
     assert isinstance(sampler.plan, Plan)
@@ -229,10 +229,10 @@ def test_one_kernel_a_step_and_nothing_for_the_host(dtype: torch.dtype, guided: 
 
 
 def test_composes_with_a_compiled_network(net: Net, noise: Tensor, fake_graphs: None) -> None:
-    expected = olss_fast.sample(PLANS["unipc"], net, noise, **GUIDED)
+    expected = olss_fast.sample(net, PLANS["unipc"], noise, **GUIDED)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for backend in ("fused", "graph"):
-        got = Sampler(PLANS["unipc"], compiled, backend=backend, **GUIDED)(noise)
+        got = Sampler(compiled, PLANS["unipc"], backend=backend, **GUIDED)(noise)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -241,8 +241,8 @@ def test_composes_with_an_ahead_of_time_package(net: Net, noise: Tensor, tmp_pat
     exported = torch.export.export(net.eval(), example)
     path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "net.pt2"))
     package = torch._inductor.aoti_load_package(path)
-    sampler = Sampler(PLANS["unipc"], lambda x, t, y: package(x, t, y), backend="fused", conditioning={"y": example[2]})
-    expected = olss_fast.sample(PLANS["unipc"], net, noise, conditioning={"y": example[2]})
+    sampler = Sampler(lambda x, t, y: package(x, t, y), PLANS["unipc"], backend="fused", conditioning={"y": example[2]})
+    expected = olss_fast.sample(net, PLANS["unipc"], noise, conditioning={"y": example[2]})
     torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -256,14 +256,14 @@ def test_nested_arguments_belong_to_samples_too(noise: Tensor) -> None:
     given = {"extra": {"y": torch.tensor([1.0, 2.0]), "scale": 0.5}}
     without = {"extra": {"y": torch.tensor([0.0, 0.0]), "scale": 0.5}}
     how: dict[str, Any] = {"conditioning": given, "unconditional": without, "guidance_scale": 2.0}
-    expected = olss_fast.sample(PLANS["ddim"], nested, noise, **how)
-    torch.testing.assert_close(Sampler(PLANS["ddim"], nested, **how)(noise), expected, rtol=1e-4, atol=1e-5)
-    one_by_one = olss_fast.sample(PLANS["ddim"], nested, noise, batch_size=1, **how)
+    expected = olss_fast.sample(nested, PLANS["ddim"], noise, **how)
+    torch.testing.assert_close(Sampler(nested, PLANS["ddim"], **how)(noise), expected, rtol=1e-4, atol=1e-5)
+    one_by_one = olss_fast.sample(nested, PLANS["ddim"], noise, batch_size=1, **how)
     torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_bad_call_is_no_reason_to_give_up_graphs(net: Net, noise: Tensor, fake_graphs: None) -> None:
-    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    sampler = Sampler(net, PLANS["ddim"], backend="graph")
     sampler(noise)
     with pytest.raises(TypeError, match="nonsense"):
         sampler(noise, nonsense=1)
@@ -283,7 +283,7 @@ def test_one_shape_that_cannot_be_captured_leaves_the_others(
         return usual(function, pool, device)
 
     monkeypatch.setattr(graph, "capture", picky)
-    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    sampler = Sampler(net, PLANS["ddim"], backend="graph")
     wanted = len(noise)
     sampler(noise)
     assert sampler.stats().backend == "fused"
@@ -295,14 +295,14 @@ def test_one_shape_that_cannot_be_captured_leaves_the_others(
 
 @pytest.mark.parametrize("backend", ["fused", "graph"])
 def test_buffers_outlive_inference_mode(backend: str, net: Net, noise: Tensor, fake_graphs: None) -> None:
-    sampler = Sampler(PLANS["ddim"], net, backend=backend)
+    sampler = Sampler(net, PLANS["ddim"], backend=backend)
     with torch.inference_mode():
         first = sampler(noise)
     torch.testing.assert_close(sampler(noise), first)
 
 
 def test_room_only_grows(net: Net, noise: Tensor, fake_graphs: None) -> None:
-    sampler = Sampler(solvers.ddim(SCHEDULE, 40), net, backend="graph")
+    sampler = Sampler(net, solvers.ddim(SCHEDULE, 40), backend="graph")
     for _ in range(3):
         sampler(noise)
         sampler.plan = PLANS["ddim eta"]
@@ -315,8 +315,8 @@ def test_networks_that_work_in_place(noise: Tensor) -> None:
     def in_place(x: Tensor, t: Tensor) -> Tensor:
         return x.mul_(0.5)
 
-    expected = olss_fast.sample(PLANS["ddim"], lambda x, t: 0.5 * x, noise)
-    got = Sampler(PLANS["ddim"], in_place, backend="fused")(noise)
+    expected = olss_fast.sample(lambda x, t: 0.5 * x, PLANS["ddim"], noise)
+    got = Sampler(in_place, PLANS["ddim"], backend="fused")(noise)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -327,14 +327,14 @@ def test_arguments_are_told_apart_by_type(noise: Tensor) -> None:
         seen.append(flag)
         return x
 
-    sampler = Sampler(solvers.ddim(SCHEDULE, 1), remember, backend="fused")
+    sampler = Sampler(remember, solvers.ddim(SCHEDULE, 1), backend="fused")
     for flag in (1, True, [1], (1,)):
         sampler(noise, flag=flag)
     assert [(type(each), each) for each in seen] == [(int, 1), (bool, True), (list, [1]), (tuple, (1,))]
 
 
 def test_a_reset_captures_again(net: Net, noise: Tensor, fake_graphs: None) -> None:
-    sampler = Sampler(PLANS["ddim"], net, backend="graph")
+    sampler = Sampler(net, PLANS["ddim"], backend="graph")
     sampler(noise)
     sampler.reset()
     sampler(noise)

@@ -78,11 +78,11 @@ def test_refused_when_made(arguments: dict[str, Any], message: str) -> None:
 )
 def test_refused_when_called(noise: Any, arguments: dict[str, Any], message: str, backend: str) -> None:
     with pytest.raises(InputError, match=message):
-        Sampler(PLAN, never, backend=backend)(noise, **arguments)
+        Sampler(never, PLAN, backend=backend)(noise, **arguments)
 
 
 def test_refused_when_swapped_and_the_old_one_stays() -> None:
-    sampler = Sampler(PLAN, network)
+    sampler = Sampler(network, PLAN)
     with pytest.raises(InputError, match="guidance_scale must be a number, got 'x'"):
         sampler.guidance_scale = "x"  # type: ignore[assignment]
     with pytest.raises(InputError, match="plan is a str; expected a Plan"):
@@ -100,12 +100,12 @@ def test_refused_when_swapped_and_the_old_one_stays() -> None:
 )
 def test_unusable_outputs_are_named(bad: Any, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
-        Sampler(PLAN, bad, backend="fused")(torch.ones(SHAPE))
+        Sampler(bad, PLAN, backend="fused")(torch.ones(SHAPE))
 
 
 def test_values_whose_sum_overflows_are_finite() -> None:
     noise = torch.full(SHAPE, 1e37)
-    assert bool(torch.isfinite(Sampler(PLAN, lambda x, t: torch.zeros_like(x))(noise)).all())
+    assert bool(torch.isfinite(Sampler(lambda x, t: torch.zeros_like(x), PLAN)(noise)).all())
 
 
 @pytest.mark.parametrize("values", [[torch.inf], [torch.inf, -torch.inf], [torch.nan]])
@@ -113,15 +113,15 @@ def test_one_value_that_is_not_finite_is_found(values: list[float]) -> None:
     noise = torch.zeros(SHAPE)
     noise[1].view(-1)[: len(values)] = torch.tensor(values)
     with pytest.raises(InputError, match=r"noise holds NaN or infinity in sample\(s\) \[1\]"):
-        Sampler(PLAN, never)(noise)
+        Sampler(never, PLAN)(noise)
 
 
 def test_making_ready_draws_nothing_from_the_global_generator() -> None:
     before = torch.get_rng_state()
-    sampler = Sampler(STOCHASTIC, network, shape=SHAPE)
+    sampler = Sampler(network, STOCHASTIC, shape=SHAPE)
     assert sampler.stats().bytes > 0
     assert torch.equal(torch.get_rng_state(), before)
     noise = torch.ones(SHAPE)
     got = sampler(noise, generator=torch.Generator().manual_seed(1))
-    expected = olss_fast.sample(STOCHASTIC, network, noise, generator=torch.Generator().manual_seed(1))
+    expected = olss_fast.sample(network, STOCHASTIC, noise, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # float32 rows of ten terms of size 10

@@ -49,7 +49,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weights_that_change_in_place_are_honoured(net: Net, noise: Tensor, fake_graphs: None) -> None:
-    sampler = Sampler(PLAN, net, backend="graph")
+    sampler = Sampler(net, PLAN, backend="graph")
     before = sampler(noise)
     with torch.no_grad():
         net.mix.weight.mul_(1.1)
@@ -90,7 +90,7 @@ def test_what_is_replaced_is_noticed_behind_any_wrapper(
     wrapped: str, replace: Callable[[Net], str], net: Net, noise: Tensor, fake_graphs: None
 ) -> None:
     network = WRAPPED[wrapped](net)
-    sampler = Sampler(PLAN, network, backend="graph")
+    sampler = Sampler(network, PLAN, backend="graph")
     for _ in range(2):
         sampler(noise)
     assert sampler.stats().captures == 1
@@ -98,7 +98,7 @@ def test_what_is_replaced_is_noticed_behind_any_wrapper(
     got = sampler(noise)
     assert sampler.stats().captures == 2
     assert re.fullmatch(rf"captured again, (_orig_mod\.)?{name} was replaced", sampler.stats().reason)
-    torch.testing.assert_close(got, olss_fast.sample(PLAN, network, noise), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, olss_fast.sample(network, PLAN, noise), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
@@ -106,10 +106,10 @@ def test_a_wrapped_network_is_handed_its_own_dtype_on_its_own_device(wrapped: st
     seen: list[torch.dtype] = []
     net = Net(torch.float64)
     net.mix.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    sampler = Sampler(PLAN, WRAPPED[wrapped](net), backend="fused")
+    sampler = Sampler(WRAPPED[wrapped](net), PLAN, backend="fused")
     assert sampler.device == torch.device("cpu")
     assert sampler(noise).dtype == noise.dtype
-    olss_fast.sample(PLAN, WRAPPED[wrapped](net), noise)
+    olss_fast.sample(WRAPPED[wrapped](net), PLAN, noise)
     assert set(seen) == {torch.float64}
 
 

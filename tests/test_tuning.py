@@ -81,8 +81,8 @@ def test_hopeless_solvers_were_scored_on_fewer_samples(result: olss_fast.TuneRes
 def test_reported_error_is_what_sampling_gives(result: olss_fast.TuneResult) -> None:
     arguments = problem()
     arguments.pop("schedule"), arguments.pop("progress")
-    teacher = olss_fast.sample(result.report.teacher, mixture(), **arguments)  # type: ignore[arg-type]
-    samples = olss_fast.sample(result.plans[3], mixture(), **arguments)  # type: ignore[arg-type]
+    teacher = olss_fast.sample(mixture(), result.report.teacher, **arguments)  # type: ignore[arg-type]
+    samples = olss_fast.sample(mixture(), result.plans[3], **arguments)  # type: ignore[arg-type]
     errors = olss_fast.metrics.rmse(samples, teacher)[-result.report.held_out :]
     # the teacher's sample is kept in float32, so errors of order 1e-1 agree to float32's rounding
     np.testing.assert_allclose(errors, result.report.best(3).errors, atol=2e-6)

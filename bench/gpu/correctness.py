@@ -169,12 +169,12 @@ def _check_executors(bench: Bench, plan_name: str, dtype_name: str) -> None:
         "unconditional": {"y": 0},
         "guidance_scale": SCALE,
     }
-    exact = sample(plan, copy.deepcopy(net).double(), noise.double(), generator=seeded(device), **how)
+    exact = sample(copy.deepcopy(net).double(), plan, noise.double(), generator=seeded(device), **how)
     eager_error = rms(_eager(plan, net, noise, how["conditioning"]["y"]).double() - exact)
     found: dict[str, Tensor] = {}
     for backend in ("reference", "fused", "graph", "unrolled"):
         named = "graph" if backend == "unrolled" else backend
-        sampler = Sampler(plan, net, backend=named, unroll=backend == "unrolled", **how)
+        sampler = Sampler(net, plan, backend=named, unroll=backend == "unrolled", **how)
         for _ in range(2):  # the second run finds its buffers as the first left them
             found[backend] = sampler(noise, generator=seeded(device))
         share = rms(found[backend].double() - exact) / eager_error

@@ -33,7 +33,7 @@ def _check(bench: Bench, dtype_name: str) -> None:
         net,
         PLANS,
         shapes=Profile((1, 4, side, side), (2, 4, side, side), (4, 4, side, side)),
-        example={"y": labels},
+        conditioning={"y": labels},
         unconditional={"y": 0},
         guidance_scale=SCALE,
         cache=False,
@@ -64,8 +64,8 @@ def _compare(
     """Against float64, in units of what running the network itself in this precision costs."""
     plan, device = PLANS[name], noise.device
     how: dict[str, Any] = {"conditioning": {"y": labels}, "unconditional": {"y": 0}, "guidance_scale": SCALE}
-    exact = sample(plan, copy.deepcopy(net).double(), noise.double(), generator=seeded(device), **how)
-    eager = rms(sample(plan, net, noise, generator=seeded(device), **how).double() - exact)
+    exact = sample(copy.deepcopy(net).double(), plan, noise.double(), generator=seeded(device), **how)
+    eager = rms(sample(net, plan, noise, generator=seeded(device), **how).double() - exact)
     least = torch.finfo(noise.dtype).eps * float(exact.abs().max())  # compiled code need not round where torch does
     for kind, engine in engines.items():
         share = rms(engine(noise, plan=name, generator=seeded(device), y=labels).double() - exact) / max(eager, least)

@@ -114,8 +114,8 @@ class Loops:
     def sampler(self, backend: str, network: Any = None) -> Sampler:
         guided = {"unconditional": self.without, "guidance_scale": GUIDANCE} if self.architecture.guided else {}
         return Sampler(
-            plan_of(self.architecture, max(self.case.nfe)),
             self.network if network is None else network,
+            plan_of(self.architecture, max(self.case.nfe)),
             dtype=self.noise.dtype,
             device=self.noise.device,
             conditioning=self.given,

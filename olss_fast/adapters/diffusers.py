@@ -1,7 +1,7 @@
 """Local diffusers folders of an unconditional or class-conditional UNet2DModel pipeline (DDPM, DDIM and their kin).
 
     model = load_pipeline("path/to/ddpm-folder")
-    images = olss_fast.sample(plan, model.network, torch.randn(16, *model.shape))
+    images = olss_fast.sample(model.network, plan, torch.randn(16, *model.shape))
 
 Only safetensors weights are read, nothing is unpickled and nothing is fetched. What a scheduler does beside its linear
 step, such as clipping the predicted image, is not applied: a Plan is linear.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from olss_fast._old_forms import takes_old_forms
 from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
 from olss_fast.engine.compiled import SETTINGS, compile_code, export, graph_text, hash_code, weight_name
@@ -36,12 +37,13 @@ CHECKED_TIMES = 8  # of the first plan, at most, at which both are asked
 TIMED_CALLS = 5
 
 
+@takes_old_forms
 def build(
     network: nn.Module,
     plan: Plan | Sequence[Plan] | Mapping[str, Plan],
     *,
     shapes: Profile | Sequence[int],
-    example: Conditioning | None = None,
+    conditioning: Conditioning | None = None,
     unconditional: Conditioning | None = None,
     guidance_scale: float | None = None,
     dtype: torch.dtype | None = None,
@@ -56,8 +58,8 @@ def build(
         network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, in evaluation mode. Not changed.
         plan: a Plan, several, or several by name. An engine runs them all, and any other: no plan is compiled in.
         shapes: the noise (B, …) that it is for: a Profile, or one fixed shape.
-        example: conditioning at the profile's `opt`: a tensor whose first size is that B belongs to the samples;
-            every other size is fixed. What is no tensor is baked in.
+        conditioning: the network's other arguments, at the profile's `opt`: a tensor whose first size is that B belongs
+            to the samples; every other size is fixed. What is no tensor is baked in.
         unconditional: as for `olss_fast.sample`; one row, or rows that are all the same. Kept in the file as the
             default. Such an engine always asks the network about both halves.
         guidance_scale: the default of calls. Default: what the plan was tuned at, else 1.
@@ -70,7 +72,9 @@ def build(
         BuildError: it cannot be exported or compiled, or what was compiled computes something else.
     """
     plans = named_plans(plan)
-    request = checked_request(network, plans, Profile.of(shapes), example, unconditional, guidance_scale, dtype, device)
+    request = checked_request(
+        network, plans, Profile.of(shapes), conditioning, unconditional, guidance_scale, dtype, device
+    )
     if options is not None and not isinstance(options, Mapping):
         raise InputError(f"options is {options!r}; expected a mapping of Inductor's settings")
     settings = dict(options or {})

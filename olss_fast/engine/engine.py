@@ -113,6 +113,15 @@ class Engine:
             loops.require_finite()
         return result
 
+    def __repr__(self) -> str:
+        found = self.manifest
+        takes = ", ".join(each.name for each in found.inputs) or "nothing else"
+        plans = ", ".join(f"{name} ({plan.nfe} steps)" for name, plan in self.plans.items())
+        return (
+            f"Engine({found.facts['network']}, noise {found.profile} {found.dtype}, takes {takes}, plans {plans}, "
+            f"device={str(self.device)!r})"
+        )
+
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """What the code reads, by the names of the network's state_dict."""

@@ -66,7 +66,7 @@ def checked_request(
     network: nn.Module,
     plans: Mapping[str, Plan],
     profile: Profile,
-    example: Conditioning | None,
+    conditioning: Conditioning | None,
     unconditional: Conditioning | None,
     guidance_scale: float | None,
     dtype: torch.dtype | None,
@@ -77,7 +77,7 @@ def checked_request(
         raise InputError(f"network is {what}; expected a torch.nn.Module in evaluation mode: wrap it, or call .eval()")
     first = next(iter(plans.values()))
     scale = _scale(first, unconditional, guidance_scale)
-    given = _on_device(require_names(example, "example"), device := _device(network, device))
+    given = _on_device(require_names(conditioning, "conditioning"), device := _device(network, device))
     if RESERVED & set(given):
         raise InputError(
             f"the network's argument {sorted(RESERVED & set(given))} has the name of one of an engine's call"

@@ -91,7 +91,7 @@ class Tiny:
     network: TinyNetwork
     shapes: Any
     plans: Mapping[str, Plan]
-    example: dict[str, Any] = field(default_factory=dict)
+    conditioning: dict[str, Any] = field(default_factory=dict)
     unconditional: dict[str, Any] | None = None
     guidance_scale: float = 1.0
 
@@ -99,7 +99,7 @@ class Tiny:
         """As an engine; `changes` are of the arguments of `olss_fast.build`."""
         arguments = {
             "shapes": self.shapes,
-            "example": self.example,
+            "conditioning": self.conditioning,
             "unconditional": self.unconditional,
             "guidance_scale": self.guidance_scale,
             "cache": CACHE,
