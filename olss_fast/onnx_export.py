@@ -34,7 +34,8 @@ import torch
 
 from olss_fast._old_forms import takes_old_forms
 from olss_fast.engine.arguments import require_names
-from olss_fast.engine.compiled import export, quiet, shortened
+from olss_fast.engine.compiled import quiet, shortened
+from olss_fast.engine.exporting import export
 from olss_fast.engine.request import Request, checked_request
 from olss_fast.engine.shapes import LARGEST, Profile
 from olss_fast.errors import BuildError, InputError, ModelError

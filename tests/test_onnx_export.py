@@ -126,6 +126,20 @@ def test_every_kind_of_plan_at_several_batches(name: str, guided: bool, net: Net
         assert_close(run(path, **inputs), expected)
 
 
+class Copying(Net):
+    """Copies its input from 64 samples on, as diffusers' networks do."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(x.contiguous() if x.shape[0] >= 64 else x, *args, **kwargs)
+
+
+def test_a_network_that_asks_for_the_number_of_samples(path: Path) -> None:
+    net = Copying().eval()
+    export_onnx(net, PLAN, path, shape=SHAPE)
+    for batch in (1, 63, 64):
+        assert_close(run(path, noise=noise_of(batch)), olss_fast.sample(PLAN, net, noise_of(batch)))
+
+
 def test_separate_branches(net: Net, path: Path) -> None:
     plan, noise = split(PLAN, 2.5), noise_of(3)
     export_onnx(net, plan, path, shape=SHAPE, conditioning={"y": Y}, unconditional={"y": 10})

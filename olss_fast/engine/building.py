@@ -16,9 +16,10 @@ from tqdm import tqdm
 from olss_fast._old_forms import takes_old_forms
 from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
-from olss_fast.engine.compiled import SETTINGS, compile_code, export, graph_text, hash_code, weight_name
+from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name
 from olss_fast.engine.container import VERSION
 from olss_fast.engine.engine import Engine, plan_facts, warm_up
+from olss_fast.engine.exporting import export, graph_text
 from olss_fast.engine.manifest import BATCH, FORMAT, NOTICE
 from olss_fast.engine.request import Request, checked_request, is_per_sample, named_plans
 from olss_fast.engine.shapes import Profile

@@ -1,4 +1,4 @@
-"""Compiled code: a network exported and compiled ahead of time (AOTInductor), and such code loaded again.
+"""Compiled code: an exported network compiled ahead of time (AOTInductor), and such code loaded again.
 
 Weights stay out of the code. It reads them where they are handed to it, so they can be changed by writing over them,
 and code compiled once serves every network of the same structure.
@@ -13,17 +13,15 @@ import tempfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from olss_fast.engine.manifest import CODE_FILE
-from olss_fast.engine.shapes import Profile
 from olss_fast.errors import BuildError, EngineFileError
 
 LIBRARY = "network.so"
@@ -35,52 +33,6 @@ SETTINGS: dict[str, Any] = {
     "always_keep_tensor_constants": True,  # else small weights become numbers in the code
     "cpp.dynamic_threads": True,  # else code for the processor has the number of threads of whoever built it, for ever
 }
-
-
-def export(
-    flat: torch.nn.Module, inputs: Sequence[Tensor], per_sample: Sequence[bool], profile: Profile, doubled: bool
-) -> torch.export.ExportedProgram:
-    """The network's graph for all shapes of `profile`. inputs: x, time, and then the conditioning's tensors.
-
-    Raises BuildError with torch's reason: control flow that depends on values, or code that takes not all the shapes.
-    """
-    axes = {axis: _dimension(profile, axis, 1 + doubled) for axis in profile.dynamic}
-    batch = {0: axes[0]} if 0 in axes else {}
-    rest = tuple(batch if own else {} for own in per_sample)
-    dynamic = (axes, batch, rest) if rest else (axes, batch)
-    try:
-        with torch.no_grad(), quiet(), _CheckedIndices():
-            return torch.export.export(flat, tuple(inputs), dynamic_shapes=dynamic, strict=False)
-    except Exception as cause:
-        raise BuildError(f"the network cannot be exported for noise of {profile}: {shortened(cause)}") from cause
-
-
-class _CheckedIndices(TorchFunctionMode):
-    """Adds to the graph that indices into a table of embeddings, such as numbers of classes, are in its range.
-
-    Compiled code looks too, but in several threads at once, where an exception ends the whole process. On a GPU this
-    would be a wait in every call, which no graph can capture.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.embedding and args[0].device.type == "cpu":
-            indices, table = args[:2]
-            torch._check(((indices >= 0) & (indices < table.shape[0])).all().item())  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
-
-
-def _dimension(profile: Profile, axis: int, halves: int) -> Any:
-    """The sizes of one axis; of the batch, as the network sees it: both halves of a guided pair."""
-    step = profile.multiple[axis]
-    name = "batch" if axis == 0 else f"axis{axis}"
-    base = torch.export.Dim(name, min=profile.min[axis] // step, max=profile.max[axis] // step)
-    step *= halves if axis == 0 else 1
-    return base if step == 1 else step * base
-
-
-def graph_text(exported: torch.export.ExportedProgram) -> str:
-    """The graph with all shapes and ranges, the same for equal networks: where its lines came from is left out."""
-    return "\n".join(line for line in str(exported).splitlines() if not line.strip().startswith("# File: "))
 
 
 def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, Any]) -> dict[str, bytes]:
