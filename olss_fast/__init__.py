@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from olss_fast.engine.building import build
     from olss_fast.engine.engine import Engine, load_engine
     from olss_fast.engine.shapes import Profile
+    from olss_fast.errors import OlssError
     from olss_fast.noise_schedule import NoiseSchedule
     from olss_fast.onnx_export import export_onnx
     from olss_fast.plan import Plan
@@ -35,6 +36,7 @@ __all__ = [
     "Candidate",
     "Engine",
     "NoiseSchedule",
+    "OlssError",
     "Plan",
     "PlanScheduler",
     "Profile",
@@ -61,6 +63,7 @@ _HOME = {
     "Candidate": "report",
     "Engine": "engine.engine",
     "NoiseSchedule": "noise_schedule",
+    "OlssError": "errors",
     "Plan": "plan",
     "PlanScheduler": "adapters.plan_scheduler",
     "Profile": "engine.shapes",

@@ -2,7 +2,8 @@
 
 A row that begins a step has the levels at which the scheduler itself noises an image to that step (its add_noise or
 scale_noise, times the factor of scale_model_input): an image-to-image run starts exactly there. Evaluations inside a
-step, and schedulers without such a method, take the levels of `NoiseSchedule` at the timestep. Where neither is there,
+step, and schedulers without such a method, take the levels of `NoiseSchedule` at the timestep. A flow whose sigmas pass
+1 (Cosmos 2) has no signal of 1 - sigma there; its steps are those of x = x0 + sigma eps, read so. Where none is there,
 tables of the scheduler's own are read: `alphas_cumprod` at the timestep, or `sigmas` at the step, which are those of
 flow matching if none is above 1 and variance exploding otherwise. The sample has the levels that the rows really reach
 on point-mass data, whose exact network outputs are known (`olss_fast.point_mass`); where a config does not say what the
@@ -51,7 +52,9 @@ def levels_of(driver: Driver, scales: list[float], rows: Floats) -> Levels:
     scheduler = driver.scheduler
     schedule = _schedule(scheduler)
     indices = range(driver.begin, len(driver.timesteps))
-    pairs = [_input_levels(driver, schedule, i, scale) for i, scale in zip(indices, scales, strict=True)]
+    pairs = np.array([_input_levels(driver, schedule, i, scale) for i, scale in zip(indices, scales, strict=True)])
+    if pairs[:, 0].min() < -CONSISTENT:
+        return _exploding(driver, pairs[:, 1], rows)
     alphas, sigmas = np.maximum(pairs, 0.0).T  # cos(1.5708) is -4e-6
     if config_of(scheduler).get("invert_sigmas"):  # time runs up to the data: its noise level is the signal's
         alphas, sigmas = sigmas, alphas
@@ -61,6 +64,24 @@ def levels_of(driver: Driver, scales: list[float], rows: Floats) -> Levels:
         return _inferred(rows, alphas, sigmas)
     facts = zip(indices, alphas.tolist(), sigmas.tolist(), scales, strict=True)
     return Levels(alphas, sigmas, [exact(*fact) for fact in facts], metadata)
+
+
+def noising(driver: Driver, scales: list[float], levels: Levels) -> dict[str, Any]:
+    """How the scheduler's states and its add_noise differ from rows and levels; what goes without saying is left out.
+
+    scales: (S,) network input / state. noised: (S, 2), the levels of the states that add_noise makes for a start at
+    each evaluation. noised_by_index: after set_begin_index it looks at the place, not at the timestep.
+    """
+    facts: dict[str, Any] = {} if all(scale == 1.0 for scale in scales) else {"scales": scales}
+    indices = range(driver.begin, len(driver.timesteps))
+    noised = [_noised(driver, i) for i in indices]
+    expected = np.stack([levels.alphas, levels.sigmas], axis=1) / np.asarray(scales)[:, None]
+    if None not in noised:
+        if not np.allclose(np.array(noised), expected, rtol=1e-9, atol=1e-12):
+            facts["noised"] = noised
+        if driver.nfe > 1 and _noised(driver, driver.begin, indices[-1]) == noised[0] != noised[-1]:
+            facts["noised_by_index"] = True
+    return facts
 
 
 def check_falling(driver: Driver, levels: Levels) -> None:
@@ -76,12 +97,17 @@ def check_falling(driver: Driver, levels: Levels) -> None:
         )
 
 
-def with_final_levels(plan: Plan, levels: Levels, name: str) -> Plan:
-    """The plan with the levels that its last row reaches. ScheduleError where that is no less noisy than the first."""
+def with_final_levels(plan: Plan, levels: Levels, name: str, *, begun: bool) -> Plan:
+    """The plan with the levels that its last row reaches. ScheduleError where that is no less noisy than the first.
+
+    `begun`: the run begins part of the way, where as noisy will do.
+    """
     if levels.outputs is None:
         return plan
     signal, noise = np.maximum(levels_of_rows(plan, levels.outputs)[-1], 0.0).tolist()  # -1e-7 is rounding
-    if noise * plan.alphas[0] >= signal * plan.sigmas[0]:
+    # Begun at its last timesteps, a scheduler may have nothing left to do: DDIM with set_alpha_to_one=False.
+    risen, fallen = noise * plan.alphas[0], signal * plan.sigmas[0]
+    if risen > fallen * (1.0 + CONSISTENT) or (risen >= fallen and not begun):
         raise ScheduleError(
             f"{name} does not run from noise to data: its start has signal {plan.alphas[0]:.3g} and noise "
             f"{plan.sigmas[0]:.3g}, its sample signal {signal:.3g} and noise {noise:.3g}; take a scheduler that samples"
@@ -127,13 +153,17 @@ def _scheduled(schedule: NoiseSchedule, timestep: float) -> Pair:
     return scale * float(schedule.alpha(time)), scale * float(schedule.sigma(time))
 
 
-def _noised(driver: Driver, index: int) -> Pair | None:
-    """(alpha, sigma) that the scheduler mixes image and noise with at a timestep; None where it cannot tell."""
+def _noised(driver: Driver, index: int, told: int | None = None) -> Pair | None:
+    """(alpha, sigma) that the scheduler mixes image and noise with at a timestep; None where it cannot tell.
+
+    `told`: the index of the timestep that it is given, if not `index`, where the run begins.
+    """
     scheduler = copy.copy(driver.scheduler)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(index)
     image, noise = torch.eye(2, dtype=torch.float64).view(2, 1, 1, 1, 2)
-    timestep = driver.timesteps[index : index + 1]
+    place = index if told is None else told
+    timestep = driver.timesteps[place : place + 1]
     if hasattr(scheduler, "add_noise"):
         mixed = scheduler.add_noise(image, noise, timestep)
     elif hasattr(scheduler, "scale_noise"):
@@ -216,6 +246,29 @@ def _metadata(scheduler: Any, schedule: NoiseSchedule | None) -> dict[str, str]:
         return {"prediction_type": "flow", "schedule": f"flow matching, {count} timesteps, flow"}
     prediction = str(config.get("prediction_type"))
     return {"prediction_type": prediction} if prediction in EXACT_OUTPUTS and not name.startswith("EDM") else {}
+
+
+def _exploding(driver: Driver, sigmas: Floats, rows: Floats) -> Levels:
+    """Of the steps x + (sigma' - sigma) f with sigma above 1: x = x0 + sigma eps, f = eps.
+
+    ScheduleError where the rows are others, such as those that noise anew with the signal 1 - sigma.
+    """
+    levels = Levels(
+        np.ones_like(sigmas),
+        sigmas,
+        [EXACT_OUTPUTS["epsilon"](1.0, sigma) for sigma in sigmas.tolist()],
+        {"prediction_type": "epsilon", "schedule": f"flow beyond sigma 1, sigma up to {sigmas[0]:g}, epsilon"},
+    )
+    plan = Plan(
+        timesteps=np.zeros_like(sigmas), rows=rows, alphas=np.ones(len(rows)), sigmas=np.append(sigmas, 0.0)
+    )
+    error = np.abs(levels_of_rows(plan, levels.outputs or []) - np.stack([plan.alphas, plan.sigmas], axis=1))
+    if (error[:-1].max(axis=1) > CONSISTENT * np.maximum(sigmas, 1.0)).any():
+        raise ScheduleError(
+            f"{driver.name} begins at sigma {sigmas[0]:g}, where the signal 1 - sigma of a flow is negative, and its "
+            "steps are not those of x0 + sigma noise either; take sigmas from 0 to 1"
+        )
+    return levels
 
 
 def _inferred(rows: Floats, alphas: Floats, sigmas: Floats) -> Levels:

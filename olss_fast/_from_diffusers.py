@@ -91,6 +91,11 @@ def _flow(config: Mapping[str, Any], name: str) -> NoiseSchedule:
         )
     if config.get("invert_sigmas"):
         raise ScheduleError(f"{name} runs from data to noise (invert_sigmas); only noise to data is supported")
+    if (config.get("sigma_max") or 0.0) > 1.0 and not config.get("use_flow_sigmas"):
+        raise ScheduleError(
+            f"{name} has sigma_max {config['sigma_max']:g}, where the signal 1 - sigma of a flow is negative; "
+            "olss_fast.capture takes it as x0 + sigma noise"
+        )
     shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
     return NoiseSchedule.flow(1.0 if shift is None else float(shift), int(config.get("num_train_timesteps", 1000)))
 

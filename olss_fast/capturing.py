@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from olss_fast._capture_arguments import GRIDS, checked_arguments, config_of
-from olss_fast._capture_levels import check_falling, levels_of, with_final_levels
+from olss_fast._capture_levels import check_falling, levels_of, noising, with_final_levels
 from olss_fast._capture_refusals import check_protocol, linear_advice, refuse_known
 from olss_fast._capture_run import Driver, Trace
 from olss_fast.errors import InputError, ScheduleError
@@ -56,7 +56,7 @@ def capture(
 
     Returns:
         A plan with metadata "scheduler": JSON of class, config, steps, arguments, step_arguments, begin and order, from
-        which `recapture` derives it anew; "method", "title", and where known "prediction_type" and "schedule".
+        which `recapture` derives it anew, and of what its states and `add_noise` are; "method", "title", and where known "prediction_type" and "schedule".
 
     Raises:
         InputError: `steps` below 1, more than MAX_EVALUATIONS steps, timesteps or sigmas that are no numbers of the
@@ -68,11 +68,12 @@ def capture(
     steps, arguments, stepping = checked_arguments(scheduler, steps, set_timesteps_arguments, step_arguments)
     refuse_known(scheduler, stepping)
     driver = Driver(scheduler, steps, begin, arguments, stepping)
-    record = _record(driver, scheduler, steps, arguments, stepping)
     rows, trace = _rows(driver)
     levels = levels_of(driver, trace.scales, rows)
     if any(arguments.get(name) is not None for name in GRIDS):
         check_falling(driver, levels)
+    states = noising(driver, trace.scales, levels)
+    record = _record(driver, scheduler, steps, arguments, stepping, states)
     metadata = {"method": "captured", "title": _title(scheduler), "scheduler": record, **levels.metadata}
     plan = Plan(
         timesteps=driver.timesteps[driver.begin :].double().numpy(),
@@ -81,7 +82,7 @@ def capture(
         sigmas=[*levels.sigmas, 0.0],
         metadata=metadata,
     )
-    return with_final_levels(plan, levels, driver.name)
+    return with_final_levels(plan, levels, driver.name, begun=driver.begin > 0)
 
 
 def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None, **changed_arguments: Any) -> Plan:
@@ -204,7 +205,12 @@ def _title(scheduler: Any) -> str:
 
 
 def _record(
-    driver: Driver, scheduler: Any, steps: int | None, arguments: Mapping[str, Any], stepping: Mapping[str, Any]
+    driver: Driver,
+    scheduler: Any,
+    steps: int | None,
+    arguments: Mapping[str, Any],
+    stepping: Mapping[str, Any],
+    states: Mapping[str, Any],
 ) -> str:
     config = {key: value for key, value in config_of(scheduler).items() if not key.startswith("_")}
     facts = {
@@ -215,6 +221,7 @@ def _record(
         "step_arguments": stepping,
         "begin": driver.begin,
         "order": driver.order,
+        **states,
     }
     try:
         return json.dumps(facts, default=_plain, separators=(",", ":"))

@@ -224,6 +224,9 @@ def test_metadata() -> None:
     assert solvers.display_name(plan) == "EulerDiscreteScheduler (linspace, karras)"
     assert NoiseSchedule.from_diffusers(scheduler).metadata().items() <= plan.metadata.items()
     facts = json.loads(plan.metadata["scheduler"])
+    scheduler.set_timesteps(5)
+    scales = 1.0 / (scheduler.sigmas[:-1] ** 2 + 1.0) ** 0.5
+    np.testing.assert_allclose(facts.pop("scales"), scales, rtol=1e-6)
     assert facts.pop("config") == {key: value for key, value in scheduler.config.items() if key[0] != "_"}
     assert facts == {
         "class": "EulerDiscreteScheduler",
@@ -232,6 +235,7 @@ def test_metadata() -> None:
         "step_arguments": {},
         "begin": 0,
         "order": 1,
+        "noised_by_index": True,
     }
 
 

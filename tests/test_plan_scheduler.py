@@ -139,9 +139,10 @@ def test_noises_are_drawn_in_the_order_and_at_the_step_of_the_original() -> None
     x, y = NOISE.float() * original.init_noise_sigma, NOISE.float() * scheduler.init_noise_sigma
     for k, timestep in enumerate(original.timesteps):
         scaled = original.scale_model_input(x, timestep)
-        torch.testing.assert_close(y, scaled, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scheduler.scale_model_input(y, timestep), scaled, rtol=1e-5, atol=1e-5)
         x = original.step(network(scaled, timestep), timestep, x, generator=streams[0]).prev_sample
-        y = scheduler.step(network(y, timestep), scheduler.timesteps[k], y, generator=streams[1]).prev_sample
+        y = scheduler.step(network(scaled, timestep), scheduler.timesteps[k], y, generator=streams[1]).prev_sample
         if k < 4:  # the original draws once more at the end, and multiplies by 0
             assert torch.equal(streams[0].get_state(), streams[1].get_state())
     torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)

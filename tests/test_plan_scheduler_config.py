@@ -51,6 +51,26 @@ def test_configs_of_other_schedulers() -> None:
     assert not hasattr(PlanScheduler(solvers.ddim(SCHEDULE, 5)), "alphas_cumprod")
 
 
+def test_printed_it_is_a_summary() -> None:
+    scheduler = PlanScheduler([capture(DPM, steps) for steps in range(1, 21)])
+    assert len(repr(scheduler)) < 1000
+    assert "20 plans" in repr(scheduler)
+    assert "1 steps: DPMSolverMultistepScheduler (linspace) of 1 evaluations" in repr(scheduler)
+    assert "VP scaled_linear" in repr(scheduler)
+    assert len(scheduler.config["_plans"]) == 20
+    assert "not known" in repr(PlanScheduler(learned(solvers.ddim(SCHEDULE, 3), title="x" * 999)))
+
+
+@pytest.mark.parametrize("name", ["scales", "noised"])
+@pytest.mark.parametrize("value", ["text", [1.0], [[1.0]], [float("nan")] * 2, [-1.0, 1.0]])
+def test_states_that_cannot_be(name: str, value: Any) -> None:
+    plan = capture(diffusers.EulerDiscreteScheduler(**BETAS), 2)
+    facts = json.loads(plan.metadata["scheduler"]) | {name: value}
+    scheduler = PlanScheduler(plan.replace(metadata={**plan.metadata, "scheduler": json.dumps(facts)}))
+    with pytest.raises(InputError, match=name):
+        scheduler.set_timesteps(2)
+
+
 def hostile_configs() -> dict[str, Any]:
     good = json.loads(json.dumps(dict(PlanScheduler(capture(DPM, 2)).config)))
     plan = good["_plans"][0]

@@ -49,10 +49,11 @@ class Layout:
         return self._on_device[key]
 
 
-def lay_out(plan: Plan) -> Layout:
-    """InputError for a plan that a scheduler cannot run: two branches, several networks, no noise to begin with."""
+def lay_out(plan: Plan, scales: Floats | float = 1.0) -> Layout:
+    """Of rows in the unit of the states, row k / scales[k], k < S. InputError for a plan that no scheduler can run."""
     check_runnable(plan)
     rows = plan.rows.copy()
+    rows[:-1] /= np.broadcast_to(scales, plan.nfe)[:, None]
     rows[:, 0] /= rows[0, 0]
     draws = noises_of_steps(plan)
     slots, noise_slots, ends, order = list[int](), list[range](), list[int](), [0]

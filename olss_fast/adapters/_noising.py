@@ -1,8 +1,8 @@
 """Signal and noise levels at any timestep, looked up on the device: for add_noise and for `sigmas`.
 
-A table of (timestep, alpha, sigma) in network-input units: the rows of the plan, and between them the training
-schedule. It is interpolated linearly, so its own timesteps come out exactly; those of a network trained on betas are
-all in it.
+A table of (timestep, alpha, sigma) in the unit of the states (`_latents`): the plan's own timesteps, and between them
+the training schedule. It is interpolated linearly, so its own timesteps come out exactly; those of a network trained on
+betas are all in it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from olss_fast._text import quoted
+from olss_fast.adapters._latents import LEAST_SIGNAL, Latents
 from olss_fast.adapters._plan_book import Entry
 from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
-from olss_fast.plan import Floats
+from olss_fast.plan import Floats, Integers
 
 POINTS = 1001  # of a training schedule that is not a table itself
 
@@ -29,8 +30,8 @@ class NoiseLevels:
 
     table: Floats
     complete: bool
-    row_alphas: Floats
-    row_sigmas: Floats
+    entry: Entry
+    latents: Latents
     _on_device: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def table_on(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -68,26 +69,46 @@ class NoiseLevels:
         )
         return alpha, sigma
 
+    def at_index(self, index: int | None) -> tuple[float, float] | None:
+        """alpha and sigma at an index of `timesteps`; None where it is the timestep that counts."""
+        if index is None or not self.latents.by_index or index < self.entry.begin:
+            return None
+        row = min(index - self.entry.begin, self.entry.plan.nfe)
+        return float(self.latents.alphas[row]), float(self.latents.sigmas[row])
+
     def sigmas(self) -> Tensor:
         """(S+1,) float32 on the CPU: sigma / alpha of every row, or sigma of flow matching, as diffusers counts "
         "them."""
-        flow = np.allclose(self.row_alphas + self.row_sigmas, 1.0)
+        alphas, sigmas = self.entry.plan.alphas, self.entry.plan.sigmas
+        flow = np.allclose(alphas + sigmas, 1.0)
         with np.errstate(divide="ignore"):
-            return torch.tensor(self.row_sigmas if flow else self.row_sigmas / self.row_alphas, dtype=torch.float32)
+            return torch.tensor(sigmas if flow else sigmas / alphas, dtype=torch.float32)
 
 
-def noise_levels(entry: Entry, schedule: NoiseSchedule | None) -> NoiseLevels:
-    """Of the plan's rows, of the training schedule where it is known, and of the fillers before a later start."""
+def noise_levels(entry: Entry, latents: Latents, schedule: NoiseSchedule | None) -> NoiseLevels:
+    """Of the plan's own timesteps, and of the training schedule where it is known."""
     plan = entry.plan
-    times, alphas, sigmas = plan.timesteps, plan.alphas[:-1], plan.sigmas[:-1]
+    times = plan.timesteps.astype(np.float32).astype(np.float64)
+    own, places = _second_places(times)
+    table = np.stack([own, latents.alphas[places], latents.sigmas[places]])
     if schedule is not None:
-        other = np.linspace(schedule.last, schedule.first, POINTS)
-        if schedule.first == np.round(schedule.first) and schedule.first < 1e6:
-            other = np.arange(np.ceil(schedule.last), schedule.first + 1.0)
-        alpha, sigma, _ = schedule.levels(other)
-        scale = schedule.input_scale(other)
-        times = np.concatenate([times, other])
-        alphas, sigmas = np.concatenate([alphas, scale * alpha]), np.concatenate([sigmas, scale * sigma])
-    times, first = np.unique(times.astype(np.float32).astype(np.float64), return_index=True)  # the plan's rows win
-    table = np.stack([times, alphas[first], sigmas[first]])
-    return NoiseLevels(table, schedule is not None, plan.alphas, plan.sigmas)
+        trained = _trained(schedule, latents.scaled)
+        table = np.concatenate([table, trained[:, ~np.isin(trained[0], own)]], axis=1)
+    return NoiseLevels(table[:, table[0].argsort()], schedule is not None, entry, latents)
+
+
+def _second_places(times: Floats) -> tuple[Floats, Integers]:
+    """Each time once, rising, and where it stands: of equal ones the second, as diffusers looks them up."""
+    own, first = np.unique(times, return_index=True)
+    second = np.minimum(first + 1, times.size - 1)
+    return own, np.where(times[second] == own, second, first)
+
+
+def _trained(schedule: NoiseSchedule, scaled: bool) -> Floats:
+    """(3, n): timesteps, alphas and sigmas of the training schedule; of states with signal 1 where they are scaled."""
+    times = np.linspace(schedule.last, schedule.first, POINTS)
+    if schedule.first == np.round(schedule.first) and schedule.first < 1e6:
+        times = np.arange(np.ceil(schedule.last), schedule.first + 1.0)
+    alphas, sigmas, _ = schedule.levels(times)
+    unit = np.maximum(alphas, LEAST_SIGNAL) if scaled else 1.0 / schedule.input_scale(times)
+    return np.stack([times.astype(np.float32).astype(np.float64), alphas / unit, sigmas / unit])

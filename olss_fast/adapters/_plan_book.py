@@ -25,6 +25,7 @@ from olss_fast.plan import Floats, Plan
 from olss_fast.truncation import is_analytic, rederive, truncate
 
 REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
+SHOWN, WIDTH = 8, 120  # plans and characters a line of a summary
 MOST_STEPS = 10_000  # that metadata may speak of; far beyond every sampler
 GRIDS = ("timesteps", "sigmas")
 
@@ -65,6 +66,14 @@ class PlanBook:
     @property
     def steps(self) -> list[int]:
         return sorted(self._by_steps)
+
+    def __str__(self) -> str:
+        """Which plan answers to which number of steps, and the network's schedule: a few lines, however many plans."""
+        shown = self.steps if len(self.steps) <= SHOWN else self.steps[: SHOWN - 1]
+        lines = [f"{steps} steps: {name_of(self._by_steps[steps])}" for steps in shown]
+        lines += [f"… and {len(self.steps) - len(shown)} more"] if len(shown) < len(self.steps) else []
+        trained = "not known" if self.schedule is None else self.schedule.describe()
+        return "\n".join([*(line[:WIDTH] for line in lines), f"network's schedule: {trained}"[:WIDTH]])
 
     @cached_property
     def schedule(self) -> NoiseSchedule | None:
@@ -198,6 +207,23 @@ def scheduler_class(name: str) -> Any:
     kind = getattr(diffusers.schedulers, name, None)
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "step")
     return kind if known else None
+
+
+def captured_amplitude(plan: Plan) -> float | None:
+    """`init_noise_sigma` of the scheduler that a plan was captured from, before its timesteps are set.
+
+    None where the plan was not captured, diffusers has no such class, or this one says nothing of the kind.
+    """
+    facts = captured_facts(plan) if is_captured(plan) else {"class": ""}
+    kind = scheduler_class(facts["class"])
+    if kind is None:
+        return None
+    check_config(facts["config"])
+    try:
+        value = getattr(kind.from_config(facts["config"]), "init_noise_sigma", None)
+    except Exception as error:  # of diffusers' own, from a config that somebody may have altered
+        raise InputError(f"no {facts['class']} can be made of the config in {name_of(plan)}: {error}") from error
+    return None if value is None else float(value)
 
 
 def recaptured(plan: Plan, **changes: Any) -> Plan:

@@ -3,9 +3,10 @@
     pipe.scheduler = olss_fast.PlanScheduler.from_pipe(pipe, plan)
     image = pipe("a cat", num_inference_steps=8).images[0]
 
-What a pipeline calls `latents` is here always the next network input, row k of the plan: `scale_model_input` changes
-nothing, `init_noise_sigma` is rows[0, 0], and `add_noise` gives alphas[k] x0 + sigmas[k] eps of the row at that
-timestep. Between two steps there is nothing but the history [x | f_0 … f_{k-1} | z …] (float32, or float64 for such
+What a pipeline calls `latents` is the state that the plan's own scheduler would have there: row k of the plan, the next
+network input, divided by that scheduler's input scale (1 for most; see `_latents`). `scale_model_input` multiplies by
+it, `init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to begin
+at a timestep. Between two steps there is nothing but the history [x | f_0 … f_{k-1} | z …] (float32, or float64 for such
 samples) and the number k; `step` is one copy into the history and one matrix-vector product (and a cast, for half
 precision).
 
@@ -18,10 +19,9 @@ on as if the initial noise had been other by d / rows[k, 0]: what a sampler does
 Writing in place goes unnoticed in torch.inference_mode and torch.compile, which count no versions; a new tensor is
 noticed.
 
-Where a run is cut: the samples between two steps are network inputs. A run that hands them out half-way (SDXL's
-`denoising_end` and `denoising_start`, a callback that interrupts) hands them out in that unit. For schedulers that
-scale their input (EulerDiscreteScheduler and its kin) the latents are then other ones than the scheduler's own, so
-both parts must run plans.
+Where a run is cut (SDXL's `denoising_end` and `denoising_start`, a callback that interrupts) the latents are those of
+the scheduler that a plan was captured from, else of the scheduler in whose slot it runs, so either part may run a plan
+or that scheduler.
 
 A NaN from the network: on the CPU the last step looks for it; on accelerators looking would stall the device, so
 `require_finite()` does it when called.
@@ -30,6 +30,7 @@ A NaN from the network: on the CPU the last step looks for it; on accelerators l
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,9 +41,10 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from olss_fast._text import quoted
+from olss_fast.adapters._latents import Latents, latents_of
 from olss_fast.adapters._layout import Layout, lay_out
 from olss_fast.adapters._noising import NoiseLevels, noise_levels
-from olss_fast.adapters._plan_book import Entry, PlanBook, captured_facts, is_captured, name_of, whole
+from olss_fast.adapters._plan_book import Entry, PlanBook, captured_amplitude, captured_facts, is_captured, name_of, whole
 from olss_fast.adapters._run import Run
 from olss_fast.adapters._scheduler_config import network_config, plans_from, plans_to_config, visible_config
 from olss_fast.adapters._step_arguments import StepArguments, step_arguments_of
@@ -85,6 +87,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._book = PlanBook(given, network)
         self._entry: Entry | None = None
         self._layout: Layout | None = None
+        self._latents: Latents | None = None
         self._levels: NoiseLevels | None = None
         self._expected: StepArguments | None = None
         self.timesteps = torch.empty(0)
@@ -122,6 +125,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             kwargs.setdefault("scheduler", config.get("_scheduler") or dict(config))
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
+    def __repr__(self) -> str:
+        """A summary; `config` holds everything."""
+        return f"PlanScheduler, {len(self.plans)} plans\n" + textwrap.indent(str(self._book), "  ")
+
     def __len__(self) -> int:
         """Training timesteps of the network, as of every scheduler."""
         return int(self.config["num_train_timesteps"])
@@ -132,13 +139,23 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def init_noise_sigma(self) -> float:
-        """rows[0, 0]: what pipelines multiply unit noise by. Before set_timesteps, if all plans have the same."""
+        """What pipelines multiply unit noise by to begin.
+
+        Before set_timesteps what the scheduler of a captured plan says then. InputError where there is none and the
+        plans differ.
+        """
         if self._entry is not None:
-            return float(self._entry.plan.rows[0, 0])
-        starts = {float(plan.rows[0, 0]) for plan in self.plans}
+            return self._amplitude(self._entry.plan)
+        for plan in self.plans:
+            if (said := captured_amplitude(plan)) is not None:
+                return said
+        starts = {self._amplitude(plan) for plan in self.plans}
         if len(starts) > 1:
             raise InputError(f"the plans begin with noise of {sorted(starts)}; call set_timesteps first to choose one")
         return starts.pop()
+
+    def _amplitude(self, plan: Plan) -> float:
+        return float(plan.rows[0, 0] / latents_of(plan, self._book.network).scales[0])
 
     @property
     def step_index(self) -> int | None:
@@ -184,7 +201,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         dtype = torch.int64 if np.all(entry.timesteps == np.round(entry.timesteps)) else torch.float32
         with torch.inference_mode(False):  # views of a plain tensor can be told apart from copies in every mode
             self.timesteps = torch.tensor(entry.timesteps.tolist() + _closing(entry.plan), dtype=dtype, device=device)
-        self._levels = noise_levels(entry, self._book.schedule)
+        self._levels = noise_levels(entry, latents_of(entry.plan, self._book.network), self._book.schedule)
         self.sigmas = self._levels.sigmas()
         self._expected = step_arguments_of(entry.plan)
         self._load(entry.plan)
@@ -198,26 +215,41 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._begin_at(index)
         self._begin_index = index
 
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample: it is the network's input already."""
-        return sample
+    def scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """The network's input of the next step: the sample, times the scale of the plan's own scheduler there."""
+        if self._latents is None or not self._latents.scaled:
+            return sample
+        run = self._run
+        if run is None or run.step == 0:
+            self._find_start(timestep)
+        k = 0 if run is None else min(run.step, self._latents.scales.size - 1)
+        return sample * float(self._latents.scales[k])
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """alpha x0 + sigma eps, with the levels of the plan's row at each timestep, else of the training schedule.
+        """alpha x0 + sigma eps, as the plan's own scheduler mixes them to begin at a timestep.
+
+        Between the plan's timesteps the levels are those of the training schedule. Where that scheduler goes by the
+        place of the run once `set_begin_index` was called, so does this, and the timesteps do not matter.
 
         timesteps: a number or (B,) of any device; they are not read on the host.
         """
         levels = self._levels
         if levels is None:
             raise InputError("add_noise was called before set_timesteps, which chooses the plan; call that first")
-        alpha, sigma = levels.at(timesteps, original_samples)
+        alpha, sigma = levels.at_index(self._place()) or levels.at(timesteps, original_samples)
         try:
             return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
         except (TypeError, RuntimeError) as error:
             raise InputError(
                 f"add_noise cannot add noise of shape {_shape(noise)} to samples of shape {_shape(original_samples)} "
-                f"at {alpha.numel()} timesteps: {error}"
+                f"at timesteps {quoted(timesteps)}: {error}"
             ) from error
+
+    def _place(self) -> int | None:
+        """The index in `timesteps` where the run is or will begin; None where nobody called `set_begin_index`."""
+        if self._begin_index is None or self.step_index is None:
+            return self._begin_index
+        return self.step_index
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """`add_noise`, as pipelines of flow models call it."""
@@ -291,12 +323,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """A run from the first timestep that is asked for."""
         if self._layout is None:
             raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
+        self._find_start(timestep)
+        self._run = Run(self._layout, sample)
+        return self._run
+
+    def _find_start(self, timestep: Any) -> None:
+        """Loads the plan of a run that begins at this timestep, where nobody called `set_begin_index`."""
         if self._begin_index is None:
             index = first_index(timestep, self.timesteps, self._chosen().timesteps)
             if index != self._offset:
                 self._begin_at(index)
-        self._run = Run(self._layout, sample)
-        return self._run
 
     def _begin_at(self, index: int) -> None:
         """Loads the plan for a run that begins at this index of `timesteps`."""
@@ -307,7 +343,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._offset = index
 
     def _load(self, plan: Plan) -> None:
-        self._layout = lay_out(plan)
+        self._latents = latents_of(plan, self._book.network)
+        self._layout = lay_out(plan, self._latents.scales)
         self._layout.weights_on(self.timesteps.device, torch.float32)
 
     def _chosen(self) -> Entry:
