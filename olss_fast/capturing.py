@@ -56,7 +56,8 @@ def capture(
 
     Returns:
         A plan with metadata "scheduler": JSON of class, config, steps, arguments, step_arguments, begin and order, from
-        which `recapture` derives it anew, and of what its states and `add_noise` are; "method", "title", and where known "prediction_type" and "schedule".
+        which `recapture` derives it anew, and of what its states and `add_noise` are (`_capture_levels.noising`);
+        "method", "title", and where known "prediction_type" and "schedule".
 
     Raises:
         InputError: `steps` below 1, more than MAX_EVALUATIONS steps, timesteps or sigmas that are no numbers of the
@@ -72,17 +73,17 @@ def capture(
     levels = levels_of(driver, trace.scales, rows)
     if any(arguments.get(name) is not None for name in GRIDS):
         check_falling(driver, levels)
-    states = noising(driver, trace.scales, levels)
-    record = _record(driver, scheduler, steps, arguments, stepping, states)
-    metadata = {"method": "captured", "title": _title(scheduler), "scheduler": record, **levels.metadata}
     plan = Plan(
         timesteps=driver.timesteps[driver.begin :].double().numpy(),
         rows=rows,
         alphas=[*levels.alphas, 1.0],
         sigmas=[*levels.sigmas, 0.0],
-        metadata=metadata,
     )
-    return with_final_levels(plan, levels, driver.name, begun=driver.begin > 0)
+    plan = with_final_levels(plan, levels, driver.name, begun=driver.begin > 0)
+    record = _record(driver, scheduler, steps, arguments, stepping, noising(driver, trace.scales, plan))
+    return plan.replace(
+        metadata={"method": "captured", "title": _title(scheduler), "scheduler": record, **levels.metadata}
+    )
 
 
 def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None, **changed_arguments: Any) -> Plan:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from olss_fast._from_diffusers import check_config
 from olss_fast._text import quoted
-from olss_fast.adapters._plan_book import captured_facts, is_captured, name_of
+from olss_fast.adapters._plan_book import captured_facts, is_captured, name_of, scheduler_class
 from olss_fast.errors import InputError
 from olss_fast.plan import Floats, Plan
 
@@ -57,16 +58,33 @@ def latents_of(plan: Plan, network: Mapping[str, Any] | None) -> Latents:
     return _scaled(plan, scales)
 
 
+def untimed_amplitude(plan: Plan) -> float | None:
+    """`init_noise_sigma` of the scheduler that a plan was captured from, before its timesteps are set.
+
+    None where the plan was not captured, diffusers has no such class, or this one says nothing of the kind.
+    """
+    if not is_captured(plan):
+        return None
+    facts = captured_facts(plan)
+    kind = scheduler_class(facts["class"])
+    if kind is None:
+        return None
+    check_config(facts["config"])
+    try:
+        value = getattr(kind.from_config(facts["config"]), "init_noise_sigma", None)
+    except Exception as error:  # of diffusers' own, from a config that somebody may have altered
+        raise InputError(f"no {facts['class']} can be made of the config in {name_of(plan)}: {error}") from error
+    return None if value is None else float(value)
+
+
 def _captured(plan: Plan) -> Latents:
     facts = captured_facts(plan)
     scales = _numbers(plan, facts, "scales", (plan.nfe,))
     if scales is not None and not np.all(scales > 0.0):
         raise InputError(f"the scales of {name_of(plan)} are {quoted(facts['scales'])}; expected positive numbers")
     latents = _scaled(plan, np.ones(plan.nfe) if scales is None else scales)
-    noised = _numbers(plan, facts, "noised", (plan.nfe, 2))
-    alphas, sigmas = latents.alphas, latents.sigmas
-    if noised is not None:
-        alphas, sigmas = (np.append(levels, last[-1]) for levels, last in zip(noised.T, (alphas, sigmas), strict=True))
+    noised = _numbers(plan, facts, "noised", (plan.nfe + 1, 2))
+    alphas, sigmas = (latents.alphas, latents.sigmas) if noised is None else noised.T
     return Latents(latents.scales, alphas, sigmas, bool(facts.get("noised_by_index")))
 
 

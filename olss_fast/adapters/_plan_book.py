@@ -209,23 +209,6 @@ def scheduler_class(name: str) -> Any:
     return kind if known else None
 
 
-def captured_amplitude(plan: Plan) -> float | None:
-    """`init_noise_sigma` of the scheduler that a plan was captured from, before its timesteps are set.
-
-    None where the plan was not captured, diffusers has no such class, or this one says nothing of the kind.
-    """
-    facts = captured_facts(plan) if is_captured(plan) else {"class": ""}
-    kind = scheduler_class(facts["class"])
-    if kind is None:
-        return None
-    check_config(facts["config"])
-    try:
-        value = getattr(kind.from_config(facts["config"]), "init_noise_sigma", None)
-    except Exception as error:  # of diffusers' own, from a config that somebody may have altered
-        raise InputError(f"no {facts['class']} can be made of the config in {name_of(plan)}: {error}") from error
-    return None if value is None else float(value)
-
-
 def recaptured(plan: Plan, **changes: Any) -> Plan:
     """`olss_fast.capturing.recapture`, with InputError for whatever a config or an argument makes impossible."""
     from olss_fast.capturing import recapture

@@ -3,12 +3,12 @@
     pipe.scheduler = olss_fast.PlanScheduler.from_pipe(pipe, plan)
     image = pipe("a cat", num_inference_steps=8).images[0]
 
-What a pipeline calls `latents` is the state that the plan's own scheduler would have there: row k of the plan, the next
-network input, divided by that scheduler's input scale (1 for most; see `_latents`). `scale_model_input` multiplies by
-it, `init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to begin
-at a timestep. Between two steps there is nothing but the history [x | f_0 … f_{k-1} | z …] (float32, or float64 for such
-samples) and the number k; `step` is one copy into the history and one matrix-vector product (and a cast, for half
-precision).
+What a pipeline calls `latents` is the state that the plan's own scheduler would have there: row k of the plan, the
+next network input, divided by that scheduler's input scale (1 for most; see `_latents`). `scale_model_input` multiplies
+by it, `init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to
+begin at a timestep. Between two steps there is nothing but the history [x | f_0 … f_{k-1} | z …] (float32, or float64
+for such samples) and the number k; `step` is one copy into the history and one matrix-vector product (and a cast, for
+half precision).
 
 Where a run begins: `set_begin_index`, else the place of the first timestep in `timesteps` (of which pipelines hand out
 views; numbers and CPU tensors are looked up), else the beginning. Inside torch.compile only `set_begin_index` counts.
@@ -41,10 +41,10 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from olss_fast._text import quoted
-from olss_fast.adapters._latents import Latents, latents_of
+from olss_fast.adapters._latents import Latents, latents_of, untimed_amplitude
 from olss_fast.adapters._layout import Layout, lay_out
 from olss_fast.adapters._noising import NoiseLevels, noise_levels
-from olss_fast.adapters._plan_book import Entry, PlanBook, captured_amplitude, captured_facts, is_captured, name_of, whole
+from olss_fast.adapters._plan_book import Entry, PlanBook, captured_facts, is_captured, name_of, whole
 from olss_fast.adapters._run import Run
 from olss_fast.adapters._scheduler_config import network_config, plans_from, plans_to_config, visible_config
 from olss_fast.adapters._step_arguments import StepArguments, step_arguments_of
@@ -147,7 +147,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self._entry is not None:
             return self._amplitude(self._entry.plan)
         for plan in self.plans:
-            if (said := captured_amplitude(plan)) is not None:
+            if (said := untimed_amplitude(plan)) is not None:
                 return said
         starts = {self._amplitude(plan) for plan in self.plans}
         if len(starts) > 1:
