@@ -95,8 +95,15 @@ class PlanBook:
     def begun_at(self, entry: Entry, begin: int) -> Plan:
         """The plan of a run that begins at evaluation `begin` of the entry. InputError where there is none."""
         plan = entry.plan
-        if not 0 <= begin < len(entry.timesteps):
-            raise InputError(f"a run of {len(entry.timesteps)} timesteps cannot begin at index {begin}")
+        count = len(entry.timesteps)
+        if not 0 <= begin < count:
+            problem = f"a run of {count} timesteps cannot begin at index {begin}"
+            if count <= begin <= max(count, entry.steps * entry.order):
+                problem += (
+                    ", where no step is left: the strength of this call times its num_inference_steps is less than one "
+                    "step. Raise strength, or num_inference_steps to at least 1 / strength"
+                )
+            raise InputError(problem)
         if begin == entry.begin:
             return plan
         if is_captured(plan):
@@ -135,6 +142,7 @@ class PlanBook:
     def _captured(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
         facts = captured_facts(plan)
         changed = {name: value for name, value in asked.items() if not _is_met(name, value, steps, facts)}
+        _check_shifted(plan, facts, asked, changed)
         if not changed and (not facts["begin"] or scheduler_class(facts["class"]) is None):
             return plan
         key = f"{_key(plan)} {json.dumps(changed, sort_keys=True, default=str)}"
@@ -317,6 +325,16 @@ def _is_met(name: str, value: Any, steps: int, facts: Mapping[str, Any]) -> bool
 def _is_plain(sigmas: Any, steps: int) -> bool:
     """None, or 1, 1 - 1/N, … 1/N, which pipelines of flow models pass when nobody asked for anything."""
     return sigmas is None or _equal(sigmas, np.linspace(1.0, 1.0 / steps, steps))
+
+
+def _check_shifted(plan: Plan, facts: Mapping[str, Any], asked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """InputError for another grid without the mu that its scheduler would ask for as well."""
+    grids = [name for name in GRIDS if name in changed]
+    if grids and facts["config"].get("use_dynamic_shifting") and "mu" not in asked:
+        raise InputError(
+            f"set_timesteps was asked for {grids[0]} without mu, and the {facts['class']} that {name_of(plan)} was "
+            "captured from shifts them by the size of the image (use_dynamic_shifting): pass mu as well"
+        )
 
 
 def _equal(one: Any, other: Any) -> bool:

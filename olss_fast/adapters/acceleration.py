@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast.adapters.plan_scheduler import PlanScheduler, check_slot
+from olss_fast.adapters.pipeline_check import check_slot
+from olss_fast.adapters.plan_scheduler import PlanScheduler
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda

@@ -29,7 +29,6 @@ A NaN from the network: on the CPU the last step looks for it; on accelerators l
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -47,19 +46,20 @@ from olss_fast.adapters._noising import NoiseLevels, noise_levels
 from olss_fast.adapters._plan_book import Entry, PlanBook, captured_facts, is_captured, name_of, whole
 from olss_fast.adapters._run import Run
 from olss_fast.adapters._scheduler_config import network_config, plans_from, plans_to_config, visible_config
+from olss_fast.adapters._stand_in import StandIn
 from olss_fast.adapters._step_arguments import StepArguments, step_arguments_of
 from olss_fast.adapters._timestep_places import first_index, places
+from olss_fast.adapters.pipeline_check import check_slot
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.plan import Plan
 from olss_fast.truncation import mismatch
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-ENDS_AT_CLEAN = ("SCMScheduler",)
+ENDS_AT_CLEAN = ("SCMScheduler", "DDPMWuerstchenScheduler")
 """Classes whose `timesteps` end with 0, where no network is asked and which their pipelines leave out."""
 
 
-class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Runs Plans with the interface of a diffusers scheduler.
 
     Args:
@@ -103,8 +103,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> PlanScheduler:
         """A PlanScheduler for `pipe.scheduler`, which stays as it is: assign it.
 
-        InputError if the pipeline has no slot for it, or (unless `check` is False) a plan was made for another
-        prediction type or training schedule than the pipeline's scheduler is configured for.
+        InputError if the pipeline has no slot for it or does not use its slot, or (unless `check` is False) a plan was
+        made for another prediction type or training schedule than the pipeline's scheduler is configured for.
         """
         slot = check_slot(pipe)
         ours = cls(plans, slot)
@@ -352,6 +352,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise InputError("set_timesteps was not called yet, which chooses the plan; call that first")
         return self._entry
 
+    def _stands_for(self) -> Mapping[str, Any] | None:
+        """The config of the scheduler that the plan was captured from, else of the network's."""
+        plan = self.plans[0] if self._entry is None else self._entry.plan
+        if not is_captured(plan):
+            return self._book.network
+        facts = captured_facts(plan)
+        return {**facts["config"], "_class_name": facts["class"]}
+
     def _check_arguments(self, eta: float | None, other: Mapping[str, Any]) -> None:
         """InputError for an argument of `step` that asks for what the plan does not do."""
         if self._expected is None:
@@ -373,26 +381,3 @@ def _closing(plan: Plan) -> list[float]:
 
 def _shape(tensor: Any) -> Any:
     return tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-
-
-def check_slot(pipe: Any) -> Any:
-    """The pipeline's scheduler. InputError where a PlanScheduler cannot stand in its place."""
-    slot = getattr(pipe, "scheduler", None)
-    name = type(pipe).__name__
-    if slot is None:
-        raise InputError(f"{name} has no scheduler to replace; expected a diffusers pipeline with a `scheduler`")
-    step = getattr(slot, "step", None)
-    if not callable(step) or not callable(getattr(slot, "set_timesteps", None)):
-        raise InputError(
-            f"the {type(slot).__name__} of this {name} has no step or no set_timesteps; its pipeline speaks another "
-            "protocol, which a PlanScheduler does not know"
-        )
-    parameters = inspect.signature(step).parameters.values()
-    names = [parameter.name for parameter in parameters]
-    needed = [each.name for each in parameters if each.default is each.empty and each.kind not in VARIADIC]
-    if needed != ["model_output", "timestep", "sample"]:
-        raise InputError(
-            f"{type(slot).__name__}.step of this {name} takes {', '.join(names)}; a PlanScheduler stands in for "
-            "schedulers that need model_output, timestep and sample alone"
-        )
-    return slot

@@ -1,0 +1,77 @@
+"""What a PlanScheduler answers to pipelines that look behind the interface of a scheduler.
+
+Most pipelines call set_timesteps, step and their like, and a plan can follow. Some ask what class their scheduler is of
+before they choose what to pass (`isinstance`): they are told the class that the plan stands in for, everybody else the
+real one. Some compute with the state of their scheduler (its betas, its list of outputs), or do something else where
+`hasattr` says that it has none: what the scheduler has and a plan has not is an error, be it read or asked for. So no
+pipeline takes another way because of the plan, whatever its class.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from olss_fast.adapters._plan_book import scheduler_class
+from olss_fast.errors import InputError
+
+
+class StandIn:
+    """Comes before ConfigMixin in a scheduler that takes the place of another, whose config `_stands_for()` gives."""
+
+    def _stands_for(self) -> Mapping[str, Any] | None:
+        raise NotImplementedError
+
+    def _class(self) -> type:
+        """What `isinstance` sees beside the type."""
+        network = None if asking_pipeline(sys._getframe(1)) is None else self._stands_for()
+        return (None if network is None else scheduler_class(network["_class_name"])) or type(self)
+
+    __class__ = property(_class)
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not here. InputError, which `hasattr` does not catch, for what a pipeline acts upon."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            pipeline = None if name.startswith("__") else asking_pipeline(sys._getframe(1))
+            network = None if pipeline is None else self._stands_for()
+            if network is not None and _has(network, name):
+                raise InputError(
+                    f"{pipeline} looks at scheduler.{name}: {network['_class_name']} has it, and a plan, which is only "
+                    "times and coefficients, has not. Run this pipeline with its own scheduler"
+                ) from None
+            raise
+
+
+def asking_pipeline(frame: FrameType) -> str | None:
+    """The pipeline whose code runs in `frame`, by its class or its module; None where it is other code."""
+    if torch.compiler.is_compiling():
+        return None
+    module, asking = frame.f_globals.get("__name__", ""), frame.f_locals.get("self")
+    if issubclass(type(asking), DiffusionPipeline):
+        return type(asking).__name__ if module in _modules(type(asking)) - _modules(DiffusionPipeline) else None
+    kinds = (kind for kind in frame.f_globals.values() if isinstance(kind, type) and kind.__module__ == module)
+    return next(
+        (kind.__name__ for kind in kinds if issubclass(kind, DiffusionPipeline) and kind is not DiffusionPipeline), None
+    )
+
+
+def _modules(kind: type) -> set[str]:
+    return {each.__module__ for each in kind.__mro__}
+
+
+def _has(network: Mapping[str, Any], name: str) -> bool:
+    """Whether a scheduler of this config has an attribute of its own."""
+    kind = scheduler_class(network["_class_name"])
+    if kind is None:
+        return False
+    try:
+        return name in vars(kind.from_config(dict(network))) or hasattr(kind, name)
+    except Exception:  # a config that somebody may have altered
+        return hasattr(kind, name)
