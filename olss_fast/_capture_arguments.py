@@ -75,7 +75,7 @@ def _check_grid(name: str, value: Any, config: Mapping[str, Any], scheduler: str
     if name == "timesteps":
         high = float(config.get("num_train_timesteps") or np.inf)
     elif is_flow(scheduler, config):
-        high = 1.0
+        high = max(1.0, float(config.get("sigma_max") or 1.0))
     bad = np.flatnonzero(~(np.isfinite(grid) & (grid >= 0.0) & (grid <= high)))
     if bad.size:
         above = f"from 0 to {high:g}" if np.isfinite(high) else "of at least 0"

@@ -100,6 +100,41 @@ def test_inverted_flow_counts_time_toward_the_data() -> None:
     assert (plan.alphas[-1], plan.sigmas[-1]) == pytest.approx((1.0, 0.0), abs=1e-6)
 
 
+def beyond_one(kind: Any, **config: Any) -> Any:
+    """A flow scheduler as Cosmos 2 sets it up."""
+    scheduler = kind(use_karras_sigmas=True, **config)
+    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0, final_sigmas_type="sigma_min")
+    return scheduler
+
+
+def test_flow_beyond_sigma_1_is_variance_exploding() -> None:
+    """x + (sigma' - sigma) f has signal 1 and noise sigma if f is the noise; the signal 1 - sigma is no level."""
+    scheduler = beyond_one(diffusers.FlowMatchEulerDiscreteScheduler)
+    plan = capture(scheduler, 6)
+    scheduler.set_timesteps(6)
+    np.testing.assert_allclose(plan.sigmas, scheduler.sigmas, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(plan.alphas, 1.0)
+    assert plan.metadata["prediction_type"] == "epsilon"
+    assert np.abs(plan.point_mass_residual()).max() <= 1e-5  # float32 sigmas of up to 80
+    with pytest.raises(ScheduleError, match="sigma_max 80"):
+        NoiseSchedule.from_diffusers(scheduler)
+    part = recapture(plan, begin=4)
+    np.testing.assert_allclose(part.sigmas[:-1], plan.sigmas[4:-1])
+    assert capture(scheduler, sigmas=[80.0, 20.0, 1.0, 0.5]).nfe == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (diffusers.FlowMatchLCMScheduler, {}),
+        (diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+    ],
+)
+def test_flow_beyond_sigma_1_that_noises_anew_is_refused(kind: Any, config: dict[str, Any]) -> None:
+    with pytest.raises(ScheduleError, match="begins at sigma 80, where the signal 1 - sigma of a flow is negative"):
+        capture(beyond_one(kind, **config), 6)
+
+
 def test_levels_that_cannot_be_known_are_refused() -> None:
     with pytest.raises(ScheduleError, match="noise levels of Plain are not known"):
         capture(Plain(), 3)

@@ -199,16 +199,24 @@ def test_batch_with_a_generator_for_each_image() -> None:
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-def test_split_denoising_over_two_pipelines() -> None:
-    """SDXL's base hands its latents on part of the way: `denoising_end`, then `denoising_start`."""
+@pytest.mark.parametrize("name", ["DDIM", "Heun"])
+def test_split_denoising_over_two_pipelines(name: str) -> None:
+    """SDXL's base hands its latents on part of the way, after Heun's first evaluation of a step: `denoising_end`, then
+    `denoising_start`. Either part may run the plan or the scheduler itself."""
     base, refiner = tiny.sdxl(), tiny.sdxl(diffusers.StableDiffusionXLImg2ImgPipeline)
-    original = SCHEDULERS["DDIM"]
-    found = []
-    for scheduler in (original, PlanScheduler(capture(original, STEPS), original)):
-        half = sample(base, copy.deepcopy(scheduler), prompt="a cat", denoising_end=0.6, **SIDES)
-        call = {"prompt": "a cat", "image": half, "denoising_start": 0.6}
-        found.append(sample(refiner, copy.deepcopy(scheduler), **call))
-    assert (found[1] - found[0]).abs().max() <= TOLERANCE * found[0].abs().max()
+    original = SCHEDULERS[name]
+    plan = PlanScheduler(capture(original, STEPS), original)
+    halves = [
+        sample(base, copy.deepcopy(scheduler), prompt="a cat", denoising_end=0.6, **SIDES)
+        for scheduler in (original, plan)
+    ]
+    expected, *found = (
+        sample(refiner, copy.deepcopy(scheduler), prompt="a cat", image=half, denoising_start=0.6)
+        for half in halves
+        for scheduler in (original, plan)
+    )
+    for latents in found:
+        assert (latents - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 def test_callback_that_edits_the_latents() -> None:
