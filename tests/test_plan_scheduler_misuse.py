@@ -363,3 +363,27 @@ def test_configs_of_all_schedulers_are_readable() -> None:
             sampled(PlanScheduler(solvers.ddim(SCHEDULE, 2), config), 2, SINGLE)
             count += 1
     assert count > 30
+
+
+def test_arguments_by_position_are_those_of_the_captured_scheduler() -> None:
+    """The fourth of DDIM's step is eta, of Euler's s_churn; a generator is one in any place."""
+    quiet = PlanScheduler(capture(DDIM, 3))
+    churned = PlanScheduler(capture(DDIM, 3, step_arguments={"eta": 0.7}))
+    analytic = PlanScheduler(solvers.ddim(SCHEDULE, 3))
+    for scheduler in (quiet, churned, analytic):
+        scheduler.set_timesteps(3)
+    first = quiet.timesteps[0]
+    right = quiet.step(NOISE, first, NOISE).prev_sample
+    for arguments in ((0.0,), (0.0, False, None, None, True), (torch.Generator(),)):
+        quiet.set_timesteps(3)
+        assert torch.equal(quiet.step(NOISE, first, NOISE, *arguments).prev_sample, right)
+    quiet.set_timesteps(3)
+    with pytest.raises(InputError, match=r"eta=0\.7"):
+        quiet.step(NOISE, first, NOISE, 0.7)
+    with pytest.raises(InputError, match=r"6 arguments after the sample.*eta, use_clipped"):
+        quiet.step(NOISE, first, NOISE, *[None] * 6)
+    by_name = churned.step(NOISE, first, NOISE, eta=0.7, generator=torch.Generator().manual_seed(1)).prev_sample
+    churned.set_timesteps(3)
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(churned.step(NOISE, first, NOISE, 0.7, False, generator).prev_sample, by_name)
+    assert analytic.step(NOISE, analytic.timesteps[0], NOISE, generator, False)[0].shape == NOISE.shape

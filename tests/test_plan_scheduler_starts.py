@@ -1,17 +1,16 @@
-"""PlanScheduler where a run begins part of the way, or its sample is changed between steps; noise added."""
+"""PlanScheduler where a run begins part of the way; noise added."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from plan_runs import BETAS, DDIM, DPM, NOISE, SCHEDULE, learned, network, reference, run, sampled
+from plan_runs import BETAS, DDIM, DPM, NOISE, SCHEDULE, learned, network, reference, run
 
-from olss_fast import NoiseSchedule, Plan, PlanScheduler, capture, solvers
+from olss_fast import NoiseSchedule, PlanScheduler, capture, solvers
 from olss_fast.errors import InputError
 from olss_fast.solvers.candidates import DETERMINISTIC
 from olss_fast.truncation import rederive, truncate
@@ -114,53 +113,6 @@ def test_impossible_starts(begin: Any) -> None:
     scheduler.set_timesteps(5)
     with pytest.raises(InputError, match="cannot begin at index"):
         scheduler.set_begin_index(begin)
-
-
-# --- changed samples --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_changed_sample_is_carried_on(in_place: bool) -> None:
-    """DDIM goes from x_k and f_k alone; so must its plan after an edit."""
-    original = copy.deepcopy(DDIM)
-    original.set_timesteps(6)
-    scheduler = PlanScheduler(capture(DDIM, 6))
-    scheduler.set_timesteps(6)
-    x = y = NOISE.float()
-    for k, timestep in enumerate(scheduler.timesteps):
-        x = original.step(network(x, timestep), int(timestep), x).prev_sample
-        y = scheduler.step(network(y, timestep), timestep, y).prev_sample
-        if k in (1, 3):
-            x = x * 0.5 + 1.0
-            y = y.mul_(0.5).add_(1.0) if in_place else y * 0.5 + 1.0
-    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)
-
-
-def test_an_equal_copy_of_the_sample_changes_nothing() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        scheduler = PlanScheduler(capture(DPM, 5))
-        expected = sampled(scheduler, 5, NOISE.to(dtype))
-        scheduler.set_timesteps(5)
-        sample = NOISE.to(dtype)
-        for timestep in scheduler.timesteps:
-            sample = scheduler.step(network(sample, timestep), timestep, sample).prev_sample.clone()
-        assert torch.equal(sample, expected)
-
-
-def test_a_change_that_no_column_can_carry() -> None:
-    """Where row k takes nothing of x_T: refused if a later row does, else of no consequence."""
-    rows = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]])
-    levels = {"alphas": [0, 0.5, 0.9, 1], "sigmas": [1, 0.5, 0.1, 0]}
-    for corner, refused in ((1.0, True), (0.0, False)):
-        rows[2, 0] = corner
-        scheduler = PlanScheduler(learned(Plan(timesteps=[3, 2, 1], rows=rows, **levels)))
-        scheduler.set_timesteps(3)
-        sample = scheduler.step(NOISE, 3, NOISE).prev_sample + 1.0
-        if refused:
-            with pytest.raises(InputError, match="changed before step 1"):
-                scheduler.step(NOISE, 2, sample)
-        else:
-            torch.testing.assert_close(scheduler.step(NOISE, 2, sample).prev_sample, 2 * NOISE)
 
 
 # --- noise added ------------------------------------------------------------------------------------------------------

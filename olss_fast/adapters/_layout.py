@@ -2,8 +2,8 @@
 
 At step k (0 <= k < S) the output f_k arrives, then the noises are drawn that row k+1 needs, then row k+1 is formed.
 With the columns ordered [x | f_0 z.. | f_1 z.. | …], row k+1 is one product of the first `ends[k]` columns with
-`weights[k]`.
-x is the sample that the run begins with, row 0 itself: column 0 is rows[:, 0] / rows[0, 0].
+`weights[k]`. x is the sample of step k where the plan is anchored (`olss_fast.executors.increments`). Else it is the
+sample that the run began with, row 0 itself: column 0 is rows[:, 0] / rows[0, 0].
 
 Noises are drawn in the order of their columns, each at the step where the row that needs it, or any later one, is
 formed; that is when a sampler that draws in this order must have drawn it, so a generator's stream falls as it does
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError
+from olss_fast.executors.increments import increments
 from olss_fast.plan import Floats, Plan
 
 
@@ -27,8 +28,8 @@ class Layout:
     """All lists have one entry a step; steps are counted from 0 at the first evaluation of the plan.
 
     slots: column of f_k. noise_slots: columns of the noises drawn at step k. ends: columns that exist after step k.
-    corrections: 1 / (share of x in row k), by which a change of that row counts as a change of x; 0 where row k and all
-    later rows take nothing of x, None where only row k does.
+    corrections: of a plan that is not anchored, 1 / (share of x in row k), by which a change of that row counts as a
+    change of x; 0 where row k and all later rows take nothing of x, None where only row k does.
     """
 
     plan: Plan
@@ -36,6 +37,7 @@ class Layout:
     noise_slots: list[range]
     ends: list[int]
     weights: list[Floats]
+    anchored: bool
     corrections: list[float | None]
     _on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = field(default_factory=dict)
 
@@ -52,9 +54,10 @@ class Layout:
 def lay_out(plan: Plan, scales: Floats | float = 1.0) -> Layout:
     """Of rows in the unit of the states, row k / scales[k], k < S. InputError for a plan that no scheduler can run."""
     check_runnable(plan)
-    rows = plan.rows.copy()
-    rows[:-1] /= np.broadcast_to(scales, plan.nfe)[:, None]
-    rows[:, 0] /= rows[0, 0]
+    states = plan.rows.copy()
+    states[:-1] /= np.broadcast_to(scales, plan.nfe)[:, None]
+    shares = states[:, 0] / states[0, 0]
+    rows, anchored = increments(states, plan.noise_slice.start)
     draws = noises_of_steps(plan)
     slots, noise_slots, ends, order = list[int](), list[range](), list[int](), [0]
     for k, noises in enumerate(draws):
@@ -63,7 +66,10 @@ def lay_out(plan: Plan, scales: Floats | float = 1.0) -> Layout:
         noise_slots.append(range(slots[-1] + 1, len(order)))
         ends.append(len(order))
     weights = [rows[k + 1, order[:end]] for k, end in enumerate(ends)]
-    return Layout(plan, slots, noise_slots, ends, weights, _corrections(rows[:, 0]))
+    if not anchored:
+        for weight, share in zip(weights, shares[1:], strict=True):
+            weight[0] = share
+    return Layout(plan, slots, noise_slots, ends, weights, anchored, _corrections(shares))
 
 
 def noises_of_steps(plan: Plan) -> list[list[int]]:

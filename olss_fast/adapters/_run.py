@@ -1,9 +1,9 @@
 """One run of a plan, a step at a time: the history of what has come, and how far it is.
 
 Costs per step, whatever the plan: one copy of what has come into the history, one matrix-vector product over the
-columns so far, one cast where the sample is half precision. A changed sample costs two more, fresh noise its drawing.
-Nothing is read back by the host. Only operators that work on fake tensors of a device that is not there are used (no
-[], no copy_).
+columns so far, one cast where the sample is half precision. Fresh noise costs its drawing, and a plan that is not
+anchored (`Layout`) the row before once more: what the sample differs from it was changed from outside. Nothing is read
+back by the host. Only operators that work on fake tensors of a device that is not there are used (no [], no copy_).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Run:
         self.weights = layout.weights_on(sample.device, precision)
         self.history = torch.empty((layout.ends[-1], self.numel), dtype=precision, device=sample.device)
         self.steps = len(self.weights)
-        self.returned: Tensor | None = None
-        self.version: int | None = None
+        self.begun_with = self.returned = sample
+        self.version = _version(sample)
 
     def advance(self, model_output: Tensor, sample: Tensor, generator: Generator = None) -> Tensor:
         """Row step+1. Errors as in `PlanScheduler.step`."""
@@ -62,10 +62,12 @@ class Run:
         ):
             model_output = self._matching(model_output)
         layout, columns, arrived = self.layout, [self.layout.slots[k]], [model_output]
-        if k == 0:
+        if sample is not self.returned:
+            self._check("sample", sample, InputError)
+        if k == 0 or layout.anchored:
             columns, arrived = [*columns, 0], [model_output, sample]
-        elif sample is not self.returned or (self.version is not None and _version(sample) not in (None, self.version)):
-            self._take_changed(sample)
+        else:
+            self._take_changes(sample)
         for column in layout.noise_slots[k]:
             columns.append(column)
             arrived.append(randn_tensor(self.shape, generator, self.device, model_output.dtype))
@@ -86,8 +88,8 @@ class Run:
 
     def first_not_finite(self) -> int | None:
         """The first evaluation whose output has a NaN or an infinity, -1 for the sample the run began with, or None."""
-        columns = [0, *self.layout.slots[: self.step]]
-        finite = torch.stack([torch.isfinite(self.history.select(0, column)).all() for column in columns])
+        outputs = [self.history.select(0, column) for column in self.layout.slots[: self.step]]
+        finite = torch.stack([torch.isfinite(each).all() for each in (self.begun_with, *outputs)])
         bad = (~finite).nonzero().flatten().tolist()
         return bad[0] - 1 if bad else None
 
@@ -106,11 +108,10 @@ class Run:
     def _column(self, column: int) -> Tensor:
         return self.history.as_strided(self.shape, self.strides, column * self.numel)
 
-    def _take_changed(self, sample: Tensor) -> None:
-        """Goes on from a sample that is not row `step`, as if the run had begun with another one."""
-        self._check("sample", sample, InputError)
+    def _take_changes(self, sample: Tensor) -> None:
+        """Goes on from a sample that may not be row `step`, as if the run had begun with another one."""
         correction = self.layout.corrections[self.step]
-        if correction is None:
+        if correction is None and self._is_changed(sample):
             raise InputError(
                 f"the sample was changed before step {self.step}, and this plan's row there takes nothing of the "
                 "initial noise that could carry the change on; leave the sample alone, or use a deterministic plan"
@@ -118,6 +119,13 @@ class Run:
         if correction:
             row = self._row(self.step - 1).to(self.history.dtype)
             self._column(0).add_(sample.to(self.history.dtype) - row, alpha=correction)
+
+    def _is_changed(self, sample: Tensor) -> bool:
+        """By its values; where looking at them would wait for a device, whether it was replaced or written to."""
+        if self.readable and not torch.compiler.is_compiling():
+            return not torch.equal(sample, self._row(self.step - 1))
+        versions = _version(sample), self.version
+        return sample is not self.returned or (None not in versions and len({*versions}) == 2)
 
     def _matching(self, model_output: Any) -> Tensor:
         """The output's first channels, where the rest is a predicted variance. NetworkError for any other shape."""

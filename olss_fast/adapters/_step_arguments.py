@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Generator, Tensor
 
 from olss_fast._text import quoted
 from olss_fast.adapters._plan_book import captured_facts, is_captured, name_of, scheduler_class
@@ -23,15 +23,30 @@ from olss_fast.plan import Plan
 
 NEUTRAL = {"s_noise": 1.0, "s_tmax": math.inf}
 """Values, other than None, 0 and False, that ask for nothing of a plan that expects nothing."""
+ORDER = ("generator", "return_dict")  # by position, where no scheduler's own order is known
 OURS = {"generator", "return_dict", "prev_timestep"}  # which PlanScheduler.step looks at itself
 
 
 @dataclass(frozen=True)
 class StepArguments:
-    """What the plan called `name` expects, by argument; of all others it takes neutral values."""
+    """What the plan called `name` expects, by argument; of all others it takes neutral values.
+
+    order: the arguments of `step` after the sample, as the captured scheduler has them.
+    """
 
     name: str
     expected: Mapping[str, Any]
+    order: tuple[str, ...]
+
+    def named(self, positional: Sequence[Any]) -> dict[str, Any]:
+        """Arguments given by position, by name. InputError for more than there are."""
+        if len(positional) > len(self.order):
+            raise InputError(
+                f"step was given {len(positional)} arguments after the sample; {self.name} takes "
+                f"{', '.join(self.order)}: give them by name"
+            )
+        pairs = zip(self.order, positional, strict=False)
+        return {"generator" if _is_generator(value) else argument: value for argument, value in pairs}
 
     def check(self, asked: Mapping[str, Any]) -> None:
         """InputError for a value that asks for something else. None asks for nothing."""
@@ -59,14 +74,21 @@ class StepArguments:
 def step_arguments_of(plan: Plan) -> StepArguments:
     """InputError for a captured plan whose facts cannot be read."""
     if not is_captured(plan):
-        return StepArguments(name_of(plan), {})
+        return StepArguments(name_of(plan), {}, ORDER)
     facts = captured_facts(plan)
-    return StepArguments(name_of(plan), {**_defaults(facts["class"]), **facts["step_arguments"]})
+    optional = _optional(facts["class"])
+    defaults = {name: value for name, value in optional.items() if name not in OURS}
+    return StepArguments(name_of(plan), {**defaults, **facts["step_arguments"]}, (*optional,) or ORDER)
 
 
 @cache
-def _defaults(class_name: str) -> Mapping[str, Any]:
-    """Those of the class's `step`; nothing for a class that diffusers does not have."""
+def _optional(class_name: str) -> Mapping[str, Any]:
+    """What the class's `step` takes besides, with its defaults; nothing for a class that diffusers does not have."""
     kind = scheduler_class(class_name)
     parameters = [] if kind is None else list(inspect.signature(kind.step).parameters.values())
-    return {each.name: each.default for each in parameters if each.default is not each.empty and each.name not in OURS}
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
+def _is_generator(value: Any) -> bool:
+    several = value if isinstance(value, list) else [value]
+    return bool(several) and all(isinstance(each, Generator) for each in several)

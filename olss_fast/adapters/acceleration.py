@@ -64,13 +64,15 @@ class LoopScheduler(PlanScheduler):
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
+        *positional: Any,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         eta: float | None = None,
         **other: Any,
     ) -> Any:
-        if not self.whole:
-            return super().step(model_output, timestep, sample, generator, return_dict, eta, **other)
+        named = {"generator": generator, "return_dict": return_dict, "eta": eta, **other}
+        if positional or not self.whole:
+            return super().step(model_output, timestep, sample, *positional, **named)
         self._check_arguments(eta, other)
         if self.sample is None:
             raise InputError("the pipeline came to its scheduler's step without a call of its unet")

@@ -13,11 +13,10 @@ half precision).
 Where a run begins: `set_begin_index`, else the place of the first timestep in `timesteps` (of which pipelines hand out
 views; numbers and CPU tensors are looked up), else the beginning. Inside torch.compile only `set_begin_index` counts.
 
-Changed samples: pipelines may alter the sample between steps (inpainting blends, callbacks edit). This is noticed when
-`sample` is not the tensor that `step` returned, or that tensor was written to, and the difference d to row k is carried
-on as if the initial noise had been other by d / rows[k, 0]: what a sampler does that goes from x_k and f_k alone.
-Writing in place goes unnoticed in torch.inference_mode and torch.compile, which count no versions; a new tensor is
-noticed.
+Changed samples: pipelines may alter the sample between steps (inpainting blends, callbacks edit), by whatever means.
+`step` goes on from the sample that it is handed, as samplers do that go from x_k and f_k alone: row k+1 is formed next
+to it (`olss_fast.executors.increments`). Where a fitted plan's rows do not allow that, the difference d to row k counts
+as if the initial noise had been other by d / rows[k, 0].
 
 Where a run is cut (SDXL's `denoising_end` and `denoising_start`, a callback that interrupts) the latents are those of
 the scheduler that a plan was captured from, else of the scheduler in whose slot it runs, so either part may run a plan
@@ -262,6 +261,7 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
+        *positional: Any,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         eta: float | None = None,
@@ -274,6 +274,8 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             timestep: looked at in the first step only, see above.
             sample: what the last step returned, or a changed version of it; in the first step, what the run begins
                 with.
+            positional: in the order of the captured scheduler's own `step` (in DDIM eta comes next, in Euler s_churn);
+                for other plans generator, return_dict. A generator is one in any place.
             generator: of the noises that a stochastic plan draws.
             eta, other: what the plan was captured with, be it the default of its scheduler's own `step`; None asks for
                 nothing, nor do 0 and False of arguments that the plan knows nothing of.
@@ -289,6 +291,10 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             NetworkError: an output of another shape or device, or (on the CPU, at the last step) one that is not
                 finite.
         """
+        if positional:
+            named = {"generator": generator, "return_dict": return_dict, "eta": eta, **other}
+            named |= self._step_arguments().named(positional)
+            return self.step(model_output, timestep, sample, **named)
         previous = other.pop("prev_timestep", None)
         if eta is not None or other:
             self._check_arguments(eta, other)
@@ -362,9 +368,12 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _check_arguments(self, eta: float | None, other: Mapping[str, Any]) -> None:
         """InputError for an argument of `step` that asks for what the plan does not do."""
+        self._step_arguments().check({"eta": eta, **other})
+
+    def _step_arguments(self) -> StepArguments:
         if self._expected is None:
             raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
-        self._expected.check({"eta": eta, **other})
+        return self._expected
 
     def _check_previous(self, told: Any, index: int) -> None:
         """`prev_timestep` of UnCLIPScheduler is where a step goes: to the next timestep, as every plan does."""

@@ -1,0 +1,107 @@
+"""PlanScheduler whose sample is changed between two steps, as inpainting and callbacks do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from plan_runs import BETAS, DDIM, DPM, NOISE, learned, network, sampled
+from torch import Tensor
+
+from olss_fast import Plan, PlanScheduler, capture
+from olss_fast.errors import InputError
+from olss_fast.executors.increments import increments
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LEVELS = {"timesteps": [3, 2, 1], "alphas": [0, 0.5, 0.9, 1], "sigmas": [1, 0.5, 0.1, 0]}
+
+
+def anew(sample: Tensor) -> Tensor:
+    return sample * 0.5 + 1.0
+
+
+def in_place(sample: Tensor) -> Tensor:
+    return sample.mul_(0.5).add_(1.0)
+
+
+def through_data(sample: Tensor) -> Tensor:
+    in_place(sample.data)
+    return sample
+
+
+def through_numpy(sample: Tensor) -> Tensor:
+    array = sample.numpy()
+    array *= 0.5
+    array += 1.0
+    return sample
+
+
+EDITS = (anew, in_place, through_data, through_numpy)
+ONE_STEP = (DDIM, diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.LCMScheduler(**BETAS))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("original", ONE_STEP, ids=lambda each: type(each).__name__)
+def test_a_changed_sample_is_carried_on(original: Any, edit: Callable[[Tensor], Tensor], mode: Any) -> None:
+    """These go from x_k and f_k (and a fresh noise) alone; so must their plans, however the sample was changed."""
+    original = copy.deepcopy(original)
+    original.set_timesteps(6)
+    scheduler = PlanScheduler(capture(original, 6))
+    scheduler.set_timesteps(6)
+    first, second = (torch.Generator().manual_seed(5) for _ in range(2))
+    with mode():
+        x = y = NOISE.float()
+        for k, (told, timestep) in enumerate(zip(original.timesteps, scheduler.timesteps, strict=True)):
+            x = original.step(network(x, timestep), told, x, generator=first).prev_sample
+            y = scheduler.step(network(y, timestep), timestep, y, generator=second).prev_sample
+            if k in (1, 3):
+                x, y = anew(x), edit(y)
+        torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_changed_sample_of_a_plan_that_is_not_anchored(edit: Callable[[Tensor], Tensor]) -> None:
+    """Row 2 has too little of x_T to form row 3 next to it: what differs from row 1 counts as another x_T."""
+    plan = learned(Plan(**LEVELS, rows=[[1, 0, 0, 0], [0.5, 1, 0, 0], [1e-3, 1, 1, 0], [1, 1, 1, 1]]))
+    assert not increments(plan.rows, plan.noise_slice.start).anchored
+    scheduler = PlanScheduler(plan)
+    scheduler.set_timesteps(3)
+    with torch.inference_mode():
+        sample = edit(scheduler.step(NOISE, 3, NOISE).prev_sample)
+        start = NOISE + 2 * (anew(1.5 * NOISE) - 1.5 * NOISE)
+        sample = scheduler.step(NOISE, 2, sample).prev_sample
+        torch.testing.assert_close(sample, 1e-3 * start + 2 * NOISE)
+        torch.testing.assert_close(scheduler.step(NOISE, 1, sample).prev_sample, start + 3 * NOISE)
+
+
+def test_an_equal_copy_of_the_sample_changes_nothing() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        scheduler = PlanScheduler(capture(DPM, 5))
+        expected = sampled(scheduler, 5, NOISE.to(dtype))
+        scheduler.set_timesteps(5)
+        sample = NOISE.to(dtype)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(network(sample, timestep), timestep, sample).prev_sample.clone()
+        assert torch.equal(sample, expected)
+
+
+def test_a_change_that_no_column_can_carry() -> None:
+    """Where row k takes nothing of x_T: refused if a later row does, else of no consequence."""
+    rows = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]])
+    for corner, refused in ((1.0, True), (0.0, False)):
+        rows[2, 0] = corner
+        scheduler = PlanScheduler(learned(Plan(rows=rows, **LEVELS)))
+        scheduler.set_timesteps(3)
+        sample = scheduler.step(NOISE, 3, NOISE).prev_sample + 1.0
+        if refused:
+            with pytest.raises(InputError, match="changed before step 1"):
+                scheduler.step(NOISE, 2, sample)
+        else:
+            torch.testing.assert_close(scheduler.step(NOISE, 2, sample).prev_sample, 2 * NOISE)
