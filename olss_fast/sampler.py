@@ -35,7 +35,6 @@ from olss_fast.network import (
     checked_guidance_scale,
     checked_networks,
     module_of,
-    sums_to_finite,
 )
 from olss_fast.plan import Plan
 from olss_fast.sampling import check_plan_fits, draw_step_noise, network_dtype, sample
@@ -45,6 +44,9 @@ BACKENDS = ("auto", "reference", "fused", "graph")
 
 class Sampler:
     """`sampler(noise, **conditioning)` runs `plan` on `network`; buffers and graphs are made once a shape.
+
+    It may be called from several threads, and by its own network: on the CPU each call has buffers of its own, on a GPU
+    calls take turns. A call runs the plan and the guidance scale that the sampler has when it begins.
 
     Args:
         network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, or a list of networks.
@@ -87,7 +89,7 @@ class Sampler:
         self.backend, self.dtype = backend, dtype
         self._conditioning = checked_arguments(conditioning, "conditioning")
         self._unconditional = None if unconditional is None else checked_arguments(unconditional, "unconditional")
-        self._loops = Loops(self.networks, "fused" if backend == "auto" else backend, unroll=unroll)
+        self._loops = Loops(self.networks, backend, unroll=unroll)
         if shape is not None:
             self._warm_up(shape)
 
@@ -139,13 +141,11 @@ class Sampler:
                 generator=generator,
             )
         with torch.no_grad():
-            result = self._run(noise, given, without, generator)
-        if result.device.type == "cpu" and not sums_to_finite(result):
-            self.require_finite()
-        return result
+            return self._run(noise, given, without, generator)
 
     def require_finite(self) -> None:
-        """NetworkError that names the first evaluation of the last run that was not finite. Waits for the device."""
+        """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
+        device. InputError where another thread has used the same buffers since."""
         self._loops.require_finite()
 
     def reset(self) -> None:
@@ -171,29 +171,28 @@ class Sampler:
         if noise.device.type == "cpu":  # elsewhere a look at the values would be a wait
             check_noise(noise)
         device = self.device or noise.device
-        if self.backend == "auto":
-            self._loops.backend = "graph" if device.type == "cuda" else "fused"
-        elif self.backend == "graph":
+        if self.backend == "graph":
             require_cuda(device)
+        plan, scale = self.plan, self.guidance_scale  # once: another thread may set others
         denoiser = Denoiser(
             self.networks,
             samples=noise.shape[0],
             conditioning=given,
             unconditional=without,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=scale,
         )
-        check_plan_fits(self.plan, denoiser)
-        doubled = self.plan.branches == 2 or denoiser.guided
+        check_plan_fits(plan, denoiser)
+        doubled = plan.branches == 2 or denoiser.guided
         return self._loops.run(
-            self.plan,
+            plan,
             noise,
             denoiser.arguments(noise.to(device), doubled=doubled),
             self._asking,
             dtype=self.dtype or network_dtype(self.networks[0], noise.dtype),
             device=device,
             doubled=doubled,
-            guidance_scale=self.guidance_scale,
-            step_noise=draw_step_noise(self.plan, noise, generator),
+            guidance_scale=scale,
+            step_noise=draw_step_noise(plan, noise, generator),
         )
 
     def _asking(self, parts: Sequence[Mapping[str, Any]]) -> Ask:

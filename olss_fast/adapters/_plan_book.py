@@ -168,11 +168,12 @@ class PlanBook:
         return schedule
 
     def _remember(self, key: str, derive: Callable[[], Plan]) -> Plan:
-        if key not in self._derived:
-            while len(self._derived) >= REMEMBERED:
-                self._derived.pop(next(iter(self._derived)))
-            self._derived[key] = derive()
-        return self._derived[key]
+        plan = self._derived.get(key)
+        if plan is None:
+            for oldest in list(self._derived)[: 1 - REMEMBERED]:  # other threads may do the same
+                self._derived.pop(oldest, None)
+            plan = self._derived[key] = derive()
+        return plan
 
 
 def training_schedule(network: Mapping[str, Any]) -> NoiseSchedule | None:

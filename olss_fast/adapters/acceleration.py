@@ -161,8 +161,6 @@ class Acceleration:
             doubled=doubled,
             guidance_scale=float(self.pipe.guidance_scale) if doubled else 1.0,
         )
-        if finished.device.type == "cpu" and not bool(torch.isfinite(finished).all()):
-            loops.require_finite()
         scheduler.sample = finished
         return (sample,) if arguments.get("return_dict") is False else Finished(sample)
 

@@ -22,6 +22,10 @@ Where a run is cut (SDXL's `denoising_end` and `denoising_start`, a callback tha
 the scheduler that a plan was captured from, else of the scheduler in whose slot it runs, so either part may run a plan
 or that scheduler.
 
+Threads: each has a run of its own, and what it reads (`timesteps`, `step_index`, …) is of that run. A run may go on in
+another thread: `step` knows it by the entry of `timesteps` that it is handed, a number or a copy counts as the calling
+thread's. Where it cannot know, it raises InputError.
+
 A NaN from the network: on the CPU the last step looks for it; on accelerators looking would stall the device, so
 `require_finite()` does it when called.
 """
@@ -39,14 +43,15 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from olss_fast._text import quoted
-from olss_fast.adapters._latents import Latents, latents_of, untimed_amplitude
-from olss_fast.adapters._layout import Layout, lay_out
-from olss_fast.adapters._noising import NoiseLevels, noise_levels
-from olss_fast.adapters._plan_book import Entry, PlanBook, captured_facts, is_captured, name_of, whole
+from olss_fast.adapters._latents import latents_of, untimed_amplitude
+from olss_fast.adapters._layout import lay_out
+from olss_fast.adapters._noising import noise_levels
+from olss_fast.adapters._plan_book import PlanBook, captured_facts, is_captured, name_of, whole
 from olss_fast.adapters._run import Run
 from olss_fast.adapters._scheduler_config import network_config, plans_from, plans_to_config, visible_config
+from olss_fast.adapters._sessions import Loaded, OwnSession, Session, Sessions
 from olss_fast.adapters._stand_in import StandIn
-from olss_fast.adapters._step_arguments import StepArguments, step_arguments_of
+from olss_fast.adapters._step_arguments import step_arguments_of
 from olss_fast.adapters._timestep_places import first_index, places
 from olss_fast.adapters.pipeline_check import check_slot
 from olss_fast.errors import InputError, NetworkError
@@ -58,7 +63,7 @@ ENDS_AT_CLEAN = ("SCMScheduler", "DDPMWuerstchenScheduler")
 """Classes whose `timesteps` end with 0, where no network is asked and which their pipelines leave out."""
 
 
-class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Runs Plans with the interface of a diffusers scheduler.
 
     Args:
@@ -75,7 +80,6 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), *FLOW_SCHEDULERS]  # noqa: RUF012
-    order = 1
     __module__ = "olss_fast"  # what model_index.json of a saved pipeline names, wherever this file lies
 
     def __init__(self, plans: Plan | Mapping[str, Any] | Iterable[Any], scheduler: Any = None) -> None:
@@ -84,17 +88,7 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         config = {"_plans": plans_to_config(given), "_scheduler": network, **visible_config(network, given)}
         self.register_to_config(**config)  # type: ignore[no-untyped-call]
         self._book = PlanBook(given, network)
-        self._entry: Entry | None = None
-        self._layout: Layout | None = None
-        self._latents: Latents | None = None
-        self._levels: NoiseLevels | None = None
-        self._expected: StepArguments | None = None
-        self.timesteps = torch.empty(0)
-        self.sigmas = torch.empty(0)
-        self.num_inference_steps: int | None = None
-        self._begin_index: int | None = None
-        self._offset = 0
-        self._run: Run | None = None
+        self._sessions = Sessions(Session(), torch.empty(0))
 
     @classmethod
     def from_pipe(
@@ -143,8 +137,8 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Before set_timesteps what the scheduler of a captured plan says then. InputError where there is none and the
         plans differ.
         """
-        if self._entry is not None:
-            return self._amplitude(self._entry.plan)
+        if (entry := self._session.entry) is not None:
+            return self._amplitude(entry.plan)
         for plan in self.plans:
             if (said := untimed_amplitude(plan)) is not None:
                 return said
@@ -155,16 +149,6 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _amplitude(self, plan: Plan) -> float:
         return float(plan.rows[0, 0] / latents_of(plan, self._book.network).scales[0])
-
-    @property
-    def step_index(self) -> int | None:
-        """Index in `timesteps` of the next step; None before the first."""
-        return None if self._run is None else self._offset + self._run.step
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index of the first timestep, as set by `set_begin_index`."""
-        return self._begin_index
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -196,33 +180,34 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         entry = self._book.choose(
             num_inference_steps, {key: value for key, value in asked.items() if value is not None}
         )
-        self._entry, self.num_inference_steps, self.order = entry, entry.steps, entry.order
         dtype = torch.int64 if np.all(entry.timesteps == np.round(entry.timesteps)) else torch.float32
         with torch.inference_mode(False):  # views of a plain tensor can be told apart from copies in every mode
-            self.timesteps = torch.tensor(entry.timesteps.tolist() + _closing(entry.plan), dtype=dtype, device=device)
-        self._levels = noise_levels(entry, latents_of(entry.plan, self._book.network), self._book.schedule)
-        self.sigmas = self._levels.sigmas()
-        self._expected = step_arguments_of(entry.plan)
-        self._load(entry.plan)
-        self._offset = entry.begin
-        self._begin_index, self._run = None, None
+            grid = torch.tensor(entry.timesteps.tolist() + _closing(entry.plan), dtype=dtype, device=device)
+        loaded = self._loaded(entry.plan, grid.device)
+        levels = noise_levels(entry, loaded.latents, self._book.schedule)
+        expected = step_arguments_of(entry.plan)
+        session = Session(entry, levels, expected, levels.sigmas(), whole=loaded, loaded=loaded, offset=entry.begin)
+        self._sessions.hold(session, grid)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at this index of `timesteps`. Plans are derived again for it. InputError where that cannot be."""
         index = whole("a run cannot begin at index", begin_index)
-        if self._entry is not None:
-            self._begin_at(index)
-        self._begin_index = index
+        session = self._sessions.own()
+        if session.entry is not None:
+            self._begin_at(session, index)
+        session.begin_index = index
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """The network's input of the next step: the sample, times the scale of the plan's own scheduler there."""
-        if self._latents is None or not self._latents.scaled:
+        if (loaded := self._session.loaded) is None or not loaded.latents.scaled:
             return sample
-        run = self._run
-        if run is None or run.step == 0:
-            self._find_start(timestep)
-        k = 0 if run is None else min(run.step, self._latents.scales.size - 1)
-        return sample * float(self._latents.scales[k])
+        session = self._sessions.at(timestep, sample)
+        if session.run is None or session.run.step == 0:
+            self._find_start(session, timestep)
+        assert session.loaded is not None
+        scales = session.loaded.latents.scales
+        k = 0 if session.run is None else min(session.run.step, scales.size - 1)
+        return sample * float(scales[k])
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """alpha x0 + sigma eps, as the plan's own scheduler mixes them to begin at a timestep.
@@ -232,7 +217,7 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         timesteps: a number or (B,) of any device; they are not read on the host.
         """
-        levels = self._levels
+        levels = self._session.levels
         if levels is None:
             raise InputError("add_noise was called before set_timesteps, which chooses the plan; call that first")
         alpha, sigma = levels.at_index(self._place()) or levels.at(timesteps, original_samples)
@@ -246,9 +231,8 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _place(self) -> int | None:
         """The index in `timesteps` where the run is or will begin; None where nobody called `set_begin_index`."""
-        if self._begin_index is None or self.step_index is None:
-            return self._begin_index
-        return self.step_index
+        session = self._session
+        return session.begin_index if session.begin_index is None or session.run is None else session.next
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """`add_noise`, as pipelines of flow models call it."""
@@ -296,14 +280,15 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             named |= self._step_arguments().named(positional)
             return self.step(model_output, timestep, sample, **named)
         previous = other.pop("prev_timestep", None)
+        session = self._sessions.at(timestep, sample)
         if eta is not None or other:
             self._check_arguments(eta, other)
-        run = self._run
+        run = session.run
         if run is None or run.step == 0:
-            run = self._start(timestep, sample)
+            run = self._start(session, timestep, sample)
         if previous is not None:
-            self._check_previous(previous, self._offset + run.step + 1)
-        row = run.advance(model_output, sample, generator)
+            self._check_previous(previous, session.next + 1)
+        row = session.returned = run.advance(model_output, sample, generator)
         if run.step == run.steps and run.readable and not torch.compiler.is_compiling():
             self._check_end(row)
         return SchedulerOutput(prev_sample=row) if return_dict else (row, row)
@@ -314,53 +299,51 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def require_finite(self) -> None:
         """NetworkError if an output of this run held a NaN or an infinity; names the first. Waits for the device."""
-        first = None if self._run is None or self._run.step == 0 else self._run.first_not_finite()
+        session = self._session
+        first = None if session.run is None or session.run.step == 0 else session.run.first_not_finite()
         if first is None:
             return
         if first < 0:
             raise NetworkError("the sample that this run began with holds a NaN or an infinity; look at the latents")
-        index = first + self._offset
+        index = first + session.offset
         raise NetworkError(
             f"the network's output at step {index} (timestep {self.timesteps[index].item():g}) holds a NaN or an "
             "infinity; half precision that overflows is the usual cause: run the network in float32 or bfloat16"
         )
 
-    def _start(self, timestep: Any, sample: Tensor) -> Run:
+    def _start(self, session: Session, timestep: Any, sample: Tensor) -> Run:
         """A run from the first timestep that is asked for."""
-        if self._layout is None:
+        if session.loaded is None:
             raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
-        self._find_start(timestep)
-        self._run = Run(self._layout, sample)
-        return self._run
+        self._find_start(session, timestep)
+        session.run = Run(session.loaded.layout, sample)
+        return session.run
 
-    def _find_start(self, timestep: Any) -> None:
-        """Loads the plan of a run that begins at this timestep, where nobody called `set_begin_index`."""
-        if self._begin_index is None:
+    def _find_start(self, session: Session, timestep: Any) -> None:
+        """Loads the plan of a run that begins where `set_begin_index` said, else at this timestep."""
+        index = session.begin_index
+        if index is None:
             index = first_index(timestep, self.timesteps, self._chosen().timesteps)
-            if index != self._offset:
-                self._begin_at(index)
+        if index != session.offset:
+            self._begin_at(session, index)
 
-    def _begin_at(self, index: int) -> None:
+    def _begin_at(self, session: Session, index: int) -> None:
         """Loads the plan for a run that begins at this index of `timesteps`."""
-        entry = self._chosen()
-        plan = self._book.begun_at(entry, index)
-        if self._layout is None or plan is not self._layout.plan:
-            self._load(plan)
-        self._offset = index
+        assert session.entry is not None
+        plan = self._book.begun_at(session.entry, index)
+        if session.loaded is None or plan is not session.loaded.layout.plan:
+            session.loaded = self._loaded(plan, self.timesteps.device)
+        session.offset = index
 
-    def _load(self, plan: Plan) -> None:
-        self._latents = latents_of(plan, self._book.network)
-        self._layout = lay_out(plan, self._latents.scales)
-        self._layout.weights_on(self.timesteps.device, torch.float32)
-
-    def _chosen(self) -> Entry:
-        if self._entry is None:
-            raise InputError("set_timesteps was not called yet, which chooses the plan; call that first")
-        return self._entry
+    def _loaded(self, plan: Plan, device: torch.device) -> Loaded:
+        latents = latents_of(plan, self._book.network)
+        layout = lay_out(plan, latents.scales)
+        layout.weights_on(device, torch.float32)
+        return Loaded(layout, latents)
 
     def _stands_for(self) -> Mapping[str, Any] | None:
         """The config of the scheduler that the plan was captured from, else of the network's."""
-        plan = self.plans[0] if self._entry is None else self._entry.plan
+        plan = self.plans[0] if (entry := self._session.entry) is None else entry.plan
         if not is_captured(plan):
             return self._book.network
         facts = captured_facts(plan)
@@ -369,11 +352,6 @@ class PlanScheduler(StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _check_arguments(self, eta: float | None, other: Mapping[str, Any]) -> None:
         """InputError for an argument of `step` that asks for what the plan does not do."""
         self._step_arguments().check({"eta": eta, **other})
-
-    def _step_arguments(self) -> StepArguments:
-        if self._expected is None:
-            raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
-        return self._expected
 
     def _check_previous(self, told: Any, index: int) -> None:
         """`prev_timestep` of UnCLIPScheduler is where a step goes: to the next timestep, as every plan does."""

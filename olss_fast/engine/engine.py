@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
 from olss_fast.errors import EngineFileError, InputError, MachineError, NetworkError, PlanFileError
 from olss_fast.executors.loops import Loops, Stats
-from olss_fast.network import Conditioning, Denoiser, sums_to_finite
+from olss_fast.network import Conditioning, Denoiser
 from olss_fast.plan import Plan
 from olss_fast.plan_io import plan_from_bytes, plan_to_bytes
 from olss_fast.sampling import check_plan_fits, draw_step_noise
@@ -32,7 +31,7 @@ class Engine:
     """A network compiled ahead of time, with its weights and plans. Made by `build` and `load_engine`.
 
     `engine(noise, **conditioning)` checks what it is given against what the engine was built for, and samples. It may
-    be called from several threads; each has buffers of its own.
+    be called from several threads; on the CPU each call has buffers of its own, on a GPU calls take turns.
 
     manifest: what the file says about itself, `manifest.facts` is all of it. plans: by name; the first is the default.
     network: the compiled network, `network(x, time, *tensors)`; it checks nothing. unconditional: its defaults, one row
@@ -51,7 +50,7 @@ class Engine:
         self.manifest, self.plans, self.device = manifest, dict(plans), device
         self._code, self.unconditional = dict(code), dict(unconditional)
         self.network = LoadedCode(code, weights, device)
-        self._threads = threading.local()
+        self._loops = Loops([], "auto")
         self._agreed: tuple[Plan, float] | None = None
 
     def __call__(
@@ -88,10 +87,9 @@ class Engine:
             )
         without = {**self.unconditional, **flatten(unconditional or {})}
         tensors = inputs.network_inputs(self.manifest, noise.shape[0], self.device, conditioning, without)
-        loops = self._loops()
         step_noise = draw_step_noise(chosen, noise, generator)
         try:
-            result = loops.run(
+            return self._loops.run(
                 chosen,
                 noise,
                 tensors,
@@ -109,9 +107,6 @@ class Engine:
                 f"the compiled network failed: {shortened(cause)}; does the conditioning hold what the network takes, "
                 "such as numbers of classes that it has?"
             ) from cause
-        if result.device.type == "cpu" and not sums_to_finite(result):
-            loops.require_finite()
-        return result
 
     def __repr__(self) -> str:
         found = self.manifest
@@ -141,8 +136,8 @@ class Engine:
         raise TypeError("an Engine is neither pickled nor copied: save() it, and load it where it is needed")
 
     def stats(self) -> Stats:
-        """What this thread's calls did; see `Stats`."""
-        return self._loops().stats()
+        """What was done so far; see `Stats`."""
+        return self._loops.stats()
 
     def update_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Writes other weights over those in use, without a build: a fine-tuned model, LoRA merged into its weights.
@@ -191,12 +186,6 @@ class Engine:
         facts["strides"] = strides_of(self.weights)
         facts["hashes"] = {"weights": hash_weights(weights), "code": hash_code(self._code)}
         container.write(path, container.encode(FORMAT, facts, blobs))
-
-    def _loops(self) -> Loops:
-        if not hasattr(self._threads, "loops"):
-            self._threads.loops = Loops([], "graph" if self.device.type == "cuda" else "fused")
-        loops: Loops = self._threads.loops
-        return loops
 
     def chosen_plan(self, steps: int | None = None, plan: str | Plan | None = None) -> Plan:
         """The plan that a call with these arguments runs. Raises InputError."""

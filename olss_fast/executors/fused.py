@@ -33,6 +33,8 @@ class FusedLoop:
     """
 
     backend = "fused"
+    captures = replays = 0  # of graphs
+    moved = ""  # the parameter or module because of which the last capture was repeated
 
     def __init__(self, ask: Ask, like: Tensor, plan: Plan, *, doubled: bool, room: tuple[int, int] = (0, 0)) -> None:
         if plan.branches == 2 and not doubled:

@@ -8,6 +8,7 @@ was replaced (adapters are put in so), the graph reads memory that is no longer 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ from olss_fast.plan import Plan
 
 Watched = tuple[Mapping[str, Any], str, str, object]
 """What holds a parameter, buffer or module, under which key, its name, and its identity when a graph was captured."""
+
+CAPTURING = threading.RLock()
+"""One capture at a time in this process: a second would break off the first."""
 
 WARM_UP = 3  # runs before a capture: cuDNN, Triton and the allocator settle
 
@@ -37,7 +41,7 @@ def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Gr
     The last warm-up refuses what waits for the device, such as `.item()`: found inside a capture it would leave the
     stream and the allocator in disorder. Autocast keeps no copies of weights: a graph would read them after their end.
     """
-    with torch.cuda.device(device), uncached_autocast():
+    with CAPTURING, torch.cuda.device(device), uncached_autocast():
         before, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         mode = torch.cuda.get_sync_debug_mode()
         stream.wait_stream(before)
@@ -88,8 +92,6 @@ class GraphLoop(FusedLoop):
     ) -> None:
         super().__init__(ask, like, plan, doubled=doubled, room=room)
         self.networks, self.pool, self.unroll = networks, pool, unroll
-        self.captures = self.replays = 0
-        self.moved = ""  # the parameter or module because of which the last capture was repeated
         self._graphs: dict[object, Graph] = {}
         self._watched: list[Watched] = []
 

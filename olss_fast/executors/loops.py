@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast.errors import OlssError
+from olss_fast.errors import InputError, OlssError
 from olss_fast.executors.fused import Ask, FusedLoop
 from olss_fast.executors.graph import GraphLoop
+from olss_fast.network import sums_to_finite
 from olss_fast.plan import Plan
 
 Key = tuple[tuple[Any, ...], object]
@@ -33,17 +36,69 @@ class Stats:
     kernels_per_step: int | None
 
 
+@dataclass(frozen=True)
+class Work:
+    """One call: what `Loops.run` was given, and `like`, an empty tensor of the network's dtype and device."""
+
+    plan: Plan
+    noise: Tensor
+    arguments: Any
+    asking: Callable[[Any], Ask]
+    like: Tensor
+    doubled: bool
+    guidance_scale: float
+    step_noise: Tensor | None
+
+    def done_by(self, loop: FusedLoop) -> Tensor:
+        loop.load(self.plan, self.guidance_scale)
+        loop.fill(self.noise, self.step_noise)
+        result = loop.run().to(self.noise, copy=True)
+        if result.device.type == "cpu" and not sums_to_finite(result):
+            loop.require_finite()
+        return result
+
+
+@dataclass(eq=False)
+class Kept:
+    """A loop with its copies of the network's arguments. calls: how many there were; busy: one is in it."""
+
+    loop: FusedLoop
+    held: Any
+    calls: int = 0
+    busy: bool = True
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Captures and replays."""
+        return self.loop.captures, self.loop.replays
+
+
 class Loops:
-    """Runs plans on `networks` with the backend "fused" or "graph"; a network that cannot be captured runs fused."""
+    """Runs plans on `networks` with the backend "fused" or "graph"; a network that cannot be captured runs fused.
+
+    "auto" is graph on CUDA and fused elsewhere. Several threads may run at once, and a network may call what it is
+    called by: each call has a loop of its own, and as many are kept as there were calls at once. On a GPU, and with
+    graphs, which share memory, threads take turns.
+    """
 
     def __init__(self, networks: Sequence[Any], backend: str, *, unroll: bool = False) -> None:
         self.networks, self.backend, self.unroll = networks, backend, unroll
-        self._loops: OrderedDict[Key, tuple[FusedLoop, Any]] = OrderedDict()
-        self._last: FusedLoop | None = None
+        self._lock, self._turn = threading.Lock(), threading.RLock()
+        self._threads = threading.local()  # `last`: what the thread ran last, and the number of that call
+        self._kept: OrderedDict[Key, list[Kept]] = OrderedDict()
+        self._used = "fused" if backend == "auto" else backend  # by the last run
+        self._stream: Any = None
         self._pool: Any = None
         self._not_captured: set[Key] = set()
-        self._captures = self._replays = 0
+        self._counts = 0, 0  # captures and replays
         self._reason = ""
+
+    def __getstate__(self) -> tuple[Sequence[Any], str, bool]:
+        """A copy has no loops yet."""
+        return self.networks, self.backend, self.unroll
+
+    def __setstate__(self, state: tuple[Sequence[Any], str, bool]) -> None:
+        self.__init__(*state[:2], unroll=state[2])  # type: ignore[misc]
 
     def run(
         self,
@@ -61,87 +116,123 @@ class Loops:
         """Samples (B, …) of `noise`, in its dtype and on its device.
 
         `arguments` are those of the network, nested as they like; `asking(held)` makes of the loop's own copy of them
-        the function `ask(x, time, model)`.
+        the function `ask(x, time, model)`. NetworkError for samples on the CPU that are not finite.
         """
-        with torch.inference_mode(False), torch.no_grad():  # buffers outlive the mode that they were made in
+        backend = ("graph" if device.type == "cuda" else "fused") if self.backend == "auto" else self.backend
+        with torch.inference_mode(False), torch.no_grad(), self._in_turn(backend, device):  # buffers outlive the mode
             like = torch.empty_like(noise, dtype=dtype, device=device)
+            work = Work(plan, noise, arguments, asking, like, doubled, guidance_scale, step_noise)
             kind = (like.shape, like.stride(), dtype, device, doubled, plan.branches, autocast_of(device))
             key = (kind, signature(arguments))
-            loop = self._last = self._loop(key, plan, like, arguments, asking)
-            loop.load(plan, guidance_scale)
-            loop.fill(noise, step_noise)
+            graph = backend == "graph" and key not in self._not_captured
             try:
-                return loop.run().to(noise, copy=True)
+                return self._run(key, work, graph=graph)
             except (OlssError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                if not isinstance(loop, GraphLoop):
+                if not graph:
                     raise
                 message = " ".join(str(error).split())[:200]
                 reason = f"the network cannot be captured: {type(error).__name__}: {message}"
-            self._forget(key)
+            with self._lock:
+                self._kept.pop(key, None)
+            result = self._run(key, work, graph=False)  # where this fails too, that says nothing about graphs
             self._not_captured.add(key)
-            try:
-                loop = self._last = self._loop(key, plan, like, arguments, asking)
-                loop.load(plan, guidance_scale)
-                loop.fill(noise, step_noise)
-                result = loop.run().to(noise, copy=True)
-            except Exception:  # it cannot be run at all, which says nothing about graphs
-                self._not_captured.discard(key)
-                raise
             self._reason = reason
             return result
 
     def reset(self) -> None:
         """Lets go of all buffers and graphs: for changes of a network that no capture sees, as of adapters' scales."""
-        while self._loops:
-            self._forget()
-        self._not_captured.clear()
-        self._last = None
+        with self._lock:
+            self._kept.clear()
+            self._not_captured.clear()
+        self._threads = threading.local()
 
     def require_finite(self) -> None:
-        """NetworkError that names the first evaluation of the last run that was not finite. Waits for the device."""
-        if self._last is not None:
-            self._last.require_finite()
+        """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
+        device. InputError where another thread has used the same buffers since."""
+        last: tuple[Kept, int] | None = getattr(self._threads, "last", None)
+        if last is None:
+            return
+        kept, call = last
+        if kept.calls != call:
+            raise InputError("a run of another thread has used the buffers since; look for NaN in the samples instead")
+        kept.loop.require_finite()
 
     def stats(self) -> Stats:
-        loops = [loop for loop, _ in self._loops.values()]
-        graphs = [loop for loop in loops if isinstance(loop, GraphLoop)]
-        moved = [f"captured again, {loop.moved} was replaced" for loop in graphs if loop.moved]
+        """Of all threads."""
+        with self._lock:
+            loops = [kept.loop for each in self._kept.values() for kept in each]
+            captures, replays = self._counts
+        moved = [f"captured again, {each.moved} was replaced" for each in loops if each.moved]
         return Stats(
-            backend=self.backend if self._last is None else self._last.backend,
-            captures=self._captures + sum(loop.captures for loop in graphs),
-            replays=self._replays + sum(loop.replays for loop in graphs),
+            backend=self._used,
+            captures=captures,
+            replays=replays,
             reason="; ".join([*([self._reason] if self._reason else []), *moved]),
             bytes=sum(loop.bytes for loop in loops),
             kernels_per_step=1,
         )
 
-    def _loop(self, key: Key, plan: Plan, like: Tensor, arguments: Any, asking: Callable[[Any], Ask]) -> FusedLoop:
-        """The loop for this shape of noise and of arguments, the latter written into its copies."""
-        room = (0, 0)
-        if key in self._loops and not self._loops[key][0].fits(plan):
-            room = self._loops[key][0].room[:2]
-            self._forget(key)
-        if key not in self._loops:
-            held = copied(arguments)
-            self._loops[key] = self._new_loop(key, asking(held), like, plan, room), held
-        loop, held = self._loops[key]
-        write_over(held, arguments)
-        self._loops.move_to_end(key)
-        while len(self._loops) > KEPT:
-            self._forget()
-        return loop
+    @contextmanager
+    def _in_turn(self, backend: str, device: torch.device) -> Iterator[None]:
+        """One thread after another on a GPU, and with graphs; what they queue there too, whatever their streams."""
+        if backend != "graph" and device.type != "cuda":
+            yield
+            return
+        with self._turn:
+            if torch.cuda.is_available():
+                stream = torch.cuda.current_stream(device)
+                if self._stream not in (None, stream):
+                    stream.wait_stream(self._stream)
+                self._stream = stream
+            yield
 
-    def _new_loop(self, key: Key, ask: Ask, like: Tensor, plan: Plan, room: tuple[int, int]) -> FusedLoop:
-        doubled = bool(key[0][4])
-        if self.backend == "fused" or key in self._not_captured:
-            return FusedLoop(ask, like, plan, doubled=doubled, room=room)
+    def _run(self, key: Key, work: Work, *, graph: bool) -> Tensor:
+        kept = self._lent(key, work, graph)
+        before = kept.counts
+        try:
+            write_over(kept.held, work.arguments)
+            kept.calls += 1
+            self._threads.last, self._used = (kept, kept.calls), kept.loop.backend
+            return work.done_by(kept.loop)
+        finally:
+            self._give_back(key, kept, before)
+
+    def _lent(self, key: Key, work: Work, graph: bool) -> Kept:
+        """A loop for this shape of noise and of arguments that no other call is in."""
+        with self._lock:
+            idle = [kept for kept in self._kept.get(key, ()) if not kept.busy]
+            if idle and idle[0].loop.fits(work.plan):
+                idle[0].busy = True
+                return idle[0]
+            if idle:
+                self._kept[key].remove(idle[0])
+        held = copied(work.arguments)
+        loop = self._new_loop(work, work.asking(held), graph, idle[0].loop.room[:2] if idle else (0, 0))
+        with self._lock:
+            self._kept.setdefault(key, []).append(kept := Kept(loop, held))
+        return kept
+
+    def _give_back(self, key: Key, kept: Kept, before: tuple[int, int]) -> None:
+        """`before`: its counts when it was lent. The shapes that were used longest ago go, with all their loops."""
+        with self._lock:
+            kept.busy = False
+            captures, replays = self._counts
+            self._counts = captures + kept.counts[0] - before[0], replays + kept.counts[1] - before[1]
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+
+    def _new_loop(self, work: Work, ask: Ask, graph: bool, room: tuple[int, int]) -> FusedLoop:
+        if not graph:
+            return FusedLoop(ask, work.like, work.plan, doubled=work.doubled, room=room)
         return GraphLoop(
             ask,
-            like,
-            plan,
-            doubled=doubled,
+            work.like,
+            work.plan,
+            doubled=work.doubled,
             networks=self.networks,
             pool=self._memory,
             unroll=self.unroll,
@@ -150,17 +241,10 @@ class Loops:
 
     def _memory(self) -> Any:
         """The pool of all graphs; a new one where none is alive, for the old one went with its last graph."""
-        alive = any(isinstance(loop, GraphLoop) and loop.alive for loop, _ in self._loops.values())
-        if not alive and torch.cuda.is_available():
+        loops = [kept.loop for each in self._kept.values() for kept in each]
+        if torch.cuda.is_available() and not any(isinstance(loop, GraphLoop) and loop.alive for loop in loops):
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
-
-    def _forget(self, key: Key | None = None) -> None:
-        """Lets go of a loop, the one that was used longest ago if none is named; what it counted stays counted."""
-        loop, _ = self._loops.pop(next(iter(self._loops)) if key is None else key)
-        if isinstance(loop, GraphLoop):
-            self._captures += loop.captures
-            self._replays += loop.replays
 
 
 def autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:

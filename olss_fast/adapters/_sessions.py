@@ -1,0 +1,209 @@
+"""The runs of one PlanScheduler, kept apart: each thread has its own, and a run may move from one thread to another.
+
+A step belongs to the run among whose `timesteps` its timestep is, of which pipelines hand out views; a timestep that is
+a number or a copy belongs to the run of the calling thread. A thread that has set no timesteps begins with those that
+were set last; there, a step that is neither a beginning nor the next of one run is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from olss_fast.adapters._latents import Latents
+from olss_fast.adapters._layout import Layout
+from olss_fast.adapters._noising import NoiseLevels
+from olss_fast.adapters._plan_book import Entry
+from olss_fast.adapters._run import Run
+from olss_fast.adapters._step_arguments import StepArguments
+from olss_fast.adapters._timestep_places import places
+from olss_fast.errors import InputError
+
+
+class Loaded(NamedTuple):
+    """A plan made ready to run."""
+
+    layout: Layout
+    latents: Latents
+
+
+@dataclass(eq=False)
+class Session:
+    """What `set_timesteps` chose, and the run after it. It has no reference to `timesteps`, which keeps it alive.
+
+    loaded: of a run that begins at index `offset` of the timesteps; `whole`, of one that begins where the plan does.
+    returned: the sample of the last step.
+    """
+
+    entry: Entry | None = None
+    levels: NoiseLevels | None = None
+    expected: StepArguments | None = None
+    sigmas: Tensor = field(default_factory=lambda: torch.empty(0))
+    whole: Loaded | None = None
+    loaded: Loaded | None = None
+    offset: int = 0
+    begin_index: int | None = None
+    run: Run | None = None
+    returned: Tensor | None = None
+
+    @property
+    def going(self) -> bool:
+        """A run has begun and is not over."""
+        return self.run is not None and 0 < self.run.step < self.run.steps
+
+    @property
+    def next(self) -> int:
+        """Index in `timesteps` of the next step."""
+        return self.offset + (0 if self.run is None else self.run.step)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """A run that goes on alone from here; what was chosen never changes."""
+        return replace(self, run=copy.deepcopy(self.run, memo))
+
+    def afresh(self) -> Session:
+        """The same choice, before its run."""
+        begin = 0 if self.entry is None else self.entry.begin
+        return replace(self, loaded=self.whole, offset=begin, run=None, returned=None)
+
+
+Held = tuple[Session, Tensor]
+"""A session and its `timesteps`."""
+
+
+class Sessions:
+    """Those of all threads, found by thread and by `timesteps`."""
+
+    def __init__(self, session: Session, timesteps: Tensor) -> None:
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._of_timesteps: Any = WeakIdKeyDictionary()
+        self._last: Held = session, timesteps
+
+    def __getstate__(self) -> Held:
+        """A copy has the calling thread's session alone."""
+        return self.held
+
+    def __setstate__(self, held: Held) -> None:
+        self.__init__(*held)  # type: ignore[misc]
+        self.hold(*held)
+
+    @property
+    def held(self) -> Held:
+        """This thread's, else what was set last, to look at."""
+        held: Held = getattr(self._local, "held", self._last)
+        return held
+
+    def hold(self, session: Session, timesteps: Tensor) -> None:
+        """What this thread has from now on, and others begin with."""
+        self._last = self._take(session, timesteps)
+
+    def own(self) -> Session:
+        """This thread's, to be written to."""
+        if not hasattr(self._local, "held"):
+            session, timesteps = self._last
+            self._take(session.afresh(), timesteps)
+        return self.held[0]
+
+    def at(self, timestep: Any, sample: Any) -> Session:
+        """The session that a step belongs to; this thread's from now on. InputError where that cannot be known."""
+        mine: Held | None = getattr(self._local, "held", None)
+        if torch.compiler.is_compiling():
+            return self.held[0]
+        base = timestep._base if isinstance(timestep, Tensor) else None
+        if mine and mine[1] is base and (not mine[0].going or mine[0].returned is sample):
+            return mine[0]
+        with self._lock:
+            grid = base if base is not None and base in self._of_timesteps else self._last[1]
+            sessions: list[Session] = list(self._of_timesteps.get(grid, ())) or [self._last[0]]
+        for session in sessions:
+            if session.going and session.returned is sample:
+                return self._take(session, grid)[0]
+        if mine and (mine[1] is base or grid is not base):
+            return mine[0]
+        return self._take_up(sessions, timestep, grid)
+
+    def _take_up(self, sessions: list[Session], timestep: Any, timesteps: Tensor) -> Session:
+        """For a thread that has not set these timesteps: a run of its own, or the one whose next step this must be."""
+        first = sessions[0]
+        going = [session for session in sessions if session.going]
+        if first.entry is None:
+            return first
+        found = places(timestep, timesteps, first.entry.timesteps)
+        begin = first.entry.begin if first.begin_index is None else first.begin_index
+        if not going or (found is not None and begin in found):
+            return self._take(first.afresh(), timesteps)[0]
+        following = [session for session in going if found is not None and session.next in found]
+        if len(following) != 1:
+            raise InputError(
+                f"step was called in a thread that has set no timesteps, while {len(going)} runs of other threads are "
+                "under way, and cannot tell whether it begins another or goes on with one: call set_timesteps in the "
+                "thread of the run, and hand step the entries of `timesteps`"
+            )
+        return self._take(following[0], timesteps)[0]
+
+    def _take(self, session: Session, timesteps: Tensor) -> Held:
+        with self._lock:
+            known = self._of_timesteps.get(timesteps, [])
+            if session not in known:  # those whose runs are over go, lest they pile up with the threads
+                self._of_timesteps[timesteps] = [*known[:1], *(each for each in known[1:] if each.going), session]
+        self._local.held = session, timesteps
+        return session, timesteps
+
+
+class OwnSession:
+    """What a scheduler says of the calling thread's run: its session in `_sessions`, else the one that was set last."""
+
+    _sessions: Sessions
+
+    @property
+    def step_index(self) -> int | None:
+        """Index in `timesteps` of the next step; None before the first."""
+        session = self._session
+        return None if session.run is None else session.next
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first timestep, as set by `set_begin_index`."""
+        return self._session.begin_index
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Those that this thread has set, else those that were set last."""
+        return self._sessions.held[1]
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor) -> None:
+        self._sessions.hold(self._sessions.own(), timesteps)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Of every row, as diffusers counts them."""
+        return self._session.sigmas
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        return None if (entry := self._session.entry) is None else entry.steps
+
+    @property
+    def order(self) -> int:
+        """Evaluations a step of the plan that was chosen."""
+        return 1 if (entry := self._session.entry) is None else entry.order
+
+    @property
+    def _session(self) -> Session:
+        return self._sessions.held[0]
+
+    def _chosen(self) -> Entry:
+        if (entry := self._session.entry) is None:
+            raise InputError("set_timesteps was not called yet, which chooses the plan; call that first")
+        return entry
+
+    def _step_arguments(self) -> StepArguments:
+        if (expected := self._session.expected) is None:
+            raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
+        return expected
