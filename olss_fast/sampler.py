@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olss_fast._arguments import checked_plan
 from olss_fast._device import pick_device
+from olss_fast._draws import Seed, Streams, checked_shape
 from olss_fast._old_forms import takes_old_forms
+from olss_fast._starts import begun
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
 from olss_fast.executors.loops import Loops, Stats
+from olss_fast.executors.reference import OnStep
 from olss_fast.network import (
     FLOATS,
     Conditioning,
@@ -34,10 +38,18 @@ from olss_fast.network import (
     checked_arguments,
     checked_guidance_scale,
     checked_networks,
-    module_of,
 )
 from olss_fast.plan import Plan
-from olss_fast.sampling import check_plan_fits, draw_step_noise, network_dtype, sample
+from olss_fast.sampling import (
+    Callback,
+    check_plan_fits,
+    draw_step_noise,
+    given_noise,
+    network_device,
+    network_dtype,
+    sample,
+    watching,
+)
 
 BACKENDS = ("auto", "reference", "fused", "graph")
 
@@ -83,15 +95,16 @@ class Sampler:
             raise InputError(f"dtype is {dtype!r}; expected torch.float16, bfloat16, float32 or float64, or None")
         self.plan, self.guidance_scale = plan, guidance_scale
         self.networks = checked_networks(network)
-        self.device = pick_device(device) if device is not None else _device_of(self.networks)
+        self.device = pick_device(device) if device is not None else network_device(self.networks)
         if backend == "graph" and self.device is not None:
             require_cuda(self.device)
         self.backend, self.dtype = backend, dtype
         self._conditioning = checked_arguments(conditioning, "conditioning")
         self._unconditional = None if unconditional is None else checked_arguments(unconditional, "unconditional")
         self._loops = Loops(self.networks, backend, unroll=unroll)
-        if shape is not None:
-            self._warm_up(shape)
+        self.shape = None if shape is None else checked_shape(shape)
+        if self.shape is not None:
+            self._warm_up(self.shape)
 
     def __repr__(self) -> str:
         scale = f", guidance_scale={self.guidance_scale:g}" if self._unconditional is not None else ""
@@ -104,9 +117,7 @@ class Sampler:
 
     @plan.setter
     def plan(self, plan: Plan) -> None:
-        if not isinstance(plan, Plan):
-            raise InputError(f"plan is a {type(plan).__name__}; expected a Plan, such as solvers.ddim(schedule, 20)")
-        self._plan = plan
+        self._plan = checked_plan(plan)
 
     @property
     def guidance_scale(self) -> float:
@@ -118,30 +129,50 @@ class Sampler:
 
     def __call__(
         self,
-        noise: Tensor,
+        noise: Tensor | None = None,
         *,
+        seed: Seed | None = None,
+        shape: Sequence[int] | None = None,
+        generator: Streams | None = None,
+        init_image: Tensor | None = None,
+        strength: float | None = None,
         unconditional: Conditioning | None = None,
-        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
         **conditioning: Any,
     ) -> Tensor:
-        """The samples (B, …) of unit Gaussian `noise` (B, …), in its dtype and on its device.
+        """The samples (B, …) of unit Gaussian noise (B, …), in its dtype and on its device.
+
+        All arguments are those of `olss_fast.sample`; `shape` is by default the sampler's own, with as many samples as
+        there are seeds. A graph of the whole loop (`unroll`) is not used where somebody looks on. A network's argument
+        that has one of these names goes into the sampler's `conditioning`.
 
         On the CPU outputs that are not finite raise NetworkError; on a GPU that would be a wait: `require_finite()`.
         """
         given = {**self._conditioning, **conditioning}
         without = self._unconditional if unconditional is None else unconditional
+        usual = self.shape if init_image is None else None
+        noise, streams = given_noise(self.networks, noise, shape, generator, seed, init_image, usual)
+        check_noise_kind(noise)
+        if noise.device.type == "cpu":  # elsewhere a look at the values would be a wait
+            check_noise(noise)
+        plan, noise = begun(self.plan, noise, init_image, strength)
+        if plan is None:
+            return noise
         if self.backend == "reference":
             return sample(
                 self.networks,
-                self.plan,
+                plan,
                 noise,
                 conditioning=given,
                 unconditional=without,
                 guidance_scale=self.guidance_scale,
-                generator=generator,
+                generator=streams,
+                callback=callback,
+                progress=progress,
             )
-        with torch.no_grad():
-            return self._run(noise, given, without, generator)
+        with torch.no_grad(), watching(plan, noise, callback, progress) as on_step:
+            return self._run(plan, noise, given, without, streams, on_step)
 
     def require_finite(self) -> None:
         """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
@@ -158,22 +189,22 @@ class Sampler:
 
     def _warm_up(self, shape: Sequence[int]) -> None:
         """A run on zeros, with a generator of its own: torch's global ones stay as they are."""
-        sizes = tuple(shape) if isinstance(shape, (list, tuple)) else ()
-        if len(sizes) < 2 or not all(type(size) is int and size > 0 for size in sizes):
-            raise InputError(f"shape is {shape!r}; expected the noise's, (samples, ...): two whole numbers or more")
         dtype = self.dtype or network_dtype(self.networks[0], torch.float32)
-        self(torch.zeros(sizes, dtype=dtype), generator=torch.Generator())
+        self(torch.zeros(tuple(shape), dtype=dtype), generator=torch.Generator())
 
     def _run(
-        self, noise: Tensor, given: dict[str, Any], without: Conditioning | None, generator: torch.Generator | None
+        self,
+        plan: Plan,
+        noise: Tensor,
+        given: dict[str, Any],
+        without: Conditioning | None,
+        streams: Streams | None,
+        on_step: OnStep | None,
     ) -> Tensor:
-        check_noise_kind(noise)
-        if noise.device.type == "cpu":  # elsewhere a look at the values would be a wait
-            check_noise(noise)
         device = self.device or noise.device
         if self.backend == "graph":
             require_cuda(device)
-        plan, scale = self.plan, self.guidance_scale  # once: another thread may set others
+        scale = self.guidance_scale  # once: another thread may set another
         denoiser = Denoiser(
             self.networks,
             samples=noise.shape[0],
@@ -192,7 +223,8 @@ class Sampler:
             device=device,
             doubled=doubled,
             guidance_scale=scale,
-            step_noise=draw_step_noise(plan, noise, generator),
+            step_noise=draw_step_noise(plan, noise, streams),
+            on_step=on_step,
         )
 
     def _asking(self, parts: Sequence[Mapping[str, Any]]) -> Ask:
@@ -206,11 +238,6 @@ class Sampler:
             return torch.cat([call_network(networks[model], half, t, part).clone() for half, t, part in halves])
 
         return twice
-
-
-def _device_of(networks: Sequence[Any]) -> torch.device | None:
-    modules = [module for module in map(module_of, networks) if module is not None]
-    return next((parameter.device for module in modules for parameter in module.parameters()), None)
 
 
 def _name_of(network: Any) -> str:

@@ -2,61 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from olss_fast._arguments import checked_count, checked_plan
+from olss_fast._draws import Seed, Streams, checked_streams, initial_noise, unit_noise
 from olss_fast._old_forms import takes_old_forms
+from olss_fast._starts import begun
+from olss_fast._text import quoted
 from olss_fast.errors import InputError
 from olss_fast.executors import reference
-from olss_fast.network import Conditioning, Denoiser, Network, check_noise, module_of, require_finite
+from olss_fast.executors.reference import OnStep
+from olss_fast.network import (
+    Conditioning,
+    Denoiser,
+    Network,
+    check_noise,
+    checked_networks,
+    module_of,
+    require_finite,
+)
 from olss_fast.plan import Plan
+
+Callback = Callable[[int, float, Tensor], object]
+"""`callback(i, timestep, x)`: after evaluation i, at `timestep`. x (B, ...) is what the network is handed next, after
+the last evaluation the samples; a copy, of the noise's dtype and on its device. What it returns is not used."""
 
 
 @takes_old_forms
 def sample(
     network: Network | Sequence[Network],
     plan: Plan,
-    noise: Tensor,
+    noise: Tensor | None = None,
     *,
+    seed: Seed | None = None,
+    shape: Sequence[int] | None = None,
+    generator: Streams | None = None,
+    init_image: Tensor | None = None,
+    strength: float | None = None,
     conditioning: Conditioning | None = None,
     unconditional: Conditioning | None = None,
     guidance_scale: float = 1.0,
-    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
     batch_size: int | None = None,
     doubled: bool = True,
 ) -> Tensor:
-    """Sample with `plan` from unit Gaussian `noise` (P, ...).
+    """Sample with `plan` from unit Gaussian noise (P, ...), given as `noise` or drawn.
 
     The network is called as `network(x, timestep, **conditioning)` with x of the noise's shape in the network's own
     floating-point dtype (that of its parameters, else the noise's) and timestep (B,) float32 in the network's unit;
     exactly `plan.nfe` times for each batch of `batch_size` samples (default: all at once). A guided pair
     f = u + g (c - u) is one call on a doubled batch, or two calls with `doubled=False`. Rows are accumulated in
-    float64; the result has the noise's dtype and device. `generator` draws the fresh noises of a stochastic plan.
+    float64; the result has the noise's dtype and device.
+
+    Args:
+        seed, shape: instead of `noise`: drawn on the CPU, the same for every device. Several seeds, one a sample, give
+            each sample a stream of its own, so that one of them can be made again alone.
+        generator: draws the noise (with `shape`), and then the fresh noises of a stochastic plan; or a list of one a
+            sample. `seed` makes it.
+        init_image, strength: start from clean samples (P, ...), noised to where the last int(nfe strength) steps begin.
+            For captured and analytic plans, whose later starts can be derived; others start where they were fitted.
+        callback: sees what happens, see `Callback`; once an evaluation and batch. progress: shows a bar.
 
     Raises `InputError` for unusable noise, guidance or conditioning, `NetworkError` for outputs of a wrong shape or
     that are not finite (naming evaluation and sample).
     """
+    networks, plan = checked_networks(network), checked_plan(plan)
+    noise, streams = given_noise(networks, noise, shape, generator, seed, init_image)
     check_noise(noise)
+    begun_plan, noise = begun(plan, noise, init_image, strength)
+    if begun_plan is None:
+        return noise
+    plan, samples = begun_plan, noise.shape[0]
     denoiser = Denoiser(
-        network,
-        samples=noise.shape[0],
+        networks,
+        samples=samples,
         conditioning=conditioning,
         unconditional=unconditional,
         guidance_scale=guidance_scale,
         doubled=doubled,
     )
     check_plan_fits(plan, denoiser)
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    with torch.no_grad():
-        step_noise = draw_step_noise(plan, noise, generator)
-        parts = [
-            _sample_batch(plan, denoiser, noise, samples, step_noise)
-            for samples in batches(range(noise.shape[0]), batch_size or noise.shape[0])
-        ]
+    slices = batches(range(samples), samples if batch_size is None else checked_count("batch_size", batch_size))
+    with torch.no_grad(), watching(plan, noise, callback, progress, len(slices)) as on_step:
+        step_noise = draw_step_noise(plan, noise, streams)
+        parts = [_sample_batch(plan, denoiser, noise, each, step_noise, on_step) for each in slices]
     return torch.cat(parts)
+
+
+def given_noise(
+    networks: Sequence[Network],
+    noise: Tensor | None,
+    shape: Sequence[int] | None,
+    generator: Streams | None,
+    seed: Seed | None,
+    image: Tensor | None = None,
+    usual: Sequence[int] | None = None,
+) -> tuple[Tensor, Streams | None]:
+    """The noise of a call, given or drawn (if no shape came, of the image's or the `usual` one), and the streams of its
+    other noises."""
+    streams = checked_streams(generator, seed)
+    dtype, device = network_dtype(networks[0], torch.float32), network_device(networks)
+    if isinstance(image, Tensor):
+        usual, device = tuple(image.shape), image.device
+    return initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device), streams
+
+
+@contextmanager
+def watching(
+    plan: Plan, noise: Tensor, callback: Callback | None, progress: bool, batches: int = 1
+) -> Iterator[OnStep | None]:
+    """What an executor is to call after each evaluation of `batches` runs; None where nobody looks."""
+    if callback is None and not progress:
+        yield None
+        return
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback is {quoted(callback)}; expected a function callback(i, timestep, x)")
+    with tqdm(total=plan.nfe * batches, desc="Sampling", unit="step", disable=not progress) as bar:
+
+        def on_step(i: int, x: Tensor) -> None:
+            bar.update()
+            if callback is not None:
+                callback(i, float(plan.timesteps[i]), x.to(noise, copy=True))
+
+        yield on_step
 
 
 def check_plan_fits(plan: Plan, denoiser: Denoiser) -> None:
@@ -82,21 +156,22 @@ def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
     return next((each.dtype for each in parameters if each.is_floating_point()), default)
 
 
-def draw_step_noise(plan: Plan, noise: Tensor, generator: torch.Generator | None) -> Tensor | None:
+def network_device(networks: Sequence[Network]) -> torch.device | None:
+    """Where the networks' parameters lie; None if they have none to show."""
+    modules = [module for module in map(module_of, networks) if module is not None]
+    return next((parameter.device for module in modules for parameter in module.parameters()), None)
+
+
+def draw_step_noise(plan: Plan, noise: Tensor, streams: Streams | None) -> Tensor | None:
     """The fresh unit noises (Z, B, …) of a stochastic plan, float32; None for a deterministic one."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(
-            f"generator is a {type(generator).__name__}; expected a torch.Generator, such as "
-            "torch.Generator().manual_seed(0)"
-        )
     if plan.noises == 0:
         return None
-    device = generator.device if generator is not None else noise.device
-    shape = (plan.noises, *noise.shape)
-    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(noise.device)
+    return unit_noise((plan.noises, *noise.shape), streams, noise.device, samples=1)
 
 
-def _sample_batch(plan: Plan, denoiser: Denoiser, noise: Tensor, samples: slice, step_noise: Tensor | None) -> Tensor:
+def _sample_batch(
+    plan: Plan, denoiser: Denoiser, noise: Tensor, samples: slice, step_noise: Tensor | None, on_step: OnStep | None
+) -> Tensor:
     outputs: list[Tensor] = []
     result = reference.run(
         plan,
@@ -105,6 +180,7 @@ def _sample_batch(plan: Plan, denoiser: Denoiser, noise: Tensor, samples: slice,
         dtype=network_dtype(denoiser.networks[0], noise.dtype),
         step_noise=None if step_noise is None else step_noise[:, samples],
         on_output=lambda i, output: outputs.append(output),
+        on_step=on_step,
     )
     if not bool(torch.isfinite(result).all()):  # one look at the end keeps host syncs out of the loop
         for i, output in enumerate(outputs):

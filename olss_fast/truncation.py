@@ -8,6 +8,7 @@ stands for the first network input.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from olss_fast import solvers
-from olss_fast.errors import InputError
+from olss_fast._noise_curves import FLOW_ALPHA_FLOOR
+from olss_fast.errors import InputError, ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Plan
 
@@ -83,6 +85,66 @@ def mismatch(plan: Plan, schedule: NoiseSchedule) -> str | None:
         if key in plan.metadata and essence(plan.metadata[key]) != essence(facts.get(key, "")):
             return f"the plan was made for {key} {plan.metadata[key]!r}, the network has {facts.get(key)!r}"
     return None
+
+
+def schedule_of(plan: Plan) -> NoiseSchedule:
+    """The schedule that an analytic plan was made on, as far as the plan tells: at its own timesteps.
+
+    InputError where its metadata do not say what its network predicts.
+    """
+    told = plan.metadata.get("prediction_type", "")
+    description = plan.metadata.get("schedule", "").removesuffix(f", {told}")
+    exploding = description.startswith(("VE", "EDM"))
+    scales = plan.alphas[:-1] if exploding else np.ones(plan.nfe)
+    levels: Floats = np.stack([plan.timesteps, plan.alphas[:-1] / scales, plan.sigmas[:-1] / scales])
+    no_signal = "log-SNR -inf" in description or (description.startswith("flow") and " from " not in description)
+    if no_signal and levels[1, 0] > 0.0:  # the plan begins later than its schedule, and some solvers look at that
+        levels = np.concatenate([[[levels[0, 0] + 1.0], [0.0], [1.0]], levels], axis=1)
+    try:
+        return NoiseSchedule(
+            PlanCurve(levels[0], levels[1], levels[2], description, exploding),
+            told,
+            sigma_data=float(plan.metadata.get("sigma_data", 0.5)),
+            unit_input=exploding and told != "edm" and bool(scales[0] < 1.0),
+        )
+    except ValueError as error:
+        raise InputError(f"the metadata of this plan do not tell its schedule: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class PlanCurve:
+    """Signal and noise level of the states of a plan, known at its own timesteps alone (`_noise_curves.Curve`)."""
+
+    timesteps: Floats
+    alphas: Floats
+    sigmas: Floats
+    description: str
+    variance_exploding: bool
+
+    @property
+    def first(self) -> float:
+        return float(self.timesteps[0])
+
+    @property
+    def last(self) -> float:
+        return float(self.timesteps[-1])
+
+    end = last
+
+    def levels(self, timestep: Floats) -> tuple[Floats, Floats, Floats]:
+        distances = np.abs(self.timesteps[:, None] - np.asarray(timestep, dtype=np.float64).reshape(1, -1))
+        at = distances.argmin(0).reshape(np.shape(timestep))
+        lowest = np.maximum(self.alphas, FLOW_ALPHA_FLOOR)
+        return self.alphas[at], self.sigmas[at], np.log(lowest / self.sigmas)[at]
+
+    def timestep_of_lam(self, lam: Floats) -> Floats:
+        raise ScheduleError("a plan tells the noise levels at its own timesteps alone; give the network's schedule")
+
+    def describe(self) -> str:
+        return self.description
+
+    def begun_at(self, timestep: float) -> PlanCurve:
+        return self
 
 
 def _solver(plan: Plan, schedule: NoiseSchedule) -> Solver:

@@ -329,6 +329,21 @@ def test_weights_that_do_not_fit_change_nothing(state: Any, message: str) -> Non
 
 def test_an_engine_says_what_it_is() -> None:
     text = repr(tiny_engine("guided"))
-    assert text.startswith("Engine(TinyNetwork, noise ")
-    assert "takes labels, plans two (2 steps), three (3 steps)" in text
-    assert text.endswith("device='cpu')")
+    assert text.startswith("Engine(TinyNetwork(noise, labels), ")
+    assert ", float32, plans two, three" in text
+    assert text.endswith(", cpu)")
+
+
+def test_one_sample_of_an_engines_batch_is_made_again_alone() -> None:
+    engine, labels = tiny_engine("guided"), torch.tensor([0, 1, 2])
+    plan = solvers.euler_ancestral(SCHEDULE, 2)
+    whole = engine(seed=[5, 6, 7], plan=plan, labels=labels)
+    assert whole.shape == (3, *engine.manifest.profile.opt[1:])
+    for i in range(3):
+        alone = engine(seed=5 + i, shape=(1, *whole.shape[1:]), plan=plan, labels=labels[i : i + 1])
+        assert_near(alone, whole[i : i + 1])
+    streams = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    noise = torch.cat([torch.randn(1, *whole.shape[1:], generator=each) for each in streams])
+    assert torch.equal(engine(noise, generator=streams, plan=plan, labels=labels), whole)
+    with pytest.raises(InputError, match="2 seeds or generators came for 3 samples"):
+        engine(seed=[1, 2], shape=whole.shape, labels=labels)

@@ -90,7 +90,7 @@ def test_conditioning_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: d
         tiny("guided").build(**changes)
 
 
-@pytest.mark.parametrize("name", ["noise", "steps", "plan", "guidance_scale", "unconditional", "generator"])
+@pytest.mark.parametrize("name", ["noise", "steps", "plan", "guidance_scale", "unconditional", "generator", "seed"])
 def test_names_of_an_engines_own_arguments(name: str) -> None:
     with pytest.raises(InputError, match=rf"argument \['{name}'\] has the name of one of an engine's call"):
         tiny("plain").build(conditioning={name: torch.zeros(2)})

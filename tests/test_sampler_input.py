@@ -29,7 +29,7 @@ def never(x: Tensor, timestep: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"plan": "ddim"}, "plan is a str; expected a Plan"),
+        ({"plan": "ddim"}, "plan is a str .ddim.; expected a Plan: read plan files"),
         ({"network": 3}, "callable or a list of callables, got 3"),
         ({"network": []}, r"callable or a list of callables, got \[\]"),
         ({"shape": 5}, r"shape is 5; expected the noise's, \(samples, ...\)"),
@@ -65,7 +65,8 @@ def test_refused_when_made(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("noise", "arguments", "message"),
     [
-        (None, {}, "noise must be a tensor of shape .*, got NoneType"),
+        (None, {}, "neither noise nor shape came; expected noise, a tensor"),
+        ([1.0], {}, "noise must be a tensor of shape .*, got list"),
         (torch.ones(3), {}, r"noise must be .* of \(3,\)"),
         (torch.ones(SHAPE, dtype=torch.int64), {}, "got torch.int64"),
         (torch.ones(SHAPE).to(torch.float8_e4m3fn), {}, "got torch.float8_e4m3fn"),
@@ -85,7 +86,7 @@ def test_refused_when_swapped_and_the_old_one_stays() -> None:
     sampler = Sampler(network, PLAN)
     with pytest.raises(InputError, match="guidance_scale must be a number, got 'x'"):
         sampler.guidance_scale = "x"  # type: ignore[assignment]
-    with pytest.raises(InputError, match="plan is a str; expected a Plan"):
+    with pytest.raises(InputError, match=r"plan is a str .x.; expected a Plan"):
         sampler.plan = "x"  # type: ignore[assignment]
     assert (sampler.plan, sampler.guidance_scale) == (PLAN, 1.0)
 

@@ -22,7 +22,7 @@ from olss_fast.adapters._layout import check_runnable
 from olss_fast.errors import InputError, OlssError, ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Plan
-from olss_fast.truncation import is_analytic, rederive, truncate
+from olss_fast.truncation import is_analytic, rederive, schedule_of, truncate
 
 REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
 SHOWN, WIDTH = 8, 120  # plans and characters a line of a summary
@@ -109,7 +109,7 @@ class PlanBook:
         if is_captured(plan):
             return self._remember(f"{_key(plan)} {begin}", lambda: recaptured(plan, begin=begin))
         if entry.begin == 0 and is_analytic(plan):
-            schedule = self._known_schedule(plan)
+            schedule = self.schedule or schedule_of(plan)
             return self._remember(f"{_key(plan)} {begin}", lambda: truncate(plan, schedule, begin))
         raise InputError(
             f"{name_of(plan)} was fitted for runs that begin at index {entry.begin} of {entry.steps} steps, and this "
@@ -161,8 +161,8 @@ class PlanBook:
         schedule = self.schedule
         if schedule is None:
             raise InputError(
-                f"{name_of(plan)} has to be derived again for other timesteps or for a start part of the way, which "
-                "needs the network's noise schedule; make it PlanScheduler(plan, scheduler=…) with the scheduler that "
+                f"{name_of(plan)} has to be derived again for other timesteps, which needs the network's noise "
+                "schedule; make it PlanScheduler(plan, scheduler=…) with the scheduler that "
                 "the network was trained with, or PlanScheduler.from_pipe(pipe, plan)"
             )
         return schedule

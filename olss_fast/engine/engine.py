@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from olss_fast._device import pick_device
+from olss_fast._draws import Seed, Streams, checked_streams
 from olss_fast._files import AnyPath
 from olss_fast._text import quoted
 from olss_fast.engine import container, inputs, machine, manifest
@@ -55,22 +56,24 @@ class Engine:
 
     def __call__(
         self,
-        noise: Tensor,
+        noise: Tensor | None = None,
         *,
+        seed: Seed | None = None,
+        shape: Sequence[int] | None = None,
         steps: int | None = None,
         plan: str | Plan | None = None,
         guidance_scale: float | None = None,
         unconditional: Conditioning | None = None,
-        generator: torch.Generator | None = None,
+        generator: Streams | None = None,
         **conditioning: Any,
     ) -> Tensor:
-        """The samples (B, …) of unit Gaussian `noise` (B, …).
+        """The samples (B, …) of unit Gaussian noise (B, …), given or drawn.
 
         Args:
             noise: contiguous and finite, of the engine's dtype, on its device, of a shape in its profile.
             steps, plan: the plan with that NFE, or of that name, or any other; default: the engine's first.
             guidance_scale: default: the engine's. unconditional: those of the engine are replaced, name by name.
-            generator: draws the fresh noises of a stochastic plan.
+            seed, shape, generator: as for `olss_fast.sample`; the shape is by default the profile's `opt`.
             conditioning: the network's arguments; a number stands for every sample.
 
         Raises:
@@ -80,14 +83,15 @@ class Engine:
         chosen = self.chosen_plan(steps, plan)
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         self._check_guidance(chosen, scale)
-        inputs.check_noise(noise, self.manifest, self.device)
+        streams = checked_streams(generator, seed)
+        noise = inputs.given_noise(noise, shape, streams, self.manifest, self.device)
         if unconditional is not None and not isinstance(unconditional, Mapping):
             raise InputError(
                 f"unconditional is {quoted(unconditional)}; expected a mapping of argument names to values"
             )
         without = {**self.unconditional, **flatten(unconditional or {})}
         tensors = inputs.network_inputs(self.manifest, noise.shape[0], self.device, conditioning, without)
-        step_noise = draw_step_noise(chosen, noise, generator)
+        step_noise = draw_step_noise(chosen, noise, streams)
         try:
             return self._loops.run(
                 chosen,
@@ -109,13 +113,9 @@ class Engine:
             ) from cause
 
     def __repr__(self) -> str:
-        found = self.manifest
-        takes = ", ".join(each.name for each in found.inputs) or "nothing else"
-        plans = ", ".join(f"{name} ({plan.nfe} steps)" for name, plan in self.plans.items())
-        return (
-            f"Engine({found.facts['network']}, noise {found.profile} {found.dtype}, takes {takes}, plans {plans}, "
-            f"device={str(self.device)!r})"
-        )
+        found, takes = self.manifest, ", ".join(["noise", *(each.name for each in self.manifest.inputs)])
+        network, plans = f"{found.facts['network']}({takes})", ", ".join(self.plans)
+        return f"Engine({network}, {found.profile}, {found.dtype}, plans {plans}, {self.device})"
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

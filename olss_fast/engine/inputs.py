@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olss_fast._draws import Streams, initial_noise
 from olss_fast._text import quoted
 from olss_fast.engine.arguments import flatten
 from olss_fast.engine.manifest import Input, Manifest
 from olss_fast.errors import InputError
 from olss_fast.network import sums_to_finite
+
+
+def given_noise(
+    noise: Tensor | None, shape: Sequence[int] | None, streams: Streams | None, manifest: Manifest, device: torch.device
+) -> Tensor:
+    """The noise of a call, given or drawn, and checked."""
+    usual, dtype = manifest.profile.opt, getattr(torch, manifest.dtype)
+    drawn = initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device)
+    return check_noise(drawn, manifest, device)
 
 
 def check_noise(noise: object, manifest: Manifest, device: torch.device) -> Tensor:

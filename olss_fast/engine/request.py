@@ -22,7 +22,8 @@ from olss_fast.network import Conditioning, Denoiser, require_finite
 from olss_fast.plan import Plan
 from olss_fast.sampling import check_plan_fits, network_dtype
 
-RESERVED = {"noise", "steps", "plan", "guidance_scale", "unconditional", "generator"}  # arguments of an engine's call
+RESERVED = {"noise", "seed", "shape", "steps", "plan", "guidance_scale", "unconditional", "generator"}
+"""Arguments of an engine's call."""
 
 
 @dataclass(frozen=True)

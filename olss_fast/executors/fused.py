@@ -15,6 +15,7 @@ from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors.host_step import host_step
+from olss_fast.executors.reference import OnStep
 from olss_fast.kernels import StepState
 from olss_fast.plan import Plan
 
@@ -117,12 +118,14 @@ class FusedLoop:
         else:
             torch.ops.olss_fast.start.default(*self.state)
 
-    def run(self) -> Tensor:
+    def run(self, on_step: OnStep | None = None) -> Tensor:
         """The sample (B, …): a view of the network's input buffer, gone with the next run."""
         assert self.plan is not None
         self.start()
-        for model in self.plan.models.tolist():
+        for i, model in enumerate(self.plan.models.tolist()):
             self.evaluate(model)
+            if on_step is not None:
+                on_step(i, self.x.narrow(0, 0, self.batch))
         return self.x.narrow(0, 0, self.batch)
 
     def require_finite(self) -> None:

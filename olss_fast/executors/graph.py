@@ -17,6 +17,7 @@ from torch import Tensor
 
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask, FusedLoop
+from olss_fast.executors.reference import OnStep
 from olss_fast.network import module_of
 from olss_fast.plan import Plan
 
@@ -95,19 +96,21 @@ class GraphLoop(FusedLoop):
         self._graphs: dict[object, Graph] = {}
         self._watched: list[Watched] = []
 
-    def run(self) -> Tensor:
+    def run(self, on_step: OnStep | None = None) -> Tensor:
         assert self.plan is not None
         self._forget_if_moved()
         models = self.plan.models.tolist()
-        if self.unroll:
+        if self.unroll and on_step is None:
             self._graph(("loop", *models), super().run).replay()
             self.replays += 1
             return self.x.narrow(0, 0, self.batch)
         for model in dict.fromkeys(models):  # before the first step: a warm-up runs the step too
             self._graph(model, lambda model=model: self.evaluate(model))  # type: ignore[misc]
         self.start()
-        for model in models:
+        for i, model in enumerate(models):
             self._graphs[model].replay()
+            if on_step is not None:
+                on_step(i, self.x.narrow(0, 0, self.batch))
         self.replays += len(models)
         return self.x.narrow(0, 0, self.batch)
 

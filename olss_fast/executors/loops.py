@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from olss_fast.errors import InputError, OlssError
 from olss_fast.executors.fused import Ask, FusedLoop
 from olss_fast.executors.graph import GraphLoop
+from olss_fast.executors.reference import OnStep
 from olss_fast.network import sums_to_finite
 from olss_fast.plan import Plan
 
@@ -48,14 +49,21 @@ class Work:
     doubled: bool
     guidance_scale: float
     step_noise: Tensor | None
+    on_step: OnStep | None
+    told: list[int] = field(default_factory=list)  # the steps that `on_step` was called with
 
     def done_by(self, loop: FusedLoop) -> Tensor:
         loop.load(self.plan, self.guidance_scale)
         loop.fill(self.noise, self.step_noise)
-        result = loop.run().to(self.noise, copy=True)
+        result = loop.run(None if self.on_step is None else self._tell).to(self.noise, copy=True)
         if result.device.type == "cpu" and not sums_to_finite(result):
             loop.require_finite()
         return result
+
+    def _tell(self, i: int, x: Tensor) -> None:
+        self.told.append(i)
+        if self.on_step is not None:
+            self.on_step(i, x)
 
 
 @dataclass(eq=False)
@@ -112,16 +120,18 @@ class Loops:
         doubled: bool,
         guidance_scale: float,
         step_noise: Tensor | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Samples (B, …) of `noise`, in its dtype and on its device.
 
         `arguments` are those of the network, nested as they like; `asking(held)` makes of the loop's own copy of them
-        the function `ask(x, time, model)`. NetworkError for samples on the CPU that are not finite.
+        the function `ask(x, time, model)`. With `on_step` a graph of the whole loop is replayed step by step.
+        NetworkError for samples on the CPU that are not finite.
         """
         backend = ("graph" if device.type == "cuda" else "fused") if self.backend == "auto" else self.backend
         with torch.inference_mode(False), torch.no_grad(), self._in_turn(backend, device):  # buffers outlive the mode
             like = torch.empty_like(noise, dtype=dtype, device=device)
-            work = Work(plan, noise, arguments, asking, like, doubled, guidance_scale, step_noise)
+            work = Work(plan, noise, arguments, asking, like, doubled, guidance_scale, step_noise, on_step)
             kind = (like.shape, like.stride(), dtype, device, doubled, plan.branches, autocast_of(device))
             key = (kind, signature(arguments))
             graph = backend == "graph" and key not in self._not_captured
@@ -130,7 +140,7 @@ class Loops:
             except (OlssError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                if not graph:
+                if not graph or work.told:  # once a step was done, it is not the capture that failed
                     raise
                 message = " ".join(str(error).split())[:200]
                 reason = f"the network cannot be captured: {type(error).__name__}: {message}"

@@ -17,6 +17,9 @@ from olss_fast.plan import Plan
 Evaluate = Callable[..., Tensor]
 """`evaluate(x, timestep, branches=, model=)` -> raw outputs (branches, B, ...)."""
 
+OnStep = Callable[[int, Tensor], None]
+"""`on_step(i, x)`: after evaluation i, with row i + 1 of the plan: the next network input, in the end the sample."""
+
 
 def combine(row: Tensor, columns: Tensor) -> Tensor:
     """sum_j row[j] columns[j] for columns (C, B, ...), in float64."""
@@ -32,11 +35,13 @@ def run(
     dtype: torch.dtype | None = None,
     step_noise: Tensor | None = None,
     on_output: Callable[[int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """The sample (B, ...) in float64, from unit initial noise (B, ...).
 
     `dtype` is what the network is handed (default: the noise's), `step_noise` (Z, B, ...) the fresh unit noises of a
-    stochastic plan. `on_output(i, outputs)` sees the raw outputs (branches, B, ...) of each evaluation.
+    stochastic plan. `on_output(i, outputs)` sees the raw outputs (branches, B, ...) of each evaluation, `on_step(i, x)`
+    row i + 1: what comes of it.
     """
     dtype = dtype or noise.dtype
     rows = torch.tensor(plan.rows, device=noise.device)
@@ -46,11 +51,16 @@ def run(
         basis[plan.noise_slice] = step_noise.to(basis)
     for i in range(plan.nfe):
         x = combine(_used(rows[i], plan, i), _available(basis, plan, i)).to(dtype)
+        if on_step is not None and i > 0:
+            on_step(i - 1, x)
         output = evaluate(x, float(plan.timesteps[i]), branches=plan.branches, model=int(plan.models[i]))
         if on_output is not None:
             on_output(i, output)
         basis[plan.output_slice(i)] = output.to(basis.dtype)
-    return combine(rows[plan.nfe], basis)
+    sample = combine(rows[plan.nfe], basis)
+    if on_step is not None:
+        on_step(plan.nfe - 1, sample)
+    return sample
 
 
 def _available(basis: Tensor, plan: Plan, evaluation: int) -> Tensor:

@@ -1,0 +1,35 @@
+"""Arguments of public calls, checked where they come in: what they have to be, in one message each."""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import Any
+
+from olss_fast._text import quoted
+from olss_fast.errors import InputError
+from olss_fast.plan import Plan
+
+
+def checked_plan(plan: Any) -> Plan:
+    """`plan`, or InputError unless it is a Plan."""
+    if isinstance(plan, Plan):
+        return plan
+    hint = "read plan files with Plan.load" if isinstance(plan, (str, os.PathLike)) else "solvers.ddim(schedule, 20)"
+    raise InputError(f"plan is {a(plan)}; expected a Plan: {hint}")
+
+
+def checked_count(name: str, value: Any, *, least: int = 1) -> int:
+    """`value` as an int, or InputError unless it is a whole number of at least `least`."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # no whole number
+        number = least - 1
+    if number < least:
+        raise InputError(f"{name} is {quoted(value)}; expected a whole number of at least {least}")
+    return number
+
+
+def a(value: Any) -> str:
+    """What a value is, for a message: "a str 'five.safetensors'"."""
+    return "None" if value is None else f"a {type(value).__name__} {quoted(value)}"
