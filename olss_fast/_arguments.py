@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from typing import Any
 
+import numpy as np
+
 from olss_fast._text import quoted
 from olss_fast.errors import InputError
+from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 
 
@@ -28,6 +32,24 @@ def checked_count(name: str, value: Any, *, least: int = 1) -> int:
     if number < least:
         raise InputError(f"{name} is {quoted(value)}; expected a whole number of at least {least}")
     return number
+
+
+def checked_number(name: str, value: Any, expected: str = "a number") -> float:
+    """`value` as a float, or InputError unless it is a finite real number; `expected` says which numbers would do."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise InputError(f"{name} is {quoted(value)}; expected {expected}")
+    return float(value)
+
+
+def checked_schedule(schedule: Any) -> NoiseSchedule:
+    """`schedule`, or InputError unless it is a NoiseSchedule."""
+    if isinstance(schedule, NoiseSchedule):
+        return schedule
+    raise InputError(
+        f"schedule is {a(schedule)}; expected a NoiseSchedule, such as NoiseSchedule.from_betas(betas) or "
+        "NoiseSchedule.from_diffusers(scheduler)"
+    )
 
 
 def a(value: Any) -> str:

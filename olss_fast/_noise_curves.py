@@ -63,6 +63,13 @@ def check_range(what: str, values: FloatArray, low: float, high: float) -> Float
     return np.clip(values, low, high)
 
 
+def number(what: str, value: object) -> float:
+    """`value`, or ScheduleError unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ScheduleError(f"{what} is {value!r}; expected a number")
+    return float(value)
+
+
 @dataclass(frozen=True, eq=False)
 class TableCurve:
     """lam given at the integer timesteps 0 .. N-1 and interpolated linearly between them.
@@ -150,11 +157,11 @@ class ExplodingCurve:
     label: str = "VE"
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.sigma_min < self.sigma_max < np.inf:
+        if not 0.0 < number("sigma_min", self.sigma_min) < number("sigma_max", self.sigma_max) < np.inf:
             raise ScheduleError(
                 f"sigma_min {self.sigma_min!r} and sigma_max {self.sigma_max!r}: expected 0 < sigma_min < sigma_max"
             )
-        if self.unit not in TIMESTEP_UNITS:
+        if not isinstance(self.unit, str) or self.unit not in TIMESTEP_UNITS:
             raise ScheduleError(f"timestep unit {self.unit!r} is unknown; choose one of {', '.join(TIMESTEP_UNITS)}")
 
     @property
@@ -207,7 +214,8 @@ class FlowCurve:
     noisiest: float | None = None
 
     def __post_init__(self) -> None:
-        if not (0.0 < self.shift < np.inf and self.num_train_timesteps >= 2):
+        shift, count = number("shift", self.shift), number("num_train_timesteps", self.num_train_timesteps)
+        if not (0.0 < shift < np.inf and count >= 2):
             raise ScheduleError(
                 f"flow matching with shift {self.shift!r} and {self.num_train_timesteps!r} training timesteps: "
                 "expected shift > 0 and at least 2 timesteps"

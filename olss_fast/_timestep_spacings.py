@@ -32,7 +32,7 @@ def space_timesteps(curve: Curve, steps: int, spacing: str, leading_offset: int 
     """(steps,) evaluation times, noise falling. InputError for a bad count, ScheduleError for an unknown spacing."""
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise InputError(f"steps is {steps!r}; expected a whole number of at least 1")
-    if spacing not in _RULES:
+    if not isinstance(spacing, str) or spacing not in _RULES:
         raise ScheduleError(f"spacing {spacing!r} is unknown; choose one of {', '.join(_RULES)}")
     times = _RULES[spacing](curve, int(steps), leading_offset)
     if np.any(np.diff(times) >= 0):

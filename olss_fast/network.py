@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast._network_failures import naming_arguments
 from olss_fast.errors import InputError, NetworkError
 
 Network = Callable[..., Any]
@@ -97,12 +99,16 @@ class Denoiser:
         self.evaluations += x.shape[0]
         time = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
         conditional = self._slice(self.conditioning, samples, x)
-        if branches == 2:
-            return torch.stack(self._pair(network, x, time, samples, conditional))
-        if not self.guided:
-            return call_network(network, x, time, conditional)[None]
-        without, given = self._pair(network, x, time, samples, conditional)
-        return torch.lerp(without, given, self.guidance_scale)[None]
+        with self.naming_arguments():
+            if branches == 1 and not self.guided:
+                return call_network(network, x, time, conditional)[None]
+            without, given = self._pair(network, x, time, samples, conditional)
+        return torch.stack([without, given]) if branches == 2 else torch.lerp(without, given, self.guidance_scale)[None]
+
+    def naming_arguments(self) -> AbstractContextManager[None]:
+        """What the network raises because of an argument says so; see `_network_failures`."""
+        modules = [module_of(network) for network in self.networks]
+        return naming_arguments(modules, self.samples, self.conditioning, self.unconditional)
 
     def arguments(self, x: Tensor, *, doubled: bool) -> list[dict[str, Any]]:
         """The network's arguments for all samples on x's device: [joined for a doubled batch], or one for each half,

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from olss_fast._noise_curves import Curve, ExplodingCurve, FloatArray, FlowCurve, TableCurve
+from olss_fast._noise_curves import Curve, ExplodingCurve, FloatArray, FlowCurve, TableCurve, number
 from olss_fast._timestep_spacings import SPACINGS, space_timesteps
 from olss_fast.errors import ScheduleError
 
@@ -50,7 +50,7 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         """ScheduleError where the prediction type does not fit the curve."""
-        if self.prediction_type not in PREDICTION_TYPES:
+        if not isinstance(self.prediction_type, str) or self.prediction_type not in PREDICTION_TYPES:
             raise ScheduleError(
                 f"prediction_type {self.prediction_type!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}"
             )
@@ -65,7 +65,7 @@ class NoiseSchedule:
             )
         if self.unit_input and not self.curve.variance_exploding:
             raise ScheduleError("unit_input scales the input of variance-exploding networks; this schedule is not one")
-        if not 0.0 < self.sigma_data < np.inf:
+        if not 0.0 < number("sigma_data", self.sigma_data) < np.inf:
             raise ScheduleError(f"sigma_data is {self.sigma_data!r}; expected a positive number")
 
     # --- constructors -------------------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ class NoiseSchedule:
     @classmethod
     def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> NoiseSchedule:
         """Karras et al. 2022: f is the raw network F of D(x) = c_skip x + c_out F(c_in x, log(sigma) / 4)."""
-        curve = ExplodingCurve(sigma_min, sigma_max, "quarter_log", f"EDM, sigma_data {sigma_data:g}")
+        label = f"EDM, sigma_data {number('sigma_data', sigma_data):g}"
+        curve = ExplodingCurve(sigma_min, sigma_max, "quarter_log", label)
         return cls(curve, "edm", sigma_data=sigma_data)
 
     @classmethod
@@ -196,7 +197,7 @@ class NoiseSchedule:
         x_T of its plans is what the network is handed first: input_scale (alpha x0 + sigma eps) at `timestep`, so that
         rows[0, 0] = 1. ScheduleError outside the schedule, and between the timesteps of a table.
         """
-        if not self.last < timestep <= self.first:
+        if not self.last < number("timestep", timestep) <= self.first:
             raise ScheduleError(
                 f"a schedule from {self.first:g} to {self.last:g} cannot begin at {timestep!r}; expected a timestep in "
                 "between"
@@ -217,7 +218,7 @@ class NoiseSchedule:
 
     def levels(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
         """alpha, sigma and lam in one call."""
-        return self.curve.levels(np.asarray(timestep, dtype=np.float64))
+        return self.curve.levels(_real("timestep", timestep))
 
     def alpha(self, timestep: npt.ArrayLike) -> FloatArray:
         """Signal level of the solver's state (1 for variance exploding)."""
@@ -233,7 +234,7 @@ class NoiseSchedule:
 
     def timestep_of_lam(self, lam: npt.ArrayLike) -> FloatArray:
         """The inverse of `lam`."""
-        return self.curve.timestep_of_lam(np.asarray(lam, dtype=np.float64))
+        return self.curve.timestep_of_lam(_real("log-SNR", lam))
 
     def input_scale(self, timestep: npt.ArrayLike) -> FloatArray:
         """c_in: what the state is multiplied by before the network sees it."""
@@ -295,6 +296,9 @@ def beta_schedule(
     squaredcos_cap_v2: Nichol & Dhariwal 2021, eq. 17, capped at 0.999; sigmoid: logistic over [-6, 6], Xu et al. 2022.
     """
     count = num_train_timesteps
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+        raise ScheduleError(f"num_train_timesteps is {count!r}; expected a whole number of at least 2")
+    beta_start, beta_end = number("beta_start", beta_start), number("beta_end", beta_end)
     if count < 2 or not 0.0 < beta_start <= beta_end < 1.0:
         raise ScheduleError(
             f"num_train_timesteps {count!r}, betas {beta_start!r} to {beta_end!r}: expected at least 2 timesteps and "
@@ -327,3 +331,11 @@ def _numbers(values: npt.ArrayLike, what: str) -> FloatArray:
     if array.ndim != 1 or array.size < 2 or not np.all(np.isfinite(array)):
         raise ScheduleError(f"{what} has shape {array.shape}; expected one row of at least 2 finite numbers")
     return array
+
+
+def _real(what: str, values: npt.ArrayLike) -> FloatArray:
+    """As float64 of whatever shape; ScheduleError for what cannot be read as numbers."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"{what} cannot be read as numbers: {error}; pass a number or an array") from error

@@ -113,8 +113,8 @@ class Plan:
 
     def output_slice(self, evaluation: int) -> slice[int, int, None]:
         """The columns that hold the output of one evaluation, 0 <= evaluation < S. Raises PlanError outside."""
-        if not 0 <= evaluation < self.nfe:
-            raise PlanError(f"evaluation {evaluation} was asked for; this plan has evaluations 0 to {self.nfe - 1}")
+        if not hasattr(evaluation, "__index__") or not 0 <= evaluation < self.nfe:
+            raise PlanError(f"evaluation {evaluation!r} was asked for; this plan has evaluations 0 to {self.nfe - 1}")
         start = 1 + evaluation * self.branches
         return slice(start, start + self.branches)
 

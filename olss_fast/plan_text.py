@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from olss_fast._arguments import checked_count
 from olss_fast._text import clipped, printable
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _GAP = "  "
 
 def describe(plan: Plan, *, width: int = 120) -> str:
     """The text of `Plan.describe`. Lines are at most `width` characters, but never below the columns of levels."""
+    width = checked_count("width", width)
     levels = _level_columns(plan)
     room = width - _space(levels) + len(_GAP)  # there is no gap before the first column
     table = _joined(levels + _coefficients(plan, room))

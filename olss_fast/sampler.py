@@ -214,18 +214,19 @@ class Sampler:
         )
         check_plan_fits(plan, denoiser)
         doubled = plan.branches == 2 or denoiser.guided
-        return self._loops.run(
-            plan,
-            noise,
-            denoiser.arguments(noise.to(device), doubled=doubled),
-            self._asking,
-            dtype=self.dtype or network_dtype(self.networks[0], noise.dtype),
-            device=device,
-            doubled=doubled,
-            guidance_scale=scale,
-            step_noise=draw_step_noise(plan, noise, streams),
-            on_step=on_step,
-        )
+        with denoiser.naming_arguments():
+            return self._loops.run(
+                plan,
+                noise,
+                denoiser.arguments(noise.to(device), doubled=doubled),
+                self._asking,
+                dtype=self.dtype or network_dtype(self.networks[0], noise.dtype),
+                device=device,
+                doubled=doubled,
+                guidance_scale=scale,
+                step_noise=draw_step_noise(plan, noise, streams),
+                on_step=on_step,
+            )
 
     def _asking(self, parts: Sequence[Mapping[str, Any]]) -> Ask:
         """One call with the arguments of both halves, or two calls where they cannot be joined."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +80,8 @@ def build(
     if options is not None and not isinstance(options, Mapping):
         raise InputError(f"options is {options!r}; expected a mapping of Inductor's settings")
     settings = dict(options or {})
+    if not isinstance(cache, (bool, str, os.PathLike)):
+        raise InputError(f"cache is {cache!r}; expected True, False or a folder")
     folder = code_cache.default_folder() if cache is True else Path(cache) if cache else None
     with _stages(progress) as stage:
         stage("look for compiled code")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from olss_fast._arguments import checked_number, checked_schedule
 from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
@@ -66,8 +67,9 @@ class Tape:
     """
 
     def __init__(self, schedule: NoiseSchedule, nfe: int, *, noises: int = 0, start: float | None = None) -> None:
-        if start is not None and not 0.0 < start < np.inf:
-            raise InputError(f"start is {start!r}; expected a positive amplitude of the initial noise, or None")
+        expected = "a positive amplitude of the initial noise, or None"
+        if start is not None and checked_number("start", start, expected) <= 0.0:
+            raise InputError(f"start is {start!r}; expected {expected}")
         self._schedule = schedule
         self._start = start
         self._first_noise = 1 + nfe
@@ -120,6 +122,7 @@ def evaluation_times(
     InputError unless exactly one of `steps` and `timesteps` is given and given times are one row of finite numbers
     with strictly falling noise; ScheduleError for times outside the schedule.
     """
+    checked_schedule(schedule)
     if (steps is None) == (timesteps is None):
         raise InputError(f"got steps={steps!r} and timesteps={timesteps!r}; pass exactly one of them")
     if steps is not None:

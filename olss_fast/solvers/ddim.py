@@ -13,6 +13,7 @@ import math
 
 import numpy.typing as npt
 
+from olss_fast._arguments import checked_number
 from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
@@ -71,7 +72,7 @@ def _run(
     eta: float,
     start: float | None,
 ) -> Plan:
-    if not 0.0 <= eta <= 1.0:
+    if not 0.0 <= checked_number("eta", eta, "a number from 0 to 1") <= 1.0:
         raise InputError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1 (ancestral)")
     times, spacing_name = evaluation_times(schedule, steps, timesteps, spacing)
     levels = levels_of(schedule, times)
