@@ -1,7 +1,7 @@
 """One run of a plan, a step at a time: the history of what has come, and how far it is.
 
 Costs per step, whatever the plan: one copy of what has come into the history, one matrix-vector product over the
-columns so far, one cast where the sample is half precision. Fresh noise costs its drawing, and a plan that is not
+columns so far, one cast where the sum is wider than the sample. Fresh noise costs its drawing, and a plan that is not
 anchored (`Layout`) the row before once more: what the sample differs from it was changed from outside. Nothing is read
 back by the host. Only operators that work on fake tensors of a device that is not there are used (no [], no copy_).
 """
@@ -15,7 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from olss_fast.adapters._layout import Layout
+from olss_fast.adapters._layout import Layout, dtype_of_sums
 from olss_fast.errors import InputError, NetworkError
 
 Generator = torch.Generator | list[torch.Generator] | None
@@ -41,7 +41,7 @@ class Run:
         self.numel, self.kind = sample.numel(), sample.device.type
         self.readable = self.kind == "cpu" and type(sample) is Tensor
         self.strides = torch.empty(sample.shape, device="meta").stride()
-        precision = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        precision = dtype_of_sums(sample.dtype, sample.device)
         self.exact = sample.dtype == precision
         self.weights = layout.weights_on(sample.device, precision)
         self.history = torch.empty((layout.ends[-1], self.numel), dtype=precision, device=sample.device)
