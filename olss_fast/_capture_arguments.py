@@ -13,14 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast._bounds import check_count, check_steps
 from olss_fast._from_diffusers import FLOW_CLASSES
 from olss_fast._text import quoted
 from olss_fast.errors import InputError
 from olss_fast.plan import Floats
-from olss_fast.solvers._tape import check_steps
-
-MAX_EVALUATIONS = 2000
-"""Twice the training timesteps of most networks; a plan of as many evaluations takes 32 MB and about a second."""
 
 GRIDS = ("timesteps", "sigmas")  # arguments of set_timesteps that say how many steps there are
 
@@ -34,7 +31,7 @@ def checked_arguments(
             f'step_arguments is {quoted(step_arguments)}; expected a mapping of names to values, such as {{"eta": 0.5}}'
         )
     if steps is not None:
-        steps = check_count(check_steps(steps), "steps is")
+        steps = check_steps(steps)
     elif all(arguments.get(name) is None for name in GRIDS):
         raise InputError("steps is None; pass a whole number of at least 1, or timesteps= or sigmas=")
     for name, value in arguments.items():
@@ -44,16 +41,6 @@ def checked_arguments(
             raise InputError(f"{name} is {value}; expected a finite number")
     _check_device(arguments.get("device"))
     return steps, dict(arguments), dict(step_arguments or {})
-
-
-def check_count(count: int, what: str) -> int:
-    """`count`, if a plan may have as many evaluations; InputError otherwise."""
-    if count > MAX_EVALUATIONS:
-        raise InputError(
-            f"{what} {count}; a plan holds every coefficient of every pair of steps, so at most {MAX_EVALUATIONS} "
-            "evaluations are taken: ask for fewer"
-        )
-    return count
 
 
 def config_of(scheduler: Any) -> Mapping[str, Any]:

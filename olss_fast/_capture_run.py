@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from olss_fast._capture_arguments import check_count
+from olss_fast._bounds import check_count
 from olss_fast._text import quoted
 from olss_fast.errors import InputError, ScheduleError
 

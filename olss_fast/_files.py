@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from olss_fast._text import printable
 from olss_fast.errors import OlssError, PlanFileError
@@ -60,19 +61,24 @@ def read_bounded(path: AnyPath, limit: int, *, error: type[OlssError] = PlanFile
     Raises `error`: nothing there, a folder, device or pipe, not readable, or larger than `limit` bytes.
     """
     try:
-        source = Path(path)
-        status = source.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever, a device may never end
-            raise OSError(f"it is {_kind(status.st_mode)}; give the path of a file")
-        if status.st_size > limit:
-            raise OSError(f"it has {status.st_size} bytes; expected at most {limit}; is it the right file?")
-        with source.open("rb") as file:
-            data = file.read(status.st_size + 1)  # room is made for as much as is asked for
-        if len(data) > status.st_size:
-            raise OSError(f"it grew beyond {status.st_size} bytes while it was read; is it the right file?")
+        with open_regular(Path(path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise OSError(f"it has {size} bytes; expected at most {limit}; is it the right file?")
+            data = file.read(size + 1)  # room is made for as much as is asked for
+        if len(data) > size:
+            raise OSError(f"it grew beyond {size} bytes while it was read; is it the right file?")
     except (OSError, ValueError, TypeError) as cause:
         raise error(f"cannot read {_shown(path)}: {_reason(cause)}") from cause
     return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file to read, or what a symbolic link leads to; OSError for a folder, device or pipe."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever, a device may never end
+        raise OSError(f"it is {_kind(mode)}; give the path of a file")
+    return path.open("rb")
 
 
 def _check_target(target: Path) -> None:

@@ -18,8 +18,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from olss_fast._bounds import check_steps
 from olss_fast._noise_curves import Curve, FloatArray, FlowCurve, TableCurve
-from olss_fast.errors import InputError, ScheduleError
+from olss_fast.errors import ScheduleError
 
 KARRAS_RHO = 7.0
 
@@ -30,11 +31,10 @@ step from the noise end to here. Just below the noise end of Ho et al.'s linear 
 
 def space_timesteps(curve: Curve, steps: int, spacing: str, leading_offset: int = 0) -> FloatArray:
     """(steps,) evaluation times, noise falling. InputError for a bad count, ScheduleError for an unknown spacing."""
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise InputError(f"steps is {steps!r}; expected a whole number of at least 1")
+    steps = check_steps(steps)
     if not isinstance(spacing, str) or spacing not in _RULES:
         raise ScheduleError(f"spacing {spacing!r} is unknown; choose one of {', '.join(_RULES)}")
-    times = _RULES[spacing](curve, int(steps), leading_offset)
+    times = _RULES[spacing](curve, steps, leading_offset)
     if np.any(np.diff(times) >= 0):
         raise ScheduleError(f"{steps} steps are more than {spacing} spacing can tell apart on {curve.describe()}")
     return times

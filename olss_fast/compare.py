@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from olss_fast.plan import Plan
 from olss_fast.report import ANALYTIC, FITTED, KIND_NAMES, Candidate, Report
 from olss_fast.sampling import check_plan_fits
 from olss_fast.scoring import expected_evaluations, tournament
-from olss_fast.teacher import Recording, Split, Store, fingerprint, record
+from olss_fast.teacher import Recording, Split, record, recording_store
 from olss_fast.tuner import with_rivals
 
 BATCH = 64
@@ -88,8 +87,8 @@ def compare_denoiser(
     for plan in plans:
         check_plan_fits(plan, denoiser)
     start = time.perf_counter()
-    with torch.no_grad(), TemporaryDirectory(prefix="olss-") as folder:
-        recording = _record(teacher, denoiser, noise, Path(folder), batch_size or BATCH, progress)
+    with torch.no_grad(), ExitStack() as stack:
+        recording = _record(teacher, denoiser, noise, schedule, stack, batch_size or BATCH, progress)
         seconds, evaluations = {"record": time.perf_counter() - start}, {"record": denoiser.evaluations}
         task = Task(recording, denoiser, noise, schedule)
         candidates = [each for nfe in steps for each in _score(nfe, plans, rivals, admits, task, progress)]
@@ -118,13 +117,20 @@ def _check(steps: Sequence[int], plans: Sequence[Plan], schedule: NoiseSchedule)
 
 
 def _record(
-    teacher: Plan, denoiser: Denoiser, noise: Tensor, folder: Path, batch_size: int, progress: bool
+    teacher: Plan,
+    denoiser: Denoiser,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    stack: ExitStack,
+    batch_size: int,
+    progress: bool,
 ) -> Recording:
-    """The teacher's samples of all noise."""
+    """The teacher's samples of all noise, in a folder that is there as long as `stack`."""
     samples = noise.shape[0]
     split = Split(range(0), range(0), range(samples))
-    store = Store(folder, fingerprint(teacher, denoiser, noise, split, batch_size))
+    place = recording_store(None, teacher, denoiser, noise, schedule=schedule, split=split, batch_size=batch_size)
     with _bar(f"Teacher, {teacher.nfe} steps", samples * teacher.nfe, progress) as bar:
+        store = stack.enter_context(place)
         return record(teacher, denoiser, noise, store=store, split=split, batch_size=batch_size, progress=bar.update)
 
 

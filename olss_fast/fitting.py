@@ -170,7 +170,8 @@ class History:
             with self._file(chunk).open("ab") as file:
                 file.write(columns.to(torch.float32).cpu().contiguous().numpy().tobytes())
         except OSError as error:
-            raise StoreError(f"cannot write a rollout to {self.folder}: {error}. Free some space, resume") from error
+            advice = self.task.recording.store.advice
+            raise StoreError(f"cannot write a rollout to {self.folder}: {error}. Free some space. {advice}") from error
 
     def read(self, chunk: slice) -> Tensor:
         """(columns so far, B, ...) in float64, on the noise's device."""

@@ -89,6 +89,13 @@ class Denoiser:
         """Whether an evaluation asks the network twice."""
         return self.unconditional is not None and self.guidance_scale != 1.0
 
+    def what_is_asked(self) -> dict[str, Any]:
+        """Networks, conditioning and guidance by name; see `identity`."""
+        given = {"conditioning": self.conditioning, "unconditional": self.unconditional or {}}
+        arguments = {f"{half}.{name}": each for half, named in given.items() for name, each in named.items()}
+        names = ["network"] if len(self.networks) == 1 else [f"network{i}" for i in range(len(self.networks))]
+        return {"guidance_scale": self.guidance_scale, **arguments, **dict(zip(names, self.networks, strict=True))}
+
     def require_networks(self, highest: int) -> None:
         if highest >= len(self.networks):
             raise InputError(f"the plan uses network {highest}, but {len(self.networks)} came: pass a list of networks")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from olss_fast.executors import reference
 from olss_fast.fitting import Float64, Task
+from olss_fast.identity import digest
 from olss_fast.plan import Plan
+from olss_fast.store import Store
 
 Progress = Callable[[int], object]
 HOPELESS = 1.2  # a mean error this many times the best one's, on the same samples, ends a candidate
@@ -32,6 +34,19 @@ def score(
         for index, result in final_samples(plans, task, chunk, progress):
             errors[index, place] = (result.cpu() - target).square().flatten(1).mean(1).sqrt().numpy()
     return list(np.nan_to_num(errors, nan=np.inf))
+
+
+def kept_scores(store: Store, plans: Sequence[Plan], how: str, compute: Callable[[], list[Float64]]) -> list[Float64]:
+    """The errors that `compute` returns; those of an earlier run with this store, if it judged the same plans so."""
+    name = "scores-" + digest(how, *(part for plan in plans for part in content(plan)))[:16]
+    if not store.has(name):
+        store.write(name, {f"{i:04d}": torch.from_numpy(error) for i, error in enumerate(compute())})
+    return [store.read(name, f"{i:04d}").numpy() for i in range(len(plans))]
+
+
+def content(plan: Plan) -> tuple[str, bytes, bytes]:
+    """What plans are told apart by."""
+    return f"{plan.branches} {plan.models.tolist()}", plan.timesteps.tobytes(), plan.rows.tobytes()
 
 
 def final_samples(

@@ -8,35 +8,26 @@ again and again are the states that a student is to reach: they are kept in floa
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from olss_fast._files import write_atomically
 from olss_fast.errors import StoreError
 from olss_fast.executors import reference
-from olss_fast.network import Denoiser, module_of, require_finite
+from olss_fast.identity import identity
+from olss_fast.network import Denoiser, require_finite
+from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.sampling import batches, network_dtype
+from olss_fast.store import Store, open_store
 
-FORMAT = "olss-fast-recording"
-VERSION = 1
-STALE = 86400.0  # seconds
-PROBE_TOLERANCE = 1e-3  # of the norm: more than another number of threads, or another GPU kernel, makes of it
+PROBED = 4  # samples, of which a network is asked whether it is the one that a store belongs to
 Float64 = npt.NDArray[np.float64]
 
 
@@ -67,88 +58,6 @@ def triangle(columns: Tensor) -> Float64:
     """R factor (C, C) of the matrix whose C columns are the tensors `columns` (C, B, ...), in float64."""
     tall = columns.reshape(columns.shape[0], -1).to(torch.float64).T
     return merge_triangles([torch.linalg.qr(tall, mode="r").R.cpu().numpy()])
-
-
-class Store:
-    """A folder of chunks, each one file written atomically, that belongs to one recording.
-
-    The manifest holds a fingerprint of everything that the recording depends on; a folder with another fingerprint is
-    refused, one with the same is resumed. Nothing in it is pickled.
-    """
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder = Path(folder)
-        self.fingerprint = fingerprint
-        self._open()
-
-    def _open(self) -> None:
-        manifest = self.folder / "manifest.json"
-        wanted = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not manifest.exists():
-                write_atomically(manifest, json.dumps(wanted).encode(), error=StoreError)
-                return
-            found = json.loads(manifest.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise StoreError(f"cannot use {self.folder} as a store: {error}") from error
-        if found != wanted:
-            raise StoreError(
-                f"{self.folder} holds another recording ({found}), expected {wanted}: noise, conditioning, guidance, "
-                "teacher or network differ. Give another folder, or delete this one"
-            )
-
-    def path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-    @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A folder for one rollout, gone afterwards; those that killed runs left are removed after a day."""
-        for left in self.folder.glob("olss-rollout-*"):
-            if time.time() - left.stat().st_mtime > STALE:
-                shutil.rmtree(left, ignore_errors=True)
-        try:
-            folder = TemporaryDirectory(prefix="olss-rollout-", dir=self.folder)
-        except OSError as error:
-            raise StoreError(f"cannot make a folder in {self.folder}: {error}") from error
-        with folder as name:
-            yield Path(name)
-
-    def check_probe(self, probe: Tensor) -> None:
-        """Raise `StoreError` unless the network answers as it did when the recording was begun.
-
-        `probe` is its output for the first sample. It catches what a fingerprint cannot see: functions, and the inside
-        of objects among their arguments.
-        """
-        if not self.has("probe"):
-            self.write("probe", {"output": probe})
-            return
-        before = self.read("probe", "output").to(probe)
-        if before.shape != probe.shape or float((probe - before).norm()) > PROBE_TOLERANCE * float(before.norm()):
-            raise StoreError(
-                f"{self.folder} holds another recording: the network, or what it is conditioned on, answers otherwise "
-                "than it did. Give another folder, or delete this one"
-            )
-
-    def has(self, name: str) -> bool:
-        return self.path(name).exists()
-
-    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
-        content = save({key: t.contiguous().cpu() for key, t in tensors.items()})
-        try:
-            write_atomically(self.path(name), content, error=StoreError)
-        except StoreError as error:
-            raise StoreError(f"{error}. Then start again with the same store: finished chunks are kept") from error
-
-    def read(self, name: str, key: str, index: Any = slice(None)) -> Tensor:
-        try:
-            with safetensors.safe_open(self.path(name), framework="pt") as file:
-                tensor: Tensor = file.get_slice(key)[index]
-                return tensor
-        except (OSError, safetensors.SafetensorError) as error:
-            raise StoreError(
-                f"cannot read {key!r} of {self.path(name)}: {error}. Delete this file and resume"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -212,13 +121,12 @@ def record(
     `progress(samples)` is called after every evaluation with the number of samples evaluated (or skipped).
     Raises `NetworkError` (evaluation and sample named) and `StoreError`.
     """
-    first = noise[:1].to(network_dtype(denoiser.networks[0], noise.dtype), copy=True)
-    store.check_probe(denoiser(first, float(teacher.timesteps[0]), slice(0, 1)).to(torch.float32))
     triangles = []
     for part in (split.fit, split.validation, split.held_out):
         keep = part is split.fit  # of the others only the teacher's sample is ever looked at
         for chunk in batches(part, batch_size):
             if store.has(chunk_name(chunk)):
+                store.check(chunk_name(chunk))
                 progress((chunk.stop - chunk.start) * teacher.nfe)
             else:
                 store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, noise, chunk, keep, progress))
@@ -289,29 +197,39 @@ def one_step_coefficients(plan: Plan) -> Float64 | None:
     return found
 
 
-def fingerprint(teacher: Plan, denoiser: Denoiser, noise: Tensor, split: Split, batch_size: int) -> str:
-    """SHA-256 over everything that a recording depends on, weights of `torch.nn.Module` networks included."""
-    digest = hashlib.sha256()
-    digest.update(teacher.rows.tobytes() + teacher.timesteps.tobytes() + repr((split, batch_size)).encode())
-    digest.update(repr((denoiser.guidance_scale, tuple(noise.shape), noise.dtype)).encode())
-    digest.update(noise.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for arguments in (denoiser.conditioning, denoiser.unconditional or {}):
-        for name in sorted(arguments):
-            digest.update(name.encode() + content(arguments[name]))
-    for network in denoiser.networks:
-        module = module_of(network)
-        for name, value in () if module is None else module.named_parameters():
-            digest.update(name.encode() + content(value))
-    return digest.hexdigest()
+def probe(teacher: Plan, denoiser: Denoiser, noise: Tensor) -> Tensor:
+    """The network's outputs (samples, questions, ...) for a few samples at a teacher's noisiest, middle and last time.
+
+    It is asked about states of these levels whose image is another sample's noise: no teacher need have run.
+    """
+    stride = -(-noise.shape[0] // PROBED) | 1  # odd, for conditioning often repeats
+    samples = slice(0, noise.shape[0], stride)
+    x = noise[samples].double()
+    dtype = network_dtype(denoiser.networks[0], noise.dtype)
+    answers = []
+    for i in sorted({0, teacher.nfe // 2, teacher.nfe - 1}):
+        mixed = float(teacher.alphas[i]) * x.roll(1, 0) + float(teacher.sigmas[i]) * x
+        state = mixed if i else float(teacher.rows[0, 0]) * x
+        answers.append(denoiser(state.to(dtype), float(teacher.timesteps[i]), samples)[0])
+    return torch.stack(answers, 1)
 
 
-def content(value: object) -> bytes:
-    if isinstance(value, Tensor):
-        header = repr((tuple(value.shape), value.dtype)).encode()
-        return header + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    if isinstance(value, Mapping):
-        return b"{" + b",".join(repr(key).encode() + content(each) for key, each in value.items()) + b"}"
-    if isinstance(value, (list, tuple)):
-        return b"[" + b",".join(content(each) for each in value) + b"]"
-    plain = isinstance(value, (str, int, float, bool, type(None)))
-    return repr(value).encode() if plain else type(value).__name__.encode()
+def recording_store(
+    folder: str | Path | None,
+    teacher: Plan,
+    denoiser: Denoiser,
+    noise: Tensor,
+    *,
+    schedule: NoiseSchedule,
+    split: Split,
+    batch_size: int,
+) -> AbstractContextManager[Store]:
+    """The store in `folder` of a recording and the fits on it, or one for the time being. Raises `StoreError`."""
+    question = {
+        "teacher": (teacher.rows, teacher.timesteps),
+        "schedule": schedule,
+        "noise": noise,
+        "split": (split.fit, split.validation, split.held_out, batch_size),
+        **denoiser.what_is_asked(),
+    }
+    return open_store(folder, lambda before: identity(question, before), lambda: probe(teacher, denoiser, noise))

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from olss_fast import planning, solvers
 from olss_fast.errors import PlanFileError, StoreError
-from olss_fast.fitting import Student, Task, on_policy, teacher_forced
+from olss_fast.fitting import Float64, Student, Task, on_policy, teacher_forced
 from olss_fast.network import Denoiser
 from olss_fast.path_search import PathSearch, bent_paths
 from olss_fast.plan import Plan
 from olss_fast.polish import evaluations_of_jacobian, polish
 from olss_fast.report import ANALYTIC, FITTED, KIND_NAMES, PUBLISHED, SPLIT, UNIFORM, UNPOLISHED, Candidate
 from olss_fast.rollout import roll
-from olss_fast.scoring import expected_evaluations, tournament
+from olss_fast.scoring import expected_evaluations, kept_scores, tournament
 
 VERSION = 1  # of the fits in a store; raised whenever the same effort and seed would fit otherwise
 RIDGES = (1e-7, 1e-5)
@@ -135,11 +135,7 @@ class Tuner:
         ]
         plans = [fit.plan for fit in fits] + analytic
         held_out = self.task.recording.split.held_out
-        keep = range(len(fits))
-        first = max(3, len(held_out) // 8)
-        total = expected_evaluations(plans, len(held_out), first)
-        with self.clock.stage("accept", f"{steps:>2} steps, {len(plans)} samplers", total) as tick:
-            errors = tournament(plans, self.task, held_out, keep=keep, first=first, progress=tick)
+        errors = self._judged(plans, len(fits))
         scored = [
             Candidate(
                 name=KIND_NAMES[fit.kind],
@@ -159,11 +155,23 @@ class Tuner:
         scored[winner] = replace(scored[winner], accepted=True)
         return scored
 
+    def _judged(self, plans: list[Plan], fits: int) -> list[Float64]:
+        """Errors of all plans on held-out noise, the first `fits` of them on all of it; kept in the store."""
+        recording = self.task.recording
+        held_out = recording.split.held_out
+        first = max(3, len(held_out) // 8)
+        total = expected_evaluations(plans, len(held_out), first)
+        with self.clock.stage("accept", f"{plans[0].nfe:>2} steps, {len(plans)} samplers", total) as tick:
+            return kept_scores(
+                recording.store,
+                plans,
+                f"tournament {fits} {first}",
+                lambda: tournament(plans, self.task, held_out, keep=range(fits), first=first, progress=tick),
+            )
+
     def _files(self, steps: int) -> dict[str, Path]:
-        """Where the store keeps the fits of `steps`, by kind; the name holds everything they depend on."""
-        key = hashlib.sha256(
-            repr((VERSION, self.effort, self.seed, self.task.schedule.metadata(), self.task.fixed_start)).encode()
-        ).hexdigest()[:16]
+        """Where the store keeps the fits of `steps`, by kind; names hold what fits depend on beside the recording."""
+        key = hashlib.sha256(repr((VERSION, self.effort, self.seed, self.task.fixed_start)).encode()).hexdigest()[:16]
         kinds = [PUBLISHED, UNIFORM, UNPOLISHED, FITTED] + ([SPLIT] if self._splits(steps) else [])
         store = self.task.recording.store
         return {kind: store.path(f"fit-{steps:03d}-{kind}-{key}") for kind in kinds}
@@ -185,7 +193,7 @@ class Tuner:
             try:
                 fit.plan.save(files[fit.kind])
             except PlanFileError as error:
-                raise StoreError(str(error)) from error
+                raise StoreError(f"{error}. {self.task.recording.store.advice}") from error
         return fits
 
     def _splits(self, steps: int) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from olss_fast.network import Conditioning, Denoiser, Network, check_noise
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.report import Report
-from olss_fast.teacher import Split, Store, fingerprint, record
+from olss_fast.teacher import Split, record, recording_store
 from olss_fast.tuner import Clock, Effort, Tuner
 
 __all__ = ["Effort", "TuneResult", "tune", "tune_denoiser"]
@@ -132,10 +131,10 @@ def tune_denoiser(
     split = split_samples(noise, wanted, held_out)
     size = batch_size or _batch_size(teacher, noise)
     with torch.no_grad(), ExitStack() as stack:
-        folder = Path(store) if store is not None else Path(stack.enter_context(TemporaryDirectory(prefix="olss-")))
         clock = Clock(denoiser, progress)
-        opened = Store(folder, fingerprint(teacher, denoiser, noise, split, size))
         with clock.stage("record", f"Teacher, {teacher.nfe} steps", noise.shape[0] * teacher.nfe) as tick:
+            place = recording_store(store, teacher, denoiser, noise, schedule=schedule, split=split, batch_size=size)
+            opened = stack.enter_context(place)
             recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=size, progress=tick)
         task = Task(recording, denoiser, noise, schedule, fixed_start=fixed_start)
         tuner = Tuner(task, effort or Effort(), clock, seed, tuple(rivals), admits)

@@ -14,7 +14,7 @@ diffusers.logging.set_verbosity_error()
 
 from plain_schedulers import Described  # noqa: E402
 
-from olss_fast._capture_arguments import MAX_EVALUATIONS  # noqa: E402
+from olss_fast._bounds import MAX_EVALUATIONS  # noqa: E402
 from olss_fast.capturing import LINEARITY, capture  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")

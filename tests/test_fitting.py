@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from olss_fast.path_search import PathSearch, bent_paths
 from olss_fast.polish import Direction, _difference, _directions, evaluations_of_jacobian, polish
 from olss_fast.rollout import columns_of, huber, roll
 from olss_fast.scoring import score, tournament
-from olss_fast.teacher import Split, Store, fingerprint, merge_triangles, record, triangle
+from olss_fast.store import Store
+from olss_fast.teacher import Split, merge_triangles, record, triangle
 from olss_fast.testing import NULL_CLASS, ExactMixture
 
 SHAPE = (2, 3, 3)
@@ -40,7 +40,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
         guidance_scale=1.5,
     )
     split = Split.of(SAMPLES, validation=5, held_out=7)
-    store = Store(tmp_path_factory.mktemp("store"), fingerprint(TEACHER, denoiser, noise, split, 5))
+    store = Store(tmp_path_factory.mktemp("store"))
     return Task(record(TEACHER, denoiser, noise, store=store, split=split, batch_size=5), denoiser, noise, SCHEDULE)
 
 
@@ -265,34 +265,8 @@ def test_student_without_columns_is_counted(task: Task) -> None:
     assert (student.branches, student.known(0), student.known(2)) == (2, 1, 5)
 
 
-def test_fingerprint_sees_every_input(task: Task) -> None:
-    recording, denoiser = task.recording, task.denoiser
-
-    def of(**change: Any) -> str:
-        same = {"teacher": TEACHER, "denoiser": denoiser, "noise": task.noise, "split": recording.split}
-        return fingerprint(**{**same, "batch_size": 5, **change})
-
-    def other(**change: Any) -> Denoiser:
-        arguments = {"conditioning": denoiser.conditioning, "unconditional": denoiser.unconditional}
-        return Denoiser(denoiser.networks, samples=SAMPLES, **{**arguments, "guidance_scale": 1.5, **change})
-
-    linear = torch.nn.Linear(2, 2)
-    changed = [
-        of(),
-        of(batch_size=6),
-        of(noise=task.noise * 1.000001),
-        of(teacher=solvers.ddim(SCHEDULE, 19)),
-        of(denoiser=other(guidance_scale=1.6)),
-        of(denoiser=other(conditioning={"y": torch.zeros(SAMPLES)})),
-        of(denoiser=Denoiser(linear, samples=SAMPLES)),
-        *(of(denoiser=Denoiser(torch.nn.Linear(2, 2).forward, samples=SAMPLES)) for _ in range(2)),
-    ]
-    assert len(set(changed)) == len(changed)
-    assert of(denoiser=other()) == of()
-
-
 def test_store_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(olss_fast.errors.StoreError, match=r"file"):
-        Store(file, "x")
+        Store(file)

@@ -20,7 +20,7 @@ import olss_fast  # noqa: E402
 from olss_fast import cli  # noqa: E402
 from olss_fast.adapters import pipeline_files, pipeline_tuning  # noqa: E402
 from olss_fast.adapters.pipeline_network import open_pipeline  # noqa: E402
-from olss_fast.errors import InputError  # noqa: E402
+from olss_fast.errors import InputError, StoreError  # noqa: E402
 from olss_fast.report import Report  # noqa: E402
 from olss_fast.sampling import sample  # noqa: E402
 from olss_fast.tuning import Effort  # noqa: E402
@@ -174,22 +174,21 @@ def test_tuning_across_guidance_scales(pipe: Any) -> None:
 
 
 def test_a_killed_run_resumes(pipe: Any, tmp_path: Path) -> None:
-    calls, count = calls_of(guidance_scale=4.0), 0
+    calls, count, left = calls_of(guidance_scale=4.0), 0, 60  # stops in the middle of the fits, the teacher recorded
 
     def counted(module: Any, arguments: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == limit:
+        nonlocal count, left
+        count, left = count + 1, left - 1
+        if left == 0:
             raise KeyboardInterrupt
 
     hook = pipe.unet.register_forward_pre_hook(counted)
     before = dict(vars(pipe))
     try:
-        limit = 60  # in the middle of the fits, the teacher being recorded
         with pytest.raises(KeyboardInterrupt):
             olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
         assert list(vars(pipe).items()) == list(before.items())
-        limit, count = -1, 0
+        count = 0
         resumed = olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
         first, count = count, 0
         again = olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
@@ -198,7 +197,28 @@ def test_a_killed_run_resumes(pipe: Any, tmp_path: Path) -> None:
     finally:
         hook.remove()
     assert resumed.plans == again.plans == straight.plans
+    assert again.report.guidance == straight.report.guidance
     assert whole < first < count  # each run made fewer evaluations of the network than one that starts from nothing
+    openings, scales = len(calls) + 1, len(straight.report.guidance)
+    judged = straight.report.held_out
+    # Beginning the calls costs an evaluation each; a probe asks up to four samples at three times, the first for free.
+    assert whole <= openings + 4 * 3 + scales * (judged + 1 + judged * 3)
+
+
+def test_another_network_or_other_calls_are_refused(tmp_path: Path) -> None:
+    pipe = tiny_pipelines.unet2d()
+    calls = [{"batch_size": 1, "generator": torch.Generator().manual_seed(i)} for i in range(8)]
+    olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
+    weight = pipe.unet.conv_out.bias
+    with torch.no_grad():
+        weight[0] += 1e-6  # too little for any answer
+    with pytest.raises(StoreError, match=r"differs in 'network\.unet\.conv_out\.bias'"):
+        olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
+    with torch.no_grad():
+        weight[0] -= 1e-6
+    calls[3]["generator"] = torch.Generator().manual_seed(33)
+    with pytest.raises(StoreError, match="another recording"):
+        olss_fast.tune_pipeline(pipe, calls, store=tmp_path, **settings())
 
 
 def test_image_to_image_plans_are_for_their_strength(pipe: Any) -> None:

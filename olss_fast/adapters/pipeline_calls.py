@@ -1,8 +1,7 @@
-"""The calls of a pipeline: what it takes, its guidance scales, and a digest by which a recording knows them again."""
+"""The calls of a pipeline: what it takes, and its guidance scales."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 
 from olss_fast.errors import InputError
-from olss_fast.teacher import content
 
 Call = Mapping[str, Any]
 
@@ -93,25 +91,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return False
     return isinstance(value, (int, float, np.number)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-
-
-def digest(pipe: Any, calls: Sequence[Call]) -> str:
-    """SHA-256 over the pipeline's class and everything in its calls: texts, numbers, tensors, images, generators."""
-    parts = [type(pipe).__name__.encode()]
-    for call in calls:
-        parts += [name.encode() + content(_plain(call[name])) for name in sorted(call)]
-    return hashlib.sha256(b"\x00".join(parts)).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Images as arrays, generators as their states."""
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    array = hasattr(value, "__array__") or hasattr(value, "__array_interface__")  # pictures have only the latter
-    if array and not isinstance(value, torch.Tensor):
-        return torch.as_tensor(np.array(value))
-    return value

@@ -182,6 +182,15 @@ class PipelineNetwork:
             progress(session.ask(session.start, self.first_time).shape[0])
         return torch.cat([_left_alone(session) for session in self.sessions]).to(first.start.dtype)
 
+    def what_is_asked(self) -> dict[str, Any]:
+        """The pipeline's parts and code, its own attributes, and the calls; see `identity`.
+
+        Attributes with an underscore are those of the call that runs."""
+        pipe = self.sessions[0].pipe
+        own = {name: each for name, each in vars(pipe).items() if not name.startswith("_")}
+        code = {"code": type(pipe)}
+        return {**own, **getattr(pipe, "components", {}), **code, "calls": [session.call for session in self.sessions]}
+
     def admits(self, plan: Plan) -> bool:
         """Whether the pipeline can begin as the plan does: with noise of another amplitude only where it asks for the
         amplitude, part of the way only where its own first image lies."""

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from olss_fast.adapters.pipeline_calls import (
     Call,
     argument,
     check_calls,
-    digest,
     guidance_scales_of,
     with_guidance,
 )
@@ -40,8 +38,8 @@ from olss_fast.models import check_prediction
 from olss_fast.network import Denoiser
 from olss_fast.plan import Plan
 from olss_fast.report import ANALYTIC, GuidanceRow, Report
-from olss_fast.scoring import score
-from olss_fast.teacher import Split, Store, fingerprint, record
+from olss_fast.scoring import kept_scores, score
+from olss_fast.teacher import Split, record, recording_store
 from olss_fast.tuning import Effort, TuneResult, check_steps, check_whole, tune_denoiser
 
 SWEEP_SAMPLES = 8  # held-out samples on which other guidance scales are tried
@@ -165,8 +163,7 @@ def _opened(
     with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
         bar.close()
         count = network.start.shape[0]
-        conditioning = {"sample": torch.arange(count), "calls": digest(pipe, calls)}
-        yield network, Denoiser(network, samples=count, conditioning=conditioning)
+        yield network, Denoiser(network, samples=count, conditioning={"sample": torch.arange(count)})
 
 
 def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwork) -> list[Plan]:
@@ -275,9 +272,10 @@ def _errors(
     """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator; and evaluations."""
     with ExitStack() as stack:
         network, denoiser = stack.enter_context(_opened(pipe, calls, teacher_steps, seed, progress=False))
-        folder = store or Path(stack.enter_context(TemporaryDirectory(prefix="olss-")))
-        noise, samples = network.start, range(network.start.shape[0])
-        split = Split(range(0), range(0), samples)
-        opened = Store(folder, fingerprint(teacher, denoiser, noise, split, len(samples)))
-        recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=len(samples))
-        return score(plans, Task(recording, denoiser, noise, network.schedule), samples), network.evaluations
+        noise, samples, schedule = network.start, range(network.start.shape[0]), network.schedule
+        split, size = Split(range(0), range(0), samples), len(samples)
+        place = recording_store(store, teacher, denoiser, noise, schedule=schedule, split=split, batch_size=size)
+        opened = stack.enter_context(place)
+        recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=size)
+        task = Task(recording, denoiser, noise, schedule)
+        return kept_scores(opened, plans, "all", lambda: score(plans, task, samples)), network.evaluations

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from olss_fast._arguments import checked_number, checked_schedule
+from olss_fast._bounds import check_count
 from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
@@ -70,6 +71,7 @@ class Tape:
         expected = "a positive amplitude of the initial noise, or None"
         if start is not None and checked_number("start", start, expected) <= 0.0:
             raise InputError(f"start is {start!r}; expected {expected}")
+        check_count(nfe, "the number of evaluations is")
         self._schedule = schedule
         self._start = start
         self._first_noise = 1 + nfe
@@ -131,6 +133,7 @@ def evaluation_times(
         times = np.array(timesteps, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"timesteps cannot be read as numbers: {error}; pass a list or an array") from error
+    check_count(times.size, "timesteps has length")
     if times.ndim != 1 or times.size == 0 or not np.all(np.isfinite(times)):
         raise InputError(f"timesteps has shape {times.shape}; expected one row of at least one finite number")
     lams = schedule.lam(times)
@@ -146,10 +149,3 @@ def check_choice(what: str, value: object, choices: tuple[object, ...]) -> None:
     """InputError unless `value` is one of `choices`."""
     if isinstance(value, bool) or value not in choices:
         raise InputError(f"{what} is {value!r}; choose one of {', '.join(map(str, choices))}")
-
-
-def check_steps(steps: object) -> int:
-    """`steps` as an int; InputError unless it is a whole number of at least 1."""
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise InputError(f"steps is {steps!r}; expected a whole number of at least 1")
-    return int(steps)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from olss_fast._bounds import check_steps
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.noise_schedule import SPACINGS, NoiseSchedule
 from olss_fast.plan import Plan
-from olss_fast.solvers._tape import check_steps
 from olss_fast.solvers.ddim import ddim
 from olss_fast.solvers.deis import deis
 from olss_fast.solvers.dpm_solver import dpm_solver

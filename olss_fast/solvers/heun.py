@@ -15,10 +15,11 @@ from collections.abc import Sequence
 
 import numpy.typing as npt
 
+from olss_fast._bounds import check_steps
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.solvers._exponential import transfer
-from olss_fast.solvers._tape import CLEAN, Level, Output, Tape, Vector, check_steps, evaluation_times, levels_of
+from olss_fast.solvers._tape import CLEAN, Level, Output, Tape, Vector, evaluation_times, levels_of
 
 
 def heun(

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy.typing as npt
 
+from olss_fast._bounds import check_steps
 from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
@@ -26,7 +27,6 @@ from olss_fast.solvers._tape import (
     Tape,
     Vector,
     check_choice,
-    check_steps,
     evaluation_times,
     levels_of,
 )
