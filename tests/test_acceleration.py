@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 import tiny_pipelines  # noqa: E402
 
 import olss_fast  # noqa: E402
+from olss_fast.adapters import acceleration  # noqa: E402
 from olss_fast.errors import InputError, NetworkError  # noqa: E402
 from olss_fast.executors import graph  # noqa: E402
 
@@ -36,7 +40,7 @@ class Recorded:
 @pytest.fixture(params=["fused", "graph"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(graph, "capture", lambda function, pool, device: function() or Recorded(function))
-    monkeypatch.setattr("olss_fast.adapters.acceleration.require_cuda", lambda device: None)
+    monkeypatch.setattr(acceleration, "require_cuda", lambda device: None)
     return request.param
 
 
@@ -198,3 +202,124 @@ def test_a_run_that_is_cut_is_run_step_by_step() -> None:
     expected = images(pipe, denoising_end=0.6)
     olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend="fused")
     assert_same(images(pipe, denoising_end=0.6), expected)
+
+
+def edited(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Half-way guidance goes off, and the latents shrink."""
+    if step == 2:
+        pipe._guidance_scale = 0.0
+        given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[-1]
+        given["latents"] = 0.9 * given["latents"]
+    return given
+
+
+def test_what_acts_between_steps_runs_step_by_step_and_says_so_once() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    edit = {"callback_on_step_end": edited, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    plan = olss_fast.capture(pipe.scheduler, STEPS)
+    expected, plain = images(pipe, **edit), images(pipe)
+    assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+    handle = olss_fast.accelerate(pipe, plan, backend="fused")
+    with pytest.warns(UserWarning, match="runs step by step: callback_on_step_end"):
+        assert_same(images(pipe, **edit), expected)
+    assert handle.stats().backend == "fused"
+    assert "callback_on_step_end" in handle.stats().reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(images(pipe, **edit), expected)
+        assert_same(images(pipe), plain)
+
+
+def test_arguments_that_nobody_knows_run_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By position too; what is given its default is no reason."""
+    pipe = tiny_pipelines.unet2d()
+    monkeypatch.setattr(acceleration, "STEADY", acceleration.STEADY - {"batch_size"})
+    plan = olss_fast.capture(pipe.scheduler, STEPS)
+    expected = images(pipe)
+    handle = olss_fast.accelerate(pipe, plan, backend="fused")
+    images(pipe, batch_size=1)
+    assert handle.stats().reason == ""
+    assert handle.stats().bytes > 0
+    call = call_of(pipe)
+    assert_same(torch.as_tensor(pipe(call.pop("batch_size"), **call).images), expected)
+    assert "batch_size" in handle.stats().reason
+
+
+def test_a_scheduler_whose_steps_somebody_watches() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend="fused")
+    seen, step = [], pipe.scheduler.step
+
+    def watched(*args: Any, **how: Any) -> Any:
+        seen.append(args[1])
+        return step(*args, **how)
+
+    pipe.scheduler.step = watched
+    images(pipe)
+    assert len(seen) == STEPS
+
+
+def sibling(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """Another pipeline made of the same parts, and what it has to be given."""
+    if name == "inpainting":
+        mask = torch.zeros(1, 1, 16, 16)
+        mask[..., :8] = 1
+        image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        given = {"image": image, "mask_image": mask, "strength": 1.0, "height": 16, "width": 16, "prompt": "a"}
+        return tiny_pipelines.quiet(diffusers.StableDiffusionInpaintPipeline.from_pipe(pipe)), given
+    if name == "text to image":
+        return tiny_pipelines.quiet(diffusers.StableDiffusionPipeline.from_pipe(pipe)), {"guidance_scale": 2.0}
+    net = tiny_pipelines.controlnet().controlnet
+    made = diffusers.StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=net)
+    return tiny_pipelines.quiet(made), {"image": torch.ones(1, 3, 16, 16), "height": 16, "width": 16}
+
+
+@pytest.mark.parametrize("name", ["inpainting", "text to image", "ControlNet"])
+def test_other_pipelines_of_the_same_parts_have_their_own_loop(name: str) -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    other, given = sibling(pipe, name)
+    expected, own = images(other, **given), images(pipe)
+    olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend="fused")
+    images(pipe)
+    other, given = sibling(pipe, name)
+    assert_same(images(other, **given), expected)
+    assert_same(images(pipe), own)
+
+
+def test_threads_share_an_accelerated_pipeline() -> None:
+    """With scales and numbers of steps of their own, beside a sibling that inpaints. Tokenizers take no threads."""
+    pipe = tiny_pipelines.stable_diffusion()
+    plans = [olss_fast.capture(pipe.scheduler, steps) for steps in (3, STEPS)]
+    prompt = dict(
+        zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt("a", "cpu", 1, True), strict=True)
+    )
+    olss_fast.accelerate(pipe, plans, backend="fused")
+    other, given = sibling(pipe, "inpainting")
+    given |= {"prompt": None, **prompt}
+    work: list[Callable[[], Any]] = [
+        lambda: images(pipe, prompt=None, **prompt),
+        lambda: images(pipe, prompt=None, **prompt, guidance_scale=2.0, num_inference_steps=3),
+        lambda: images(other, **given),
+    ]
+    alone = [each() for each in work]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda i: work[i % 3](), range(24)))
+    assert [i for i, each in enumerate(found) if not torch.equal(each, alone[i % 3])] == []
+
+
+def test_a_copy_is_accelerated_by_itself() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    handle = olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend="fused")
+    expected = images(pipe)
+    again = copy.deepcopy(pipe)
+    handle.restore()
+    assert_same(images(again), expected)
+    assert vars(again)["_acceleration"].stats().bytes > 0
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+
+
+def test_what_is_read_after_a_call() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend="fused")
+    images(pipe, guidance_scale=3.0)
+    assert pipe.guidance_scale == 3.0

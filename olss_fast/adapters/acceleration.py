@@ -1,24 +1,30 @@
 """`olss_fast.accelerate`: the denoising loop of a diffusers pipeline as one call.
 
-The pipeline is shown a schedule of one timestep. When it asks its network there, the whole loop is run, with the
-arguments it gave (prompt embeddings and all) and its guidance scale, by the fused or the graph executor; what it does
-then with the output has no effect, and its scheduler's step hands out the finished latents.
+A call of an accelerated pipeline is made on a copy of the pipeline that lives as long as the call, with the same
+components but two. The scheduler shows one timestep; the network, when it is asked there, runs the whole loop by the
+fused or the graph executor, with the arguments it was handed (prompt embeddings and all) and the call's guidance scale.
+What the pipeline does then with the output has no effect, and the scheduler's step hands out the finished latents.
 
-So callbacks are called once, at the end. This is done for text-to-image Stable Diffusion and SDXL, and for DDPM and
-DDIM pipelines of a UNet2DModel. Every other pipeline gets the plan as a `PlanScheduler`, which runs it step by step;
-so does a call that needs more than guidance of the outputs (`guidance_rescale`), that is cut (`denoising_end`), or
-whose plan draws fresh noise.
+The pipeline itself has the plan as a `PlanScheduler`, and its network as it was: so other pipelines made of the same
+parts run step by step, and threads do not meet. So does, with a warning, a call of this pipeline that asks for anything
+which may matter between two steps (a callback, `guidance_rescale`, `denoising_end`, an argument that is not known
+here), or whose plan draws fresh noise.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
+from olss_fast.adapters._sessions import Session, Sessions
 from olss_fast.adapters.pipeline_check import check_slot
 from olss_fast.adapters.plan_scheduler import PlanScheduler
 from olss_fast.errors import InputError
@@ -29,15 +35,35 @@ from olss_fast.plan import Plan
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline")
 BACKENDS = ("auto", "fused", "graph")
+STEADY = frozenset(
+    (
+        *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "num_images_per_prompt", "clip_skip"),
+        *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+        *("ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs", "guidance_scale"),
+        *("original_size", "crops_coords_top_left", "target_size", "height", "width", "batch_size"),
+        *("negative_original_size", "negative_crops_coords_top_left", "negative_target_size"),
+        *("num_inference_steps", "timesteps", "sigmas", "eta", "use_clipped_model_output", "generator", "latents"),
+        *("output_type", "return_dict", "callback_on_step_end_tensor_inputs", "callback_steps"),
+    )
+)
+"""Arguments that a pipeline uses before its loop, after it, or the same at every step."""
+WATCHED = {"step", "set_timesteps", "scale_model_input"}
+"""Methods of a scheduler; one that somebody replaced in it wants to see the steps."""
 
 
 class LoopScheduler(PlanScheduler):
-    """A PlanScheduler that shows one timestep, whose step hands out the samples that `Acceleration` made there."""
+    """A PlanScheduler for one call, that shows one timestep, and whose step hands out the samples made there."""
 
-    handle: Acceleration | None = None
-    stepwise: Callable[[], bool] = staticmethod(lambda: True)  # whether this call has to be run step by step
     whole = False
-    sample: Tensor | None = None
+    why_not = ""
+    finished: Tensor | None = None
+
+    @classmethod
+    def of(cls, scheduler: PlanScheduler) -> LoopScheduler:
+        """The same plans."""
+        loop = cls.__new__(cls)
+        vars(loop).update(vars(scheduler), _sessions=Sessions(Session(), torch.empty(0)))
+        return loop
 
     def set_timesteps(
         self,
@@ -49,15 +75,13 @@ class LoopScheduler(PlanScheduler):
         **other: Any,
     ) -> None:
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu, **other)
-        entry, self.sample = self._chosen(), None
-        self.whole = not self.stepwise() and entry.begin == 0 and entry.plan.noises == 0
+        entry, self.finished = self._chosen(), None
+        self.why_not = "its plan draws fresh noise" if entry.plan.noises else ""
+        if entry.begin:
+            self.why_not = f"its plan begins at index {entry.begin}"
+        self.whole = not self.why_not
         if self.whole:
-            self.timesteps = self.timesteps[:1]
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        if self.whole and begin_index:
-            raise InputError(f"an accelerated pipeline begins at the beginning, got begin index {begin_index}")
-        super().set_begin_index(begin_index)
+            self.timesteps = self.timesteps[:1].clone()
 
     def step(
         self,
@@ -74,14 +98,10 @@ class LoopScheduler(PlanScheduler):
         if positional or not self.whole:
             return super().step(model_output, timestep, sample, *positional, **named)
         self._check_arguments(eta, other)
-        if self.sample is None:
+        if self.finished is None:
             raise InputError("the pipeline came to its scheduler's step without a call of its unet")
-        finished, self.sample, self.whole = self.sample, None, False
+        finished, self.finished = self.finished, None
         return Finished(finished) if return_dict else (finished, finished)
-
-
-# Saved and loaded as what it is to everybody else.
-LoopScheduler.__name__ = LoopScheduler.__qualname__ = "PlanScheduler"
 
 
 class Finished:
@@ -91,95 +111,163 @@ class Finished:
         self.sample = self.prev_sample = sample
 
 
+class LoopNetwork(torch.nn.Module):
+    """Stands for `pipe.unet` in one call of the pipeline: it runs the whole loop where it is asked for its timestep."""
+
+    def __init__(self, pipe: Any, loops: Loops) -> None:
+        super().__init__()
+        vars(self).update(pipe=pipe, network=pipe.unet, loops=loops)  # the network is no submodule: it is only used
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["network"], name)
+
+    def forward(self, sample: Tensor, timestep: Any, *args: Any, **arguments: Any) -> Any:
+        pipe, scheduler = self.pipe, self.pipe.scheduler
+        if not scheduler.whole:
+            return self.network(sample, timestep, *args, **arguments)
+        plan = scheduler._chosen().plan
+        doubled = bool(getattr(pipe, "do_classifier_free_guidance", False))
+        scheduler.finished = self.loops.run(
+            plan,
+            (sample.chunk(2)[0] if doubled else sample) / float(plan.rows[0, 0]),
+            [list(args), {**arguments, "return_dict": False}],
+            functools.partial(_asking, self.network),
+            dtype=sample.dtype,
+            device=sample.device,
+            doubled=doubled,
+            guidance_scale=float(pipe.guidance_scale) if doubled else 1.0,
+        )
+        return (sample,) if arguments.get("return_dict") is False else Finished(sample)
+
+
+def _asking(network: Any, held: Any) -> Ask:
+    args, arguments = held
+
+    def ask(x: Tensor, time: Tensor, model: int) -> Tensor:
+        output: Tensor = network(x, time, *args, **arguments)[0]
+        return output[:, : x.shape[1]]  # the rest is a predicted variance
+
+    return ask
+
+
 class Acceleration:
     """What `accelerate` did to a pipeline. `stats()` as of `Sampler`; `restore()` takes it back."""
 
     def __init__(self, pipe: Any, plans: Plan | Sequence[Plan], backend: str, check: bool) -> None:
         check_slot(pipe)
-        if isinstance(pipe.scheduler, LoopScheduler) and pipe.scheduler.handle is not None:
-            pipe.scheduler.handle.restore()
+        if (before := vars(pipe).get("_acceleration")) is not None:
+            before.restore()
         self.pipe, self.original = pipe, pipe.scheduler
-        self.reason = ""
+        self.kind: Any = pipe.__class__
+        self.reasons: dict[str, None] = {}  # why calls ran step by step
         self.loops: Loops | None = None
-        if type(pipe).__name__ not in PIPELINES:
-            self.reason = f"{type(pipe).__name__} runs step by step: only {', '.join(PIPELINES)} can be made one call"
-            warnings.warn(self.reason, stacklevel=3)
-            pipe.scheduler = PlanScheduler.from_pipe(pipe, plans, check=check)
+        known = self.kind.__name__ in PIPELINES and self.kind is getattr(diffusers, self.kind.__name__)
+        if known and backend == "graph":
+            require_cuda(torch.device(pipe.device))
+        self.scheduler = PlanScheduler.from_pipe(pipe, plans, check=check)
+        pipe.scheduler = self.scheduler
+        if not known:
+            self._say(f"only {', '.join(PIPELINES)} can be made one call")
             return
-        device = torch.device(pipe.device)
-        if backend == "graph":
-            require_cuda(device)
-        chosen = ("graph" if device.type == "cuda" else "fused") if backend == "auto" else backend
-        self.unet = pipe.unet
-        self.loops = Loops([self.unet], chosen)
-        self.forward = self.unet.forward
-        self.before = {name: value for name, value in vars(self.unet).items() if name == "forward"}
-        scheduler: Any = LoopScheduler.from_pipe(pipe, plans, check=check)
-        scheduler.stepwise, scheduler.handle = self._stepwise, self
-        self.scheduler = pipe.scheduler = scheduler
-        self.unet.forward = self._whole_loop
+        self.loops = Loops([pipe.unet], backend)
+        vars(pipe)["_acceleration"] = self
+        pipe.__class__ = _accelerated(self.kind)
 
     def restore(self) -> None:
-        """The pipeline's own scheduler and network again."""
+        """The pipeline's own scheduler and loop again."""
         self.pipe.scheduler = self.original
-        if self.loops is not None:
-            own = vars(self.unet)  # a compiled module has a forward of its own there, others their class's
-            own.pop("forward", None)
-            own.update(self.before)
-            self.loops = None
-
-    def _stepwise(self) -> bool:
-        """Whether the pipeline's present call needs its loop: outputs that are rescaled, a run that is cut."""
-        pipe = self.pipe
-        return getattr(pipe, "_guidance_rescale", 0.0) > 0.0 or getattr(pipe, "_denoising_end", None) is not None
+        if vars(self.pipe).get("_acceleration") is self:
+            del vars(self.pipe)["_acceleration"]
+            self.pipe.__class__ = self.kind
+        self.loops = None
 
     def require_finite(self) -> None:
-        """NetworkError that names the first evaluation of the last run that was not finite. Waits for the device."""
+        """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
+        device."""
         if self.loops is not None:
             self.loops.require_finite()
 
     def stats(self) -> Stats:
+        reason = "; ".join(self.reasons)
         if self.loops is None:
-            return Stats("PlanScheduler", 0, 0, self.reason, 0, None)
-        return self.loops.stats()
+            return Stats("PlanScheduler", 0, 0, reason, 0, None)
+        stats = self.loops.stats()
+        return replace(stats, reason="; ".join(each for each in (stats.reason, reason) if each))
 
-    def _whole_loop(self, sample: Tensor, timestep: Any, *args: Any, **arguments: Any) -> Any:
-        """Stands in for the network's forward: runs the whole loop where the pipeline asks for its one timestep."""
-        scheduler, loops = self.scheduler, self.loops
-        if loops is None or self.pipe.scheduler is not scheduler or not scheduler.whole or scheduler.sample is not None:
-            return self.forward(sample, timestep, *args, **arguments)
-        plan = scheduler._chosen().plan
-        doubled = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
-        noise = (sample.chunk(2)[0] if doubled else sample) / float(plan.rows[0, 0])
-        finished = loops.run(
-            plan,
-            noise,
-            [list(args), {**arguments, "return_dict": False}],
-            self._asking,
-            dtype=sample.dtype,
-            device=sample.device,
-            doubled=doubled,
-            guidance_scale=float(self.pipe.guidance_scale) if doubled else 1.0,
-        )
-        scheduler.sample = finished
-        return (sample,) if arguments.get("return_dict") is False else Finished(sample)
+    def call(self, *args: Any, **how: Any) -> Any:
+        """The pipeline's call, as one run of the loop where that is what it comes to."""
+        pipe, run, loops = self.pipe, self.kind.__call__, self.loops
+        if pipe.scheduler is not self.scheduler or loops is None:
+            return run(pipe, *args, **how)
+        if reason := self._needs_steps(args, how):
+            self._say(reason)
+            return run(pipe, *args, **how)
+        if loops.networks[0] is not pipe.unet:
+            self.loops = loops = Loops([pipe.unet], loops.backend)
+        before, alone = dict(vars(pipe)), object.__new__(self.kind)
+        scheduler = LoopScheduler.of(self.scheduler)
+        vars(alone).update(before, scheduler=scheduler, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+        vars(alone)["unet"] = LoopNetwork(alone, loops)
+        lent = dict(vars(alone))
+        try:
+            return run(alone, *args, **how)
+        finally:  # guidance_scale, num_timesteps and the like are read after a call too
+            vars(pipe).update({name: value for name, value in vars(alone).items() if lent.get(name) is not value})
+            vars(alone).clear()  # else it and its network keep each other alive
+            if scheduler.why_not:
+                self._say(scheduler.why_not)
 
-    def _asking(self, held: Any) -> Ask:
-        args, arguments = held
+    def _needs_steps(self, args: Sequence[Any], how: Mapping[str, Any]) -> str:
+        """Why this call has to run step by step; "" where nothing matters between its steps."""
+        if WATCHED & vars(self.scheduler).keys():
+            return "methods of its scheduler were replaced"
+        signature = inspect.signature(self.kind.__call__)
+        try:
+            given = signature.bind(self.pipe, *args, **how).arguments
+        except TypeError:
+            return ""  # the pipeline says what is wrong
+        given |= given.pop("kwargs", {})
+        del given["self"]
+        for name, value in given.items():
+            if name not in STEADY and not _is_default(signature.parameters.get(name), value):
+                return f"{name} may change something between two steps"
+        return ""
 
-        def ask(x: Tensor, time: Tensor, model: int) -> Tensor:
-            output: Tensor = self.forward(x, time, *args, **arguments)[0]
-            return output[:, : x.shape[1]]  # the rest is a predicted variance
+    def _say(self, reason: str) -> None:
+        """Once."""
+        text = f"{self.kind.__name__} runs step by step: {reason}"
+        if text not in self.reasons:
+            self.reasons[text] = None
+            warnings.warn(text, stacklevel=4)
 
-        return ask
+
+def _is_default(parameter: inspect.Parameter | None, value: Any) -> bool:
+    default = None if parameter is None else parameter.default
+    return value is default or (isinstance(value, (int, float, str)) and bool(value == default))
+
+
+@functools.cache
+def _accelerated(kind: Any) -> Any:
+    """The class `kind`, whose calls are made by the pipeline's `Acceleration`; of the same name, which is saved."""
+
+    @functools.wraps(kind.__call__)
+    def __call__(self: Any, *args: Any, **how: Any) -> Any:
+        return vars(self)["_acceleration"].call(*args, **how)
+
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (kind,), {"__call__": __call__, **names})
 
 
 def accelerate(pipe: Any, plans: Plan | Sequence[Plan], *, backend: str = "auto", check: bool = True) -> Acceleration:
     """Make the denoising loop of `pipe` one call that runs `plans` (picked by `num_inference_steps`).
 
     For Stable Diffusion and SDXL (text-to-image), and DDPM and DDIM pipelines; others get a `PlanScheduler`, with a
-    warning that says so. `backend` is "graph" (default on CUDA), "fused" or "auto". The result's `stats()` says what
-    happens, its `restore()` takes it back.
+    warning that says so, and so do calls with a callback or anything else that acts between two steps. Other pipelines
+    made of the same parts run step by step. Several threads may call the pipeline, with prompts as embeddings:
+    tokenizers take no threads. An `interrupt` from outside comes too late for a call that is one run of the loop.
+
+    `backend` is "graph" (default on CUDA), "fused" or "auto". The result's `stats()` says what happens, its `restore()`
+    takes it back.
 
     Raises:
         InputError: as `PlanScheduler.from_pipe`; an unknown backend, or a graph without a CUDA device.
