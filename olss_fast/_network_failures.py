@@ -39,7 +39,7 @@ def naming_arguments(networks: Sequence[Any], samples: int, *given: Mapping[str,
 def _reason(cause: Exception, networks: Sequence[Any], samples: int, tensors: list[tuple[str, Tensor]]) -> str:
     if isinstance(cause, IndexError):
         return "; ".join(_beyond(networks, *each) for each in tensors if not each[1].is_floating_point())
-    odd = [f"{name} has {len(value)} rows" for name, value in tensors if len(value) != samples]
+    odd = [f"{name} has {len(value)} rows" for name, value in tensors if len(value) not in (1, samples)]
     return f"{', '.join(odd)}; expected {samples}, one for each sample, of what belongs to the samples" if odd else ""
 
 

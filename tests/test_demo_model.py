@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import olss_fast
 from olss_fast import demo, metrics
 from olss_fast.errors import InputError, ModelError
 
@@ -162,3 +163,25 @@ def test_weights_of_another_network_are_refused(copied_folder: Path) -> None:
 def test_device_that_is_not_there_is_named(call: Callable[[str], object]) -> None:
     with pytest.raises(InputError, match="'cuda:99'"):
         call("cuda:99")
+
+
+def test_the_pipeline_samples_what_the_model_does() -> None:
+    pipe = demo.pipeline("cpu")
+    pipe.set_progress_bar_config(disable=True)
+    labels = torch.tensor([3, 17])
+    found = pipe([3, 17], 3, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    noise = torch.randn(2, *demo.SHAPE, generator=torch.Generator().manual_seed(0))
+    how = {"conditioning": {"class_labels": labels}, "unconditional": {"class_labels": 20}, "guidance_scale": 1.5}
+    expected = olss_fast.sample(demo.load("cpu").network, olss_fast.capture(pipe.scheduler, 3), noise, **how)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # three evaluations in float32
+    assert pipe(3, 1).images[0].size == (32, 32)
+    for wrong in (20, -1, [], 1.5):
+        with pytest.raises(InputError, match="expected whole numbers from 0 to 19"):
+            pipe(wrong)
+
+
+def test_the_folder_says_which_label_is_none() -> None:
+    from olss_fast.adapters.diffusers import load_pipeline
+
+    model = load_pipeline(demo.MODEL_FOLDER, device="cpu")
+    assert (model.classes, model.null_class) == (demo.CLASSES, demo.CLASSES)

@@ -2,87 +2,83 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import olss_fast
-from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast import solvers
+from olss_fast.tuning import Effort
 
 README = Path(__file__).parent.parent / "README.md"
-BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-SCHEDULE = NoiseSchedule.from_betas(BETAS)
-
-
-def network(x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
-    """The noise that the posterior mean expects in x for data N(y / 10, 1/4), and something that is not linear."""
-    alpha, sigma, _ = (torch.from_numpy(v).float().view(-1, 1, 1, 1) for v in SCHEDULE.levels(timestep.numpy()))
-    mean = (y / 10.0).view(-1, 1, 1, 1)
-    return sigma * (x - alpha * mean) / (alpha**2 / 4.0 + sigma**2) + 0.05 * torch.sin(3.0 * x)
-
-
-def test_calls_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (code,) = (block for block in blocks if "tune(" in block)
-    noise = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(32) % 10
-    names = {"network": network, "betas": BETAS, "noise": noise, "y": y, "null": torch.full_like(y, 10)}
-    monkeypatch.chdir(tmp_path)
-    exec(code, names)
-    assert names["plan"].nfe == 5
-    (code,) = (block for block in blocks if "Sampler(" in block)
-    exec(code, {**names, "other": y.flip(0)})
-    assert names["images"].shape == noise.shape
-    assert set(names["result"].plans) == {5, 8}
+LEAST = Effort(
+    polish_iterations=1, jacobian_samples=1, jacobian_evaluations=1, path_samples=1, node_moves=(), split_up_to=0
+)
 
 
 class Network(torch.nn.Module):
+    """Stands for the embedded model where it would be tuned or compiled, which takes minutes."""
+
     def __init__(self) -> None:
         super().__init__()
         self.mix = torch.nn.Conv2d(1, 1, 3, padding=1)
 
-    def forward(self, x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
-        output: Tensor = torch.tanh(self.mix(x) + (y / 10.0 + timestep / 1000.0).view(-1, 1, 1, 1))
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        output: Tensor = torch.tanh(self.mix(x) + (class_labels / 10.0 + timestep / 1000.0).view(-1, 1, 1, 1))
         return output
 
 
-def test_engine_calls_work_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (code,) = (block for block in blocks if "build(" in block)
-    y = torch.arange(16) % 10
-    names = {"olss_fast": olss_fast, "network": Network().eval(), "y": y, "null": torch.full_like(y, 10)}
-    names["result"] = SimpleNamespace(plans={n: olss_fast.solvers.unipc(SCHEDULE, n) for n in (5, 8)})
-    names["noise"] = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OLSS_FAST_CACHE", str(tmp_path / "cache"))
-    exec(code, names)
-    assert names["images"].shape == (8, 1, 32, 32)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning takes the least: teachers of 8 steps, three analytic solvers, hardly any effort, and a quick network."""
+    every, tune, tune_pipeline = solvers.candidates, olss_fast.tune, olss_fast.tune_pipeline
+    least: dict[str, Any] = {"teacher_steps": 8, "effort": LEAST, "progress": False}
+    monkeypatch.setattr(solvers, "candidates", lambda schedule, nfe: every(schedule, nfe)[:3])
+
+    def tuned(network: Any, **settings: Any) -> Any:
+        assert callable(network)
+        return tune(Network(), **{**settings, **least})
+
+    def tuned_pipeline(pipe: Any, calls: Any, steps: Any) -> Any:
+        stand_in = Network()
+        with monkeypatch.context() as during:
+            during.setattr(pipe.unet, "forward", lambda *given, return_dict, **more: (stand_in(*given, **more),))
+            return tune_pipeline(pipe, calls, steps, **least)
+
+    monkeypatch.setattr(olss_fast, "tune", tuned)
+    monkeypatch.setattr(olss_fast, "tune_pipeline", tuned_pipeline)
 
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' deprecations
-def test_the_pipeline_calls_work_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
-    import tiny_pipelines
-
-    from olss_fast.tuning import Effort
-
-    least = Effort(
-        polish_iterations=1, jacobian_samples=1, jacobian_evaluations=1, path_samples=1, node_moves=(), split_up_to=0
-    )
-    quick = functools.partial(olss_fast.tune_pipeline, teacher_steps=8, effort=least, progress=False)
-    monkeypatch.setattr(olss_fast, "tune_pipeline", quick)
+def test_the_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    """One after the other, as somebody who reads on would run them, on the embedded model; with fewer samples."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (code,) = (block for block in blocks if "tune_pipeline(" in block)
-    names = {"olss_fast": olss_fast, "pipe": tiny_pipelines.stable_diffusion(), "prompts": list("abcd")}
-    exec(code, names)
+    tuning, pipeline, sampler, loading, engine, exporting = blocks
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(tuning.replace("128", "8"), names)
+    assert names["plan"].nfe == 5
+    assert names["images"].shape == (2, 1, 32, 32)
+    assert {path.name for path in tmp_path.rglob("*.*")} == {"five.safetensors", "report.json", "error.png", "path.png"}
+    exec(sampler, names)
+    assert names["images"].shape == (8, 1, 32, 32)
+    kept = dict(names)
+    exec(pipeline.replace("range(64)", "range(6)"), names)
     assert set(names["result"].plans) == {5, 8}
-    assert names["image"].size == (16, 16)
+    assert names["image"].size == (32, 32)
+    exec(loading, names)
+    assert (names["model"].classes, names["model"].null_class) == (20, 20)
+    monkeypatch.setenv("OLSS_FAST_CACHE", str(tmp_path / "cache"))
+    kept |= {"network": Network().eval(), "noise": kept["noise"].cpu(), "y": kept["y"].cpu()}
+    exec(engine, kept)
+    assert kept["images"].shape == (8, 1, 32, 32)
+    pytest.importorskip("onnxscript")
+    exec(exporting, kept)
+    assert (tmp_path / "loop.onnx").stat().st_size > 0
 
 
 def test_the_two_commands() -> None:

@@ -47,8 +47,8 @@ class UNetNetwork(torch.nn.Module):
 class DiffusersModel:
     """A loaded pipeline: what `tune` and `sample` take, the shape of one sample and the number of its classes.
 
-    `classes` is 0 for an unconditional model. `null_class` is the label for "any class" that guidance needs; a
-    folder does not say whether its model has one.
+    `classes` is 0 for an unconditional model. `null_class` is the label for "any class" that guidance needs, None where
+    nobody said that the model has one.
     """
 
     network: UNetNetwork
@@ -69,7 +69,7 @@ def load_pipeline(
     """Load a pipeline folder, onto a GPU if there is one and no `device` is named.
 
     `null_class` is the label the model was trained with for "no class"; it is not counted among the classes if it is
-    the last one.
+    the last one. Default: "_null_class" in the folder's model_index.json, if it is there.
 
     Raises:
         ModelError: no such folder, not a pipeline of this kind, no or only pickled weights, weights that do not fit.
@@ -78,12 +78,14 @@ def load_pipeline(
     """
     folder = Path(folder)
     _check_pipeline(folder)
+    if null_class is None:
+        null_class = check_index(folder).get("_null_class")
     config = _read_config(folder / "unet" / "config.json")
     shape = _sample_shape(config, folder)
     classes = _count_classes(config, folder)
-    if null_class is not None and not 0 <= null_class < classes:
+    if null_class is not None and (type(null_class) is not int or not 0 <= null_class < classes):
         raise ModelError(
-            f"null_class is {null_class}, but the model in {folder} has "
+            f"null_class is {null_class!r}, but the model in {folder} has "
             + (f"the labels 0 to {classes - 1}" if classes else "no classes")
         )
     schedule = NoiseSchedule.from_diffusers(_read_config(folder / "scheduler" / "scheduler_config.json"))

@@ -2,6 +2,7 @@
 
     model = olss_fast.demo.load()
     raw = model.network(x, timestep, class_labels=y)          # (B, 1, 32, 32) -> predicted noise (B, 1, 32, 32)
+    images = olss_fast.demo.pipeline()([3, 17]).images        # the same as a pipeline of diffusers
 
 Classes 0-9 are MNIST's digits, 10-19 Fashion-MNIST's garments, `null_class` is the label for "any" that guidance
 needs. Everything is read from files of the package, never from a network. The folder `model/` beside this file is
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..metrics import FeatureStatistics
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..noise_schedule import NoiseSchedule
     from .convnet import Classifier
+    from .pipeline import ClassPipeline
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -40,7 +42,7 @@ GUIDANCE_SCALE = 1.5
 SHAPE = (1, 32, 32)
 
 __all__ = ["CLASSES", "CLASS_NAMES", "GUIDANCE_SCALE", "MODEL_FOLDER", "DemoModel", "classifier", "load"]
-__all__ += ["reference_statistics"]
+__all__ += ["pipeline", "reference_statistics"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,21 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
     with _naming(MODEL_FOLDER / "scheduler" / "scheduler_config.json") as path:
         schedule = NoiseSchedule.from_diffusers(json.loads(path.read_text()))
     return DemoModel(network=network.eval().requires_grad_(False), schedule=schedule)
+
+
+def pipeline(device: torch.device | str | None = None) -> ClassPipeline:
+    """The embedded model as a pipeline of diffusers: `pipe([3, 17], num_inference_steps=20).images`. Errors as in
+    `load`."""
+    place = _device(device)
+    with _naming(MODEL_FOLDER / UNET_FILE) as path:
+        from diffusers import DDIMScheduler
+
+        from ..adapters.diffusers import read_unet
+        from .pipeline import ClassPipeline
+
+        scheduler: Any = DDIMScheduler
+        parts = read_unet(path.parent, device=place), scheduler.from_pretrained(MODEL_FOLDER / "scheduler")
+        return ClassPipeline(*parts)
 
 
 def classifier(device: torch.device | str | None = None) -> Classifier:
