@@ -15,7 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from olss_fast.adapters._layout import Layout, dtype_of_sums
+from olss_fast.adapters._layout import Layout
 from olss_fast.errors import InputError, NetworkError
 
 Generator = torch.Generator | list[torch.Generator] | None
@@ -41,7 +41,7 @@ class Run:
         self.numel, self.kind = sample.numel(), sample.device.type
         self.readable = self.kind == "cpu" and type(sample) is Tensor
         self.strides = torch.empty(sample.shape, device="meta").stride()
-        precision = dtype_of_sums(sample.dtype, sample.device)
+        precision = layout.dtype_of_sums(sample.dtype, sample.device)
         self.exact = sample.dtype == precision
         self.weights = layout.weights_on(sample.device, precision)
         self.history = torch.empty((layout.ends[-1], self.numel), dtype=precision, device=sample.device)

@@ -7,7 +7,7 @@ What a pipeline calls `latents` is the state that the plan's own scheduler would
 next network input, divided by that scheduler's input scale (1 for most; see `_latents`). `scale_model_input` multiplies
 by it, `init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to
 begin at a timestep. Between two steps there is nothing but the history [x | f_0 … f_{k-1} | z …], in the precision of
-`_layout.dtype_of_sums`, and the number k; `step` is one copy into the history and one matrix-vector product (and a
+`Layout.dtype_of_sums`, and the number k; `step` is one copy into the history and one matrix-vector product (and a
 cast, where that is wider than the sample).
 
 Where a run begins: `set_begin_index`, else the place of the first timestep in `timesteps` (of which pipelines hand out
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from olss_fast._text import quoted
 from olss_fast.adapters._latents import latents_of, untimed_amplitude
-from olss_fast.adapters._layout import dtype_of_sums, lay_out
+from olss_fast.adapters._layout import lay_out
 from olss_fast.adapters._noising import noise_levels
 from olss_fast.adapters._plan_book import PlanBook, captured_facts, is_captured, name_of, whole
 from olss_fast.adapters._run import Run
@@ -339,7 +339,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         latents = latents_of(plan, self._book.network)
         layout = lay_out(plan, latents.scales)
         for dtype in (torch.float16, torch.float32):
-            layout.weights_on(device, dtype_of_sums(dtype, device))
+            layout.weights_on(device, layout.dtype_of_sums(dtype, device))
         return Loaded(layout, latents)
 
     def _stands_for(self) -> Mapping[str, Any] | None:
