@@ -101,6 +101,18 @@ def test_runs_go_from_thread_to_thread(factor: float, lasting: bool) -> None:
         assert torch.equal(end, expected)
 
 
+def test_a_run_inside_another() -> None:
+    """As of a network, or a callback, that calls the pipeline that it is called by."""
+    scheduler = PlanScheduler(PLANS)
+    expected = sampled(scheduler, 5)
+    inner = None
+    for row in steps_of(scheduler, 5, NOISE):
+        inner, last = sampled(scheduler, 4), row
+    assert torch.equal(last, expected)
+    assert inner is not None
+    assert torch.equal(inner, sampled(PlanScheduler(PLANS), 4))
+
+
 def test_what_a_thread_reads_is_its_own() -> None:
     scheduler = PlanScheduler(PLANS)
     scheduler.set_timesteps(5)
