@@ -15,12 +15,21 @@ from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 
 
-def checked_plan(plan: Any) -> Plan:
+def checked_plan(plan: Any, name: str = "plan") -> Plan:
     """`plan`, or InputError unless it is a Plan."""
     if isinstance(plan, Plan):
         return plan
     hint = "read plan files with Plan.load" if isinstance(plan, (str, os.PathLike)) else "solvers.ddim(schedule, 20)"
-    raise InputError(f"plan is {a(plan)}; expected a Plan: {hint}")
+    raise InputError(f"{name} is {a(plan)}; expected a Plan: {hint}")
+
+
+def checked_plans(plans: Any, name: str) -> list[Plan]:
+    """`plans` as a list, or InputError unless they are Plans."""
+    try:
+        listed = list(plans)
+    except TypeError:
+        raise InputError(f"{name} is {a(plans)}; expected a list of Plans") from None
+    return [checked_plan(plan, f"{name}[{i}]") for i, plan in enumerate(listed)]
 
 
 def checked_count(name: str, value: Any, *, least: int = 1) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from olss_fast._bounds import MAX_EVALUATIONS, check_count
 from olss_fast.errors import InputError, OlssError
 
 BAD_INPUT = 2
@@ -43,7 +44,9 @@ NullClassOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the noise.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples at once.")]
-TeacherOption = Annotated[int, typer.Option("--teacher-steps", min=1, help="NFE of the DDIM teacher.")]
+TeacherOption = Annotated[
+    int, typer.Option("--teacher-steps", min=1, max=MAX_EVALUATIONS, help="NFE of the DDIM teacher.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -84,6 +87,13 @@ def parse_scales(text: str) -> list[float]:
     if not scales or not all(0.0 < scale < float("inf") for scale in scales):
         raise InputError(f"--guidance-range is {text!r}: expected positive numbers, such as 5,7.5,10")
     return scales
+
+
+def parse_steps(text: str, option: str = "--steps") -> list[int]:
+    """ "4,5,6" or "4 5 6" as numbers of network evaluations."""
+    numbers = parse_numbers(text, option, least=1)
+    check_count(max(numbers), f"{option} holds")
+    return numbers
 
 
 def parse_numbers(text: str, option: str, *, least: int) -> list[int]:

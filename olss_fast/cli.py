@@ -25,6 +25,7 @@ from olss_fast._cli_options import (
     named_errors,
     parse_numbers,
     parse_scales,
+    parse_steps,
 )
 from olss_fast.errors import InputError
 
@@ -86,7 +87,7 @@ def demo(
     - `olss-fast demo`
     - `olss-fast demo --steps 5 --out quick`
     """
-    wanted = parse_numbers(steps, "--steps", least=1)
+    wanted = parse_steps(steps)
     from olss_fast import demo_run
 
     demo_run.run_demo(
@@ -144,7 +145,7 @@ def tune(
     - `olss-fast tune --model path/to/class-conditional-folder --null-class 1000 --guidance-scale 2 --store recording`
     - `olss-fast tune --model path/to/stable-diffusion --prompts prompts.txt --guidance-range 5,7.5,10`
     """
-    wanted = parse_numbers(steps, "--steps", least=1)
+    wanted = parse_steps(steps)
     scales = None if guidance_range is None else parse_scales(guidance_range)
     import time
 
@@ -266,7 +267,7 @@ def compare(
     - `olss-fast compare --model path/to/ddpm-folder --steps 5,10,20 --samples 128`
     - `olss-fast compare --model path/to/stable-diffusion --prompts prompts.txt --steps 5,8,20 --samples 16`
     """
-    wanted = parse_numbers(steps, "--steps", least=1)
+    wanted = parse_steps(steps)
     loaded_plans = [load_plan(path) for path in plans or []]
     from olss_fast import runs
     from olss_fast.report import make_folder

@@ -11,6 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from olss_fast import solvers
+from olss_fast._arguments import checked_count, checked_plans, checked_schedule
+from olss_fast._bounds import check_count
 from olss_fast.errors import InputError
 from olss_fast.fitting import Task
 from olss_fast.models import check_prediction
@@ -22,6 +24,7 @@ from olss_fast.sampling import check_plan_fits
 from olss_fast.scoring import expected_evaluations, tournament
 from olss_fast.teacher import Recording, Split, record, recording_store
 from olss_fast.tuner import with_rivals
+from olss_fast.tuning import ddim_teacher, whole_steps
 
 BATCH = 64
 FIRST = 8  # samples on which every candidate is scored
@@ -47,9 +50,12 @@ def compare(
     those of `tune`. Raises `InputError`, `NetworkError`, `StoreError`.
     """
     check_noise(noise)
-    plans = list(plans)
-    wanted = sorted({*steps, *(plan.nfe for plan in plans)})
-    _check(wanted, plans, schedule)
+    plans = checked_plans(plans, "plans")
+    wanted = sorted({*whole_steps(steps), *(plan.nfe for plan in plans)})
+    _check(wanted, plans, checked_schedule(schedule))
+    teacher = ddim_teacher(schedule, teacher_steps)
+    if batch_size is not None:
+        checked_count("batch_size", batch_size)
     denoiser = Denoiser(
         network,
         samples=noise.shape[0],
@@ -63,7 +69,7 @@ def compare(
         schedule=schedule,
         steps=wanted,
         plans=plans,
-        teacher=solvers.ddim(schedule, teacher_steps),
+        teacher=teacher,
         batch_size=batch_size,
         progress=progress,
     )
@@ -108,6 +114,7 @@ def kind_of(plan: Plan) -> str:
 def _check(steps: Sequence[int], plans: Sequence[Plan], schedule: NoiseSchedule) -> None:
     if not steps or steps[0] < 1:
         raise InputError(f"steps must be whole numbers of at least 1, got {list(steps)}")
+    check_count(steps[-1], "steps holds")
     for plan in plans:
         check_prediction(plan, schedule)
         if plan.noises:

@@ -18,6 +18,7 @@ from olss_fast._cli_options import (
     QuietOption,
     named_errors,
     parse_numbers,
+    parse_steps,
 )
 from olss_fast.errors import EngineFileError, InputError, OlssError
 
@@ -73,7 +74,7 @@ def build(
     settings = {name: value for name, value in given.items() if value is not None}
     if steps is None and (not plans or settings):
         raise InputError("give --steps LIST of an analytic solver, or --plan FILE, or both")
-    nfes = [] if steps is None else parse_numbers(steps, "--steps", least=1)
+    nfes = [] if steps is None else parse_steps(steps)
     batches = _batches(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")

@@ -7,6 +7,7 @@ never worse than the best analytic one on held-out data.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 
 from olss_fast import solvers
+from olss_fast._arguments import checked_count, checked_plan, checked_plans, checked_schedule
+from olss_fast._bounds import check_steps
+from olss_fast._text import quoted
 from olss_fast.errors import InputError
 from olss_fast.fitting import Task
 from olss_fast.network import Conditioning, Denoiser, Network, check_noise
@@ -88,7 +92,7 @@ def tune(
         noise=noise,
         schedule=schedule,
         steps=steps,
-        teacher=teacher or ddim_teacher(schedule, teacher_steps),
+        teacher=ddim_teacher(schedule, teacher_steps) if teacher is None else teacher,
         rivals=rivals,
         effort=effort,
         held_out=held_out,
@@ -120,14 +124,16 @@ def tune_denoiser(
 
     `admits` says which analytic plans and rivals can be run at all, `fixed_start` is that of `fitting.Task`.
     """
-    check_whole(seed=seed, least=0)
+    checked_count("seed", seed, least=0)
     if effort is not None and not isinstance(effort, Effort):
         raise InputError(f"effort is {effort!r}; expected an Effort, such as Effort.light(), or None")
     if store is not None and not isinstance(store, (str, Path)):
         raise InputError(f"store is {store!r}; expected a folder")
-    check_whole(batch_size=batch_size, held_out=held_out, least=1)
-    wanted = check_steps(steps, teacher.nfe)
-    _check_teacher(teacher, schedule)
+    for name, value in (("batch_size", batch_size), ("held_out", held_out)):
+        if value is not None:
+            checked_count(name, value)
+    _check_teacher(checked_plan(teacher, "teacher"), checked_schedule(schedule))
+    wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
     split = split_samples(noise, wanted, held_out)
     size = batch_size or _batch_size(teacher, noise)
     with torch.no_grad(), ExitStack() as stack:
@@ -150,17 +156,8 @@ def tune_denoiser(
     return TuneResult({n: report.best(n).plan for n in wanted}, report)
 
 
-def check_whole(*, least: int, **values: object) -> None:
-    for name, value in values.items():
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if not whole and not (value is None and name != "seed"):
-            raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
 def ddim_teacher(schedule: NoiseSchedule, steps: int) -> Plan:
-    if steps < 1:
-        raise InputError(f"teacher_steps must be at least 1, got {steps}")
-    return solvers.ddim(schedule, steps, spacing="trailing")
+    return solvers.ddim(schedule, check_steps(steps, "teacher_steps"), spacing="trailing")
 
 
 def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
@@ -171,28 +168,49 @@ def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
         raise InputError(f"the teacher is for prediction_type={told!r}, the schedule says {schedule.prediction_type!r}")
 
 
-def check_steps(steps: int | Sequence[int], most: int) -> list[int]:
+def whole_steps(steps: int | Sequence[int]) -> list[int]:
+    """`steps` as a list. `InputError` for what is no whole number."""
     wanted: list[Any] = list(steps) if isinstance(steps, (list, tuple, range, np.ndarray)) else [steps]
-    if not wanted or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
-        raise InputError(f"steps must be a whole number or a list of them, got {steps!r}")
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
+        raise InputError(f"steps must be a whole number or a list of them, got {quoted(steps)}")
+    return [int(n) for n in wanted]
+
+
+def steps_to_teach(steps: int | Sequence[int], most: int) -> list[int]:
+    """Numbers of steps, each once and in order, that a teacher of `most` evaluations can teach."""
+    wanted = whole_steps(steps)
+    if not wanted:
+        raise InputError(f"steps must be a whole number or a list of them, got {quoted(steps)}")
     bad = [n for n in wanted if not 1 <= n <= most]
     if bad:
         raise InputError(f"steps must lie between 1 and the teacher's {most}, got {bad}")
-    return sorted({int(n) for n in wanted})
+    return sorted({*wanted})
 
 
 def split_samples(noise: Tensor, steps: Sequence[int], held_out: int | None) -> Split:
+    """Which samples are for what; `InputError` where too few remain to fit the coefficients."""
     samples, pixels = noise.shape[0], noise[0].numel()
-    judge = max(1, samples // 4) if held_out is None else held_out
-    stop = max(1, samples // 8)
+    judge, stop = _set_aside(samples, held_out)
     coefficients = (max(steps) + 1) * (max(steps) + 2) // 2
     needed = max(1, -(-PIXELS_PER_COEFFICIENT * coefficients // pixels))
-    if judge < 1 or samples - judge - stop < needed:
+    if samples - judge - stop < needed:
         raise InputError(
             f"{samples} noise samples are too few: {judge} are held out, {stop} stop the polish, and at least {needed} "
-            f"must remain to fit {coefficients} coefficients ({PIXELS_PER_COEFFICIENT} pixels each). Give more noise"
+            f"must remain to fit {coefficients} coefficients ({PIXELS_PER_COEFFICIENT} pixels each). Give more noise: "
+            f"{_enough(needed, held_out)} samples in all"
         )
     return Split.of(samples, validation=stop, held_out=judge)
+
+
+def _set_aside(samples: int, held_out: int | None) -> tuple[int, int]:
+    """How many samples judge, and how many stop the polish."""
+    return max(1, samples // 4) if held_out is None else held_out, max(1, samples // 8)
+
+
+def _enough(needed: int, held_out: int | None) -> int:
+    """The least number of samples of which `needed` remain: from a bound that forgets the rounding, upwards."""
+    least = (needed - 2) * 8 // 5 if held_out is None else (needed + held_out - 1) * 8 // 7
+    return next(n for n in itertools.count(max(1, least)) if n - sum(_set_aside(n, held_out)) >= needed)
 
 
 def _batch_size(teacher: Plan, noise: Tensor) -> int:

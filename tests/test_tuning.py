@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import olss_fast
+from olss_fast.compare import compare
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.testing import NULL_CLASS, ExactMixture
-from olss_fast.tuning import Effort
+from olss_fast.tuning import Effort, split_samples
 
 SAMPLES, SHAPE = 48, (2, 4, 4)
 EFFORT = Effort(polish_iterations=2, jacobian_samples=8, path_samples=6, node_moves=(4,), split_up_to=3)
@@ -182,10 +183,64 @@ def test_network_that_fails_after_the_recording_is_named() -> None:
         olss_fast.tune(dying, **{**problem(), **how})  # type: ignore[arg-type]
 
 
+TEACHER = {"teacher": olss_fast.solvers.ddim(SCHEDULE, 10)}
+
+
 @pytest.mark.parametrize(
-    "change", [{"seed": -1}, {"seed": None}, {"batch_size": 0}, {"held_out": 0}, {"held_out": 2.5}]
+    ("change", "message"),
+    [
+        ({"seed": -1}, "seed is -1; expected a whole number"),
+        ({"seed": None}, "seed is None"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2.5}, r"batch_size is 2\.5"),
+        ({"held_out": 0}, "held_out is 0"),
+        ({"held_out": 2.5}, r"held_out is 2\.5; expected a whole number"),
+        ({"teacher_steps": "10"}, "teacher_steps is '10'; expected a whole number"),
+        ({"teacher_steps": 10.5}, r"teacher_steps is 10\.5"),
+        ({"teacher_steps": None}, "teacher_steps is None"),
+        ({"teacher_steps": 20_000}, "teacher_steps is 20000; .* at most 2000"),
+        ({"teacher": "x"}, "teacher is a str 'x'; expected a Plan"),
+        ({"teacher": 0}, "teacher is a int 0; expected a Plan"),
+        ({"schedule": None}, "schedule is None; expected a NoiseSchedule"),
+        ({"schedule": TEACHER["teacher"]}, "schedule is a Plan .*; expected a NoiseSchedule"),
+        ({"schedule": None, **TEACHER}, "schedule is None; expected a NoiseSchedule"),
+        ({"rivals": ["x"]}, r"rivals\[0\] is a str 'x'; expected a Plan"),
+        ({"rivals": None}, "rivals is None; expected a list of Plans"),
+        ({"rivals": TEACHER["teacher"]}, "rivals is a Plan .*; expected a list of Plans"),
+        ({"steps": "2"}, "steps must be a whole number or a list of them, got '2'"),
+        ({"steps": [2, None]}, "steps must be a whole number"),
+    ],
 )
-def test_numbers_are_checked_before_any_work(change: dict[str, object]) -> None:
+def test_arguments_are_checked_before_any_work(change: dict[str, object], message: str) -> None:
     network = Counting(mixture(), 0)
-    with pytest.raises(InputError, match=f"{next(iter(change))} must be a whole number"):
+    with pytest.raises(InputError, match=message):
         olss_fast.tune(network, **{**problem(), "steps": 2, **change})  # type: ignore[arg-type]
+    if {*change} <= {"schedule", "steps", "teacher_steps", "batch_size"}:
+        with pytest.raises(InputError):
+            compare(network, **{**problem(), "steps": [2], **change})  # type: ignore[arg-type]
+
+
+def test_plans_to_compare_are_plans() -> None:
+    for plans, message in ((["x"], r"plans\[0\] is a str"), (TEACHER["teacher"], "expected a list of Plans")):
+        with pytest.raises(InputError, match=message):
+            compare(Counting(mixture(), 0), **problem(), steps=[2], plans=plans)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"steps holds 3000; .* at most 2000"):
+        compare(Counting(mixture(), 0), **problem(), steps=[3000])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("held_out", [None, 1, 40])
+@pytest.mark.parametrize("steps", [2, 20])
+def test_too_little_noise_is_told_how_much_would_do(steps: int, held_out: int | None) -> None:
+    with pytest.raises(InputError, match=r"Give more noise: \d+ samples in all") as caught:
+        split_samples(torch.zeros(3, 4), [steps], held_out)
+    enough = int(str(caught.value).rsplit(":", 1)[1].split()[0])
+    assert len(split_samples(torch.zeros(enough, 4), [steps], held_out).fit) > 0
+    with pytest.raises(InputError):
+        split_samples(torch.zeros(enough - 1, 4), [steps], held_out)
+
+
+def test_rows_of_conditioning_for_other_noises_are_named_before_the_work() -> None:
+    network = Counting(mixture(), 1)
+    labels = {"conditioning": {"y": torch.arange(32) % 6}, "unconditional": None, "guidance_scale": 1.0}
+    with pytest.raises(NetworkError, match="y has 32 rows; expected 64"):
+        olss_fast.tune(network, **{**problem(64), **labels}, steps=2, teacher_steps=10, batch_size=32)  # type: ignore[arg-type]

@@ -23,6 +23,8 @@ from diffusers.utils import logging
 from tqdm import tqdm
 
 from olss_fast import solvers
+from olss_fast._arguments import checked_count, checked_plans
+from olss_fast._bounds import check_steps
 from olss_fast.adapters.pipeline_calls import (
     Call,
     argument,
@@ -40,7 +42,7 @@ from olss_fast.plan import Plan
 from olss_fast.report import ANALYTIC, GuidanceRow, Report
 from olss_fast.scoring import kept_scores, score
 from olss_fast.teacher import Split, record, recording_store
-from olss_fast.tuning import Effort, TuneResult, check_steps, check_whole, tune_denoiser
+from olss_fast.tuning import Effort, TuneResult, steps_to_teach, tune_denoiser
 
 SWEEP_SAMPLES = 8  # held-out samples on which other guidance scales are tried
 SWEEP = (2 / 3, 1.0, 4 / 3)  # of the tuned scale
@@ -79,8 +81,9 @@ def tune_pipeline(
     scheduler's noise levels are of no known kind), `StoreError`.
     """
     calls = check_calls(pipe, calls)
-    check_whole(seed=seed, teacher_steps=teacher_steps, least=0)
-    wanted = check_steps(steps, teacher_steps)
+    checked_count("seed", seed, least=0)
+    check_steps(teacher_steps, "teacher_steps")
+    wanted = steps_to_teach(steps, teacher_steps)
     if guidance_scales is not None:
         calls = with_guidance(pipe, calls, guidance_scales)
     with _opened(pipe, calls, teacher_steps, seed, progress) as (network, denoiser):
@@ -130,9 +133,10 @@ def compare_pipeline(
 
     Arguments and errors as of `tune_pipeline`; `plans` are scored at their own number of evaluations.
     """
-    calls, plans = check_calls(pipe, calls), list(plans)
-    check_whole(seed=seed, teacher_steps=teacher_steps, least=0)
-    wanted = sorted({*check_steps(list(steps), teacher_steps), *(plan.nfe for plan in plans)})
+    calls, plans = check_calls(pipe, calls), checked_plans(plans, "plans")
+    checked_count("seed", seed, least=0)
+    check_steps(teacher_steps, "teacher_steps")
+    wanted = sorted({*steps_to_teach(list(steps), teacher_steps), *(plan.nfe for plan in plans)})
     with _opened(pipe, calls, teacher_steps, seed, progress) as (network, denoiser):
         for plan in plans:
             check_prediction(plan, network.schedule)
