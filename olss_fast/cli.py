@@ -221,8 +221,8 @@ def sample(
     subject = runs.Subject(
         model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
     )
-    images, nfe = runs.sample(subject, chosen, given, count, labels)
-    written = save_images(images, folder)
+    images, nfe, names = runs.sample(subject, chosen, given, count, labels)
+    written = save_images(images, folder, names)
     typer.echo(f"{count} images at {nfe} NFE are in {folder}, all of them in {written[-1]}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
@@ -36,6 +40,7 @@ FIT_STYLES: Mapping[str, tuple[str, str, str]] = {
     UNIFORM: ("OLSS, uniform path", "#e8916f", "--"),
     PUBLISHED: ("OLSS, as published", "#b08d57", ":"),
 }
+MARGIN = 0.1  # inches around a picture
 HEADROOM = 12.0
 MOST_NAMED = 6  # up to so many step counts there is room for the names of the best solvers
 LOG_SNR_LIMIT = 12.0  # a zero terminal SNR, or an end at sigma = 0, is drawn at this edge
@@ -70,6 +75,7 @@ def picture(path: PathLike, size: tuple[float, float], dpi: int = 160) -> Iterat
     path = Path(path)
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=MARGIN, h_pad=MARGIN)  # type: ignore[union-attr, call-arg]
         yield figure
         buffer = io.BytesIO()
         kind = path.suffix.lstrip(".").lower() or "png"
@@ -94,6 +100,7 @@ def plot_error(report: Report, path: PathLike) -> Path:
         labels += _draw_fits(axes, report)
         _error_axes(axes, report)
         _label_ends(axes, labels)
+        _legend(axes, report)
     return Path(path)
 
 
@@ -195,7 +202,27 @@ def _error_axes(axes: Axes, report: Report) -> None:
         "network evaluations (NFE); below them the best analytic solver" if named else "network evaluations (NFE)",
         labelpad=30 if named else 4,
     )
-    axes.set_title(f"RMSE to the {report.teacher.nfe}-step teacher, mean over {report.held_out} held-out samples")
+    axes.set_ylabel("RMSE to the teacher")
+    _title(axes, f"RMSE to the {report.teacher.nfe}-step teacher, mean over {report.held_out} held-out samples")
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(within(text, axes.figure.get_figwidth() - 0.9, 13.0))  # type: ignore[union-attr]
+
+
+def within(text: str, inches: float, size: float) -> str:
+    """`text` broken into lines that a bold font of `size` points fits into `inches`."""
+    return textwrap.fill(text, max(12, int(inches * 72.0 / (0.58 * size))))
+
+
+def _legend(axes: Axes, report: Report) -> None:
+    """What no name at the end of a line tells."""
+    full = {"marker": "o", "markersize": 3.5, "label": "grey: a family at its best; dot: scored on all samples"}
+    rest = {"marker": ".", "markersize": 3, "linestyle": "", "label": "small dot: its other orders and spacings"}
+    lines = [full, rest] if any(len(report.at(nfe, ANALYTIC)) > 1 for nfe in report.nfes) else []
+    handles: list[Artist] = [Patch(color=ACCENT, alpha=0.13, label="band: 95% interval of the mean")]
+    handles += [Line2D([], [], color=FAINT, **line) for line in lines]  # type: ignore[arg-type]
+    axes.legend(handles=handles, loc="lower left", fontsize=9, frameon=False, labelcolor=MUTED, borderaxespad=0.2)
 
 
 def _label_ends(axes: Axes, labels: Sequence[Label]) -> None:
@@ -277,7 +304,8 @@ def _draw_levels(axes: Axes, teacher: Plan) -> None:
     axes.set_ylim(0.0, 1.12)
     axes.set_yticks([0.0, 0.5, 1.0])
     axes.tick_params(axis="x", bottom=False)
-    axes.set_title("When the network is asked: planned (filled) against uniform (hollow)")
+    axes.set_ylabel("level")
+    _title(axes, "When the network is asked: planned (filled) against uniform (hollow)")
 
 
 def _draw_path(axes: Axes, report: Report, fit: Candidate, row: int) -> None:
@@ -327,15 +355,22 @@ def plot_grid(
         raise InputError(f"a grid needs the same number of images in every row, at least one; got {counts}")
     columns = next(iter(counts.values()))
     with picture(path, (1.9 + 0.92 * columns, 1.1 * len(images) + (0.75 if heading else 0.3))) as figure:
-        figure.set_layout_engine("constrained", h_pad=0.02, w_pad=0.02, hspace=0.0, wspace=0.0)
+        figure.set_layout_engine("constrained", h_pad=0.02, w_pad=0.02, hspace=0.0, wspace=0.0, rect=_inside(figure))
         cells = figure.subplots(len(images), columns, squeeze=False)
         for line, (name, values) in zip(cells, images.items(), strict=True):
             _draw_row(line, name, values, (errors or {}).get(name), name == accent)
         for axes, title in zip(cells[0], titles or (), strict=False):
             axes.set_title(title, fontsize=9, fontweight="normal", color=MUTED, pad=4, loc="center")
         if heading:
-            figure.suptitle(heading, x=0.012, ha="left", fontsize=13, fontweight="bold")
+            heading = within(heading, figure.get_figwidth() - 2 * MARGIN, 13.0)
+            figure.suptitle(heading, x=MARGIN / figure.get_figwidth(), ha="left", fontsize=13, fontweight="bold")
     return Path(path)
+
+
+def _inside(figure: Figure) -> tuple[float, float, float, float]:
+    """The figure without its margin, in shares of it."""
+    width, height = figure.get_size_inches()
+    return MARGIN / width, MARGIN / height, 1.0 - 2.0 * MARGIN / width, 1.0 - 2.0 * MARGIN / height
 
 
 def _draw_row(

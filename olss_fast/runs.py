@@ -150,8 +150,9 @@ def compare_with(
 
 def sample(
     subject: Subject, plan: Plan | None, solver: Mapping[str, Any], count: int, classes: Sequence[int]
-) -> tuple[NDArray[np.float32], int]:
-    """(P, C, H, W) images in [-1, 1] by `plan`, or by the analytic solver with these settings; and their NFE."""
+) -> tuple[NDArray[np.float32], int, list[str]]:
+    """(P, C, H, W) images in [-1, 1] by `plan`, or by the analytic solver with these settings; their NFE, and what each
+    is of: its class or prompt, else its number."""
     if subject.prompts is None:
         loaded = subject.load()
         chosen = plan or models.solver_plan(loaded.schedule, solver)
@@ -165,7 +166,9 @@ def sample(
             seed=subject.seed,
             progress=subject.progress,
         )
-        return images, chosen.nfe
+        names = getattr(loaded, "class_names", ())
+        asked = models.pick_labels(loaded, count, classes) or range(count)
+        return images, chosen.nfe, [names[each] if names else f"{each}" for each in asked]
     if classes:
         raise InputError("--classes are for class-conditional models: leave them out with --prompts")
     from olss_fast.adapters.pipeline_files import pipeline_images
@@ -176,7 +179,8 @@ def sample(
     chosen = plan or models.solver_plan(schedule_of(pipe.scheduler), solver)
     pipe.scheduler = PlanScheduler.from_pipe(pipe, chosen)
     pipe.set_progress_bar_config(disable=not subject.progress)
-    return pipeline_images(pipe, calls, chosen.nfe), chosen.nfe
+    prompts = [prompt for call in calls for prompt in call["prompt"]]
+    return pipeline_images(pipe, calls, chosen.nfe), chosen.nfe, prompts
 
 
 def export_onnx(subject: Subject, plan: Plan | None, solver: Mapping[str, Any], path: Path) -> Plan:

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image
 
+from olss_fast import plots
 from olss_fast.errors import InputError
 from olss_fast.images import save_images, tile, to_uint8
 from olss_fast.plan import Plan
@@ -250,6 +254,44 @@ def test_grid(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="same number of images"):
         plot_grid({"teacher": images, "OLSS": images[:2]}, tmp_path / "grid.png")
+
+
+def test_titles_stay_inside_the_picture(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is drawn lies within the figure: of a narrow grid with a long heading, and of both plots."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "Figure", lambda **how: drawn.append(Figure(**how)) or drawn[-1])
+    images = {"DPM-Solver++ 3M exact\n(trailing)": np.zeros((2, 1, 8, 8))}
+    plot_grid(images, tmp_path / "grid.png", heading="The same noises at 5 network evaluations; below each its RMSE")
+    report.plot(tmp_path)
+    assert len(drawn) == 3
+    for figure in drawn:
+        box = figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        assert min(box.x0, box.y0) >= 0.0
+        assert box.x1 <= width
+        assert box.y1 <= height
+    heading, first = drawn[0]._suptitle, drawn[0].axes[0]  # type: ignore[attr-defined]
+    assert heading.get_window_extent().y0 >= first.get_window_extent().y1
+
+
+def test_the_plot_says_what_is_in_it(report: Report, tmp_path: Path) -> None:
+    with rc_context({"svg.fonttype": "none"}):  # text as text
+        text = report.plot_error(tmp_path / "error.svg").read_text()
+    for words in ("RMSE to the teacher", "band: 95% interval of the mean", "small dot: its other orders and spacings"):
+        assert words in text
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 32, 32)), (5, (3, 16, 24)), (2, (1, 600, 600))])
+def test_grids_are_large_enough_to_look_at(count: int, shape: tuple[int, ...], tmp_path: Path) -> None:
+    labels = ["a label that is longer than its image is wide, which takes some words"] * count
+    path = save_images(np.zeros((count, *shape)), tmp_path, labels)[-1]
+    width, height = Image.open(path).size
+    columns = math.ceil(math.sqrt(count))
+    factor = 1 if shape[-1] >= 512 else math.ceil(512 / (columns * shape[-1]))
+    assert width == columns * (factor * shape[-1] + 4) - 4 >= 512
+    assert height == math.ceil(count / columns) * (factor * shape[1] + 16 + 4) - 4
+    strip = np.asarray(Image.open(path).convert("L"))[factor * shape[1] : factor * shape[1] + 16]
+    assert (strip < 100).any()
 
 
 def test_pixels_are_clamped_and_rounded() -> None:
