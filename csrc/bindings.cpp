@@ -52,7 +52,7 @@ std::vector<Measured> improve(const Matrix& r, const Matrix& rows, const olss::P
 // The memory of a StepState (kernels/step.py), by address.
 template <typename T>
 struct HostStep {
-    std::uintptr_t history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time;
+    std::uintptr_t history, rows, timesteps, guidance, finished, noise_counts, noise_start, anchored, x, time;
     std::ptrdiff_t stride, size, height, width, times;
     std::int32_t programs;
     int branches;
@@ -68,9 +68,10 @@ struct HostStep {
         auto* counter = at<std::int32_t>(finished);
         const std::ptrdiff_t row = output ? *counter / programs + 1 : 0;
         if (row < 0 || row >= height) return false;
-        const olss::StepColumns<T> columns{at<T>(history), stride, size, 1 + row * branches,
-                                           *at<std::int32_t>(noise_start), at<std::int32_t>(noise_counts)[row],
-                                           branches, doubled};
+        const bool from_x = output && *at<std::int32_t>(anchored);
+        const olss::StepColumns<T> columns{at<T>(history), at<const T>(from_x ? x : history), stride, size,
+                                           1 + row * branches, *at<std::int32_t>(noise_start),
+                                           at<std::int32_t>(noise_counts)[row], branches, doubled};
         olss::host_step(columns, at<const T>(output), *at<const T>(guidance), at<const T>(rows) + row * width, at<T>(x));
         std::fill_n(at<float>(time), times, at<const float>(timesteps)[row]);
         *counter = output ? *counter + programs : 0;
@@ -82,9 +83,9 @@ template <typename T>
 void bind_step(py::module_& m, const char* name) {
     using Step = HostStep<T>;
     py::class_<Step>(m, name, "One step of a plan on the host; use olss_fast.executors.host_step, which checks.")
-        .def(py::init([](const std::array<std::uintptr_t, 9>& a, const std::array<std::ptrdiff_t, 5>& s,
+        .def(py::init([](const std::array<std::uintptr_t, 10>& a, const std::array<std::ptrdiff_t, 5>& s,
                          std::int32_t programs, int branches, bool doubled) {
-                 return Step{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8],
+                 return Step{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9],
                              s[0], s[1], s[2], s[3], s[4], programs, branches, doubled};
              }),
              py::arg("addresses"), py::arg("sizes"), py::arg("programs"), py::arg("branches"), py::arg("doubled"))

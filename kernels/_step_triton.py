@@ -24,6 +24,7 @@ def _step(
     finished,
     noise_counts,
     noise_start,
+    anchored,
     x,
     time,
     size,
@@ -47,6 +48,8 @@ def _step(
     # What does not depend on the step is asked for first. No branch comes before its use, behind which it could slip.
     if not START:
         first = tl.load(output + begin + lane, mask=lane < here, other=0.0)
+        if dtype == sums:
+            base = column_0(history + begin + lane, x + begin + lane, tl.load(anchored) != 0, lane, here)
         scale = tl.load(guidance)
         if DOUBLED:
             second = tl.load(output + size + begin + lane, mask=lane < here, other=0.0)
@@ -57,12 +60,17 @@ def _step(
     noises = tl.load(noise_counts + row)
     timestep = tl.load(timesteps + row)
     if not START:
+        base_weight = tl.load(weights)
         first_weight = tl.load(weights + current)
         if BRANCHES == 2:
             second_weight = tl.load(weights + current + 1)
 
     total = tl.zeros([BLOCK], sums)
-    total = add_columns(total, history + begin, weights, current, stride, lane, here, CHUNK)
+    if dtype == sums and not START:
+        total += base_weight * base
+        total = add_columns(total, history + wide + begin, weights + 1, current - 1, stride, lane, here, CHUNK)
+    else:
+        total = add_columns(total, history + begin, weights, current, stride, lane, here, CHUNK)
     # Few plans have noises: less code to fetch for those that have none.
     total = add_columns(total, history + begin + noise * wide, weights + noise, noises, stride, lane, here, 4)
     if not START:
@@ -85,6 +93,13 @@ def _step(
     if not START:
         tl.debug_barrier()  # all threads of this program have read `finished`
         tl.atomic_add(finished, tl.where(beyond, 0, 1), sem="relaxed")
+
+
+@triton.jit
+def column_0(first, x, anchored, lane, here):
+    """What stands in column 0: x_T, or x as it is. Only that is read."""
+    initial = tl.load(first, mask=lane < tl.where(anchored, 0, here), other=0.0)
+    return tl.where(anchored, tl.load(x, mask=lane < tl.where(anchored, here, 0), other=0.0), initial)
 
 
 @triton.jit
@@ -115,6 +130,7 @@ def launch(
     finished: Tensor,
     noise_counts: Tensor,
     noise_start: Tensor,
+    anchored: Tensor,
     x: Tensor,
     time: Tensor,
     branches: int,
@@ -125,5 +141,5 @@ def launch(
     cut = grid(size, history.element_size())
     sizes = size, history.stride(0), rows.shape[1], rows.shape[0], time.numel()
     known = output is None, doubled, branches, cut.block, cut.chunk
-    tensors = output, history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time
+    tensors = output, history, rows, timesteps, guidance, finished, noise_counts, noise_start, anchored, x, time
     _step[(cut.programs,)](*tensors, *sizes, *known, **options(cut))

@@ -11,7 +11,9 @@ With the raw output f of evaluation k (doubled batch: the unconditional half u f
     k = k + 1
 
 Known are column 0 (x_T), the outputs of evaluations 0 … k, and noise_counts[k+1] columns from noise_start on. No other
-column is read: it may hold anything, NaN included. float64 data has float64 sums.
+column is read: it may hold anything, NaN included. float64 data has float64 sums. Where float32 or float64 data is
+`anchored`, rows[k+1, 0] is the share of x as it was, not of x_T (`olss_fast.executors.increments`): the network must
+leave it as it was handed.
 
 Everything that differs between runs lies in device memory: plan, number of steps, guidance scale and the step itself.
 So one CUDA graph of network and step, replayed S times, is a sampler, and the next plan needs neither a compilation nor
@@ -51,6 +53,7 @@ class StepState(NamedTuple):
     guidance: () of the dtype of `rows`: the scale g.
     finished: () int32: programs that have finished since `start`; evaluations so far = finished // `programs`.
     noise_counts: (R,) int32: how many noises each row may read. noise_start: () int32: the column of the first.
+    anchored: () int32: 0, or 1 where column 0 of `rows`, but for row 0, is that of x itself; nothing in half precision.
     x: the network's input, N elements or 2N where doubled, dense, batch outermost. time: (T,) float32, its time.
     branches, doubled: 1 or 2 history columns an evaluation; whether the batch holds both halves of a guided pair.
     """
@@ -62,6 +65,7 @@ class StepState(NamedTuple):
     finished: Tensor
     noise_counts: Tensor
     noise_start: Tensor
+    anchored: Tensor
     x: Tensor
     time: Tensor
     branches: int
@@ -89,6 +93,7 @@ class StepState(NamedTuple):
             finished=x.new_zeros((), dtype=torch.int32),
             noise_counts=x.new_zeros(height, dtype=torch.int32),
             noise_start=x.new_full((), columns - noises, dtype=torch.int32),
+            anchored=x.new_zeros((), dtype=torch.int32),
             x=x,
             time=time,
             branches=branches,
@@ -136,8 +141,8 @@ def step(output: Tensor, state: StepState) -> None:
     """Takes the raw network output in and writes the next network input, or the sample after the last evaluation.
 
     `output` has the elements of `state.x` in the same shape and memory order. All state but `rows`, `timesteps`,
-    `guidance` and the two facts about noises is written to. A step beyond the last row does nothing on a GPU, whose
-    step the host does not know, and raises on the CPU.
+    `guidance`, `anchored` and the two facts about noises is written to. A step beyond the last row does nothing on a
+    GPU, whose step the host does not know, and raises on the CPU.
 
     Raises:
         InputError: a tensor of the wrong dtype, shape, device or strides, tensors that share memory, or that require a
@@ -169,13 +174,14 @@ def step_reference(
     finished: Tensor,
     noise_counts: Tensor,
     noise_start: Tensor,
+    anchored: Tensor,
     x: Tensor,
     time: Tensor,
     branches: int,
     doubled: bool,
 ) -> None:
     """The equations above in plain torch."""
-    tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time
+    tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, anchored, x, time
     state = StepState(*tensors, branches, doubled)
     programs = state.programs
     row = int(finished) // programs + 1
@@ -199,20 +205,24 @@ def start_reference(
     finished: Tensor,
     noise_counts: Tensor,
     noise_start: Tensor,
+    anchored: Tensor,
     x: Tensor,
     time: Tensor,
     branches: int,
     doubled: bool,
 ) -> None:
     """Row 0, which no output enters."""
-    tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, x, time
+    tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, anchored, x, time
     _write_row(StepState(*tensors, branches, doubled), 0, known=1)
     finished.zero_()
 
 
 def _write_row(state: StepState, row: int, known: int) -> None:
     history, weights = state.history, state.rows[row]
-    total = weighted_sum(history[:known], weights[:known])
+    first = int(row > 0 and history.dtype == weights.dtype and bool(state.anchored))
+    total = weighted_sum(history[first:known], weights[first:known])
+    if first:
+        total += weights[0] * state.halves(state.x)[0]
     noises = int(state.noise_counts[row])
     if noises:
         begin = int(state.noise_start)
@@ -232,7 +242,10 @@ def _write_row(state: StepState, row: int, known: int) -> None:
 def _run_start(*arguments: Any) -> None:
     state = StepState(*arguments)
     written = {name: getattr(state, name) for name in ("history", "finished", "x", "time")}
-    read = {name: getattr(state, name) for name in ("rows", "timesteps", "guidance", "noise_counts", "noise_start")}
+    read = {
+        name: getattr(state, name)
+        for name in ("rows", "timesteps", "guidance", "noise_counts", "noise_start", "anchored")
+    }
     refuse_overlaps(written, read)
     if state.history.is_cuda:
         _launch(None, state)
@@ -258,7 +271,7 @@ def _launch(output: Tensor | None, state: StepState) -> None:
 
 _STATE = (
     "Tensor rows, Tensor timesteps, Tensor guidance, Tensor(f!) finished, Tensor noise_counts, Tensor noise_start, "
-    "Tensor(x!) x, Tensor(t!) time, int branches, bool doubled) -> ()"
+    "Tensor anchored, Tensor(x!) x, Tensor(t!) time, int branches, bool doubled) -> ()"
 )
 define("start", f"(Tensor history, {_STATE}", _run_start, fake=lambda *arguments: None)
 define("step", f"(Tensor output, Tensor(h!) history, {_STATE}", _run_step, fake=lambda output, *arguments: None)
@@ -288,6 +301,7 @@ def _check_state(state: StepState) -> None:
     expect("finished", state.finished, torch.int32, (), device)
     expect("noise_counts", state.noise_counts, torch.int32, (height,), device)
     expect("noise_start", state.noise_start, torch.int32, (), device)
+    expect("anchored", state.anchored, torch.int32, (), device)
     if not isinstance(time, Tensor) or time.ndim != 1:
         raise InputError(f"time is {describe(time)}; expected (T,) {torch.float32}: as many as the network is handed")
     expect("time", time, torch.float32, (time.numel(),), device)

@@ -10,7 +10,8 @@ network output f of evaluation i (doubled batch: the unconditional half u first,
     sample           = rows[S] · history
 
 Sums are formed in float32 (float64 for float64 networks) and rounded once, as `olss_fast.kernels.step` does. History
-holds what is rounded to the network's dtype, in the wider type of the sums.
+holds what is rounded to the network's dtype, in the wider type of the sums. Where that is no wider, history[0] = x too,
+and rows are increments (`olss_fast.executors.increments`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from olss_fast import __version__
+from olss_fast.executors.increments import increments
 from olss_fast.plan import Plan
 
 IR_VERSION = 10  # the oldest that knows everything used here, so that older runtimes read it
@@ -102,13 +104,17 @@ class _Writer:
         self.inputs: list[ir.Value] = []
         self.initializers: list[ir.Value] = []
         self.nfe = self.table("plan.nfe", plan.nfe, np.int64)
-        self.rows = self.table("plan.rows", plan.rows[:, None], self.sums.numpy())  # (S+1, 1, C): a row is a matrix
+        found = increments(plan.rows, plan.noise_slice.start)
+        self.anchored = found.anchored and dtype == self.sums
+        rows = found.rows if self.anchored else plan.rows
+        self.rows = self.table("plan.rows", rows[:, None], self.sums.numpy())  # (S+1, 1, C): a row is a matrix
+        self.column = self.table("shape.column", [1, -1], np.int64)
         self.batch = self.table("shape.batch", [-1, *shape], np.int64)
 
     def history(self) -> ir.Value:
         """x_T, room for the outputs, and the fresh noises: (C, N)."""
         noise = self.input("noise", self.dtype, ["batch", *self.shape])
-        first = self.widened(self.op("Reshape", noise, self.table("shape.column", [1, -1], np.int64)))
+        first = self.widened(self.op("Reshape", noise, self.column))
         room = self.table("room", np.zeros((self.plan.noise_slice.start - 1, 1)), self.sums.numpy())
         parts = [first, self.op("Expand", room, self.op("Shape", first))]
         if self.plan.noises:
@@ -135,6 +141,7 @@ class _Writer:
         history = ir.val("history", self.sums, [self.plan.columns, None])
         outside, self.nodes = self.nodes, []
         x = self.combination(number, history)
+        flat = self.op("Reshape", x, self.column) if self.anchored else None
         if self.doubled:
             x = self.op("Concat", x, x, axis=0)
         timestep = self.op("Gather", self.table("plan.timesteps", self.plan.timesteps, np.float32), number)
@@ -143,6 +150,8 @@ class _Writer:
         for inner, handed in zip(network.inputs[:2], (x, time), strict=True):
             inner.replace_all_uses_with(handed, replace_graph_outputs=True)
         outputs = self.outputs(network.outputs[0], guidance)
+        if flat is not None:
+            outputs = self.op("Concat", flat, outputs, axis=0)
         written = self.op("ScatterND", history, self.op("Gather", self.columns(), number), outputs)
         still = self.op("Identity", go_on)
         written.dtype, still.dtype = self.sums, ir.DataType.BOOL
@@ -165,9 +174,11 @@ class _Writer:
         return self.widened(self.op("Cast", guided, to=self.dtype))
 
     def columns(self) -> ir.Value:
-        """Which columns the output of evaluation i belongs to: (S, b, 1)."""
+        """Which columns are written after evaluation i: (S, b, 1), or (S, 1 + b, 1) with that of x."""
         evaluations = np.arange(self.plan.nfe)[:, None, None] * self.plan.branches
-        return self.table("plan.columns", 1 + evaluations + np.arange(self.plan.branches)[:, None], np.int64)
+        outputs = 1 + evaluations + np.arange(self.plan.branches)[:, None]
+        columns = np.concatenate([np.zeros_like(outputs[:, :1]), outputs], axis=1) if self.anchored else outputs
+        return self.table("plan.columns", columns, np.int64)
 
     def widened(self, value: ir.Value) -> ir.Value:
         return self.op("Cast", value, to=self.sums)

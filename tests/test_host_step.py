@@ -33,10 +33,11 @@ def compiled_step(output: Tensor, state: StepState) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 3001])
-def test_against_float64_in_poisoned_buffers(size: int, dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize("anchored", [False, True])
+def test_against_float64_in_poisoned_buffers(size: int, dtype: torch.dtype, kind: str, anchored: bool) -> None:
     """Blocks are of 1024 elements. Columns that a row may not read hold NaN, and margins must stay as they are."""
     guard = Guarded("cpu")
-    state = guarded_state(guard, (1, size), dtype, steps=4, noises=3, **KINDS[kind])
+    state = guarded_state(guard, (1, size), dtype, steps=4, noises=3, anchored=anchored, **KINDS[kind])
     check_run(compiled_start, compiled_step, guard, state, steps=4)
 
 

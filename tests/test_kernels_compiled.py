@@ -48,7 +48,8 @@ def step(architecture: int, dtype: str, size: int, branches: int = 1, doubled: b
     cut = grid(size, BYTES[dtype])
     data, single, whole = f"*{dtype}", "*fp32", "*i32"
     types = {"output": data, "history": data, "rows": single, "timesteps": single, "guidance": single}
-    types |= {"finished": whole, "noise_counts": whole, "noise_start": whole, "x": data, "time": single}
+    types |= {"finished": whole, "noise_counts": whole, "noise_start": whole, "anchored": whole}
+    types |= {"x": data, "time": single}
     types |= dict.fromkeys(("size", "stride", "width", "height", "times"), "i32")
     known = {"START": start, "DOUBLED": doubled, "BRANCHES": branches, "BLOCK": cut.block, "CHUNK": cut.chunk}
     if start:

@@ -42,9 +42,12 @@ def test_every_size(interpret: Interpret, size: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize(("branches", "doubled"), [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("noises", [0, 3])
-def test_every_dtype_and_kind(interpret: Interpret, dtype: str, branches: int, doubled: bool, noises: int) -> None:
-    interpret("interpreted_run", (2, 77), dtype, steps=3, branches=branches, doubled=doubled, noises=noises)
+@pytest.mark.parametrize(("noises", "anchored"), [(0, True), (3, False), (3, True)])
+def test_every_dtype_and_kind(
+    interpret: Interpret, dtype: str, branches: int, doubled: bool, noises: int, anchored: bool
+) -> None:
+    options = {"branches": branches, "doubled": doubled, "noises": noises, "anchored": anchored}
+    interpret("interpreted_run", (2, 77), dtype, steps=3, **options)
 
 
 @pytest.mark.parametrize(("steps", "begin"), [(17, 0), (127, 126), (128, 127), (199, 198)])

@@ -35,10 +35,10 @@ def small_state(**changes: Any) -> StepState:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("branches", "doubled"), [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("noises", [0, 3])
-def test_run_is_the_equations(dtype: torch.dtype, branches: int, doubled: bool, noises: int) -> None:
+@pytest.mark.parametrize(("noises", "anchored"), [(0, True), (3, False), (3, True)])
+def test_run_is_the_equations(dtype: torch.dtype, branches: int, doubled: bool, noises: int, anchored: bool) -> None:
     guard = Guarded()
-    options = {"branches": branches, "doubled": doubled, "noises": noises}
+    options = {"branches": branches, "doubled": doubled, "noises": noises, "anchored": anchored}
     state = guarded_state(guard, SHAPE, dtype, steps=4, **options)
     check_run(start, step, guard, state, steps=4)
 
@@ -243,6 +243,7 @@ def test_unusable_outputs_are_named(output: Any, message: str) -> None:
         ({"finished": torch.zeros((), dtype=torch.int64)}, "finished is torch.int64"),
         ({"noise_counts": torch.zeros(3)}, "noise_counts is torch.float32"),
         ({"noise_start": torch.zeros(())}, "noise_start is torch.float32"),
+        ({"anchored": torch.zeros(())}, "anchored is torch.float32"),
         ({"time": torch.zeros(2).double()}, "time is torch.float64"),
         ({"time": torch.zeros(4)[::2]}, r"time is .*strides \(2,\)"),
         ({"x": torch.zeros(8, 3)[::2]}, "x is .*gaps"),

@@ -311,13 +311,20 @@ def test_room_only_grows(net: Net, noise: Tensor, fake_graphs: None) -> None:
     assert sampler.stats().captures == 2
 
 
-def test_networks_that_work_in_place(noise: Tensor) -> None:
-    def in_place(x: Tensor, t: Tensor) -> Tensor:
-        return x.mul_(0.5)
-
+@pytest.mark.parametrize("result", [lambda x: x, lambda x: x.clone(), lambda x: x.detach().view(x.shape)])
+def test_networks_that_work_in_place(noise: Tensor, result: Callable[[Tensor], Tensor]) -> None:
     expected = olss_fast.sample(lambda x, t: 0.5 * x, PLANS["ddim"], noise)
-    got = Sampler(in_place, PLANS["ddim"], backend="fused")(noise)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    sampler = Sampler(lambda x, t: result(x.mul_(0.5)), PLANS["ddim"], backend="fused")
+    for _ in range(2):
+        torch.testing.assert_close(sampler(noise), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_works_in_place_later_only_is_named(noise: Tensor) -> None:
+    def late(x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * x if t[0] > 500 else x.mul_(0.5)
+
+    with pytest.raises(NetworkError, match=r"wrote to its input, for the first time at evaluation [1-9]"):
+        Sampler(late, PLANS["ddim"], backend="fused")(noise)
 
 
 def test_arguments_are_told_apart_by_type(noise: Tensor) -> None:

@@ -11,6 +11,7 @@
 #include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
 
+#include "increments.h"
 #include "tensors.h"
 #include "step.h"
 #include "text.h"
@@ -88,7 +89,8 @@ class Run {
     // As olss_fast/executors/host_step.py.
     template <typename T>
     void step_in_one(std::int64_t row, const at::Tensor& raw) {
-        const StepColumns<T> columns{history_.data_ptr<T>(), history_.stride(0), size_,
+        const at::Tensor& first = plan_.anchored && row > 0 ? x_ : history_;
+        const StepColumns<T> columns{history_.data_ptr<T>(), first.const_data_ptr<T>(), history_.stride(0), size_,
                                      1 + row * plan_.branches, first_noise(), noises_of(row),
                                      static_cast<int>(plan_.branches), halves_ == 2};
         host_step(columns, raw.defined() ? raw.const_data_ptr<T>() : nullptr, *guidance_.const_data_ptr<T>(),
@@ -135,12 +137,15 @@ Tables::Tables(const Plan& plan, at::ScalarType dtype) : nfe(plan.nfe), branches
     const auto table = [](const std::vector<double>& values, at::IntArrayRef shape, at::ScalarType type) {
         return at::from_blob(const_cast<double*>(values.data()), shape, at::kDouble).to(type, false, /*copy=*/true);
     };
-    rows = table(plan.rows, {nfe + 1, plan.columns}, sums_of(dtype));
+    const Increments found =
+        dtype == sums_of(dtype) ? increments(plan.rows, plan.first_noise(), plan.columns) : Increments{plan.rows, false};
+    anchored = found.anchored;
+    rows = table(found.rows, {nfe + 1, plan.columns}, sums_of(dtype));
     timesteps = at::zeros({nfe + 1}, at::kFloat);
     timesteps.narrow(0, 0, nfe).copy_(table(plan.timesteps, {nfe}, at::kFloat));
     for (std::int64_t row = 0; row <= nfe; ++row) {
         std::int64_t last = plan.columns;
-        while (last > plan.first_noise() && plan.rows[static_cast<std::size_t>(row * plan.columns + last - 1)] == 0)
+        while (last > plan.first_noise() && found.rows[static_cast<std::size_t>(row * plan.columns + last - 1)] == 0)
             --last;
         noise_counts.push_back(last - plan.first_noise());
     }

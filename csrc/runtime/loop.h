@@ -19,6 +19,7 @@ struct Tables {
     std::int64_t nfe, branches, noises;
     at::Tensor rows, timesteps;              // (S+1, columns); (S+1,) float32, the last one is no time
     std::vector<std::int64_t> noise_counts;  // how many of the noises each row reads
+    bool anchored;                           // whether column 0 of the rows is x itself, but for row 0
 };
 
 // The raw output of the network for x (N, …) and time (N,) float32; N = 2B where `doubled`, unconditional half first.

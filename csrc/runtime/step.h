@@ -11,10 +11,12 @@
 namespace olss {
 
 // Columns of `size` elements, `stride` apart; the first `known` are there once `output` is in. Then `noises` columns
-// from noise_start on. output: (2, size) where doubled, unconditional first; nullptr: none, as for row 0.
+// from noise_start on. first: what stands in column 0, the initial noise or x as it is.
+// output: (2, size) where doubled, unconditional first; nullptr: none, as for row 0.
 template <typename T>
 struct StepColumns {
     T* history;
+    const T* first;
     std::ptrdiff_t stride, size, known, noise_start, noises;
     int branches;
     bool doubled;
@@ -53,7 +55,8 @@ void host_step(const StepColumns<T>& in, const T* output, T guidance, const T* w
         const std::ptrdiff_t count = std::min(step_detail::block, in.size - begin);
         if (output != nullptr) step_detail::keep(in, output, guidance, begin, count);
         std::fill(sums, sums + count, T(0));
-        for (std::ptrdiff_t j = 0; j < in.known; ++j)
+        step_detail::add(sums, in.first + begin, weights[0], count);
+        for (std::ptrdiff_t j = 1; j < in.known; ++j)
             step_detail::add(sums, in.history + j * in.stride + begin, weights[j], count);
         for (std::ptrdiff_t j = in.noise_start; j < in.noise_start + in.noises; ++j)
             step_detail::add(sums, in.history + j * in.stride + begin, weights[j], count);

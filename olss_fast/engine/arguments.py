@@ -45,7 +45,12 @@ def require_names(arguments: object, what: str) -> Mapping[str, Any]:
 
 
 class FlatNetwork(nn.Module):
-    """`network` as forward(x, time, *tensors): the tensors in the order in which `flatten(example)` has them."""
+    """`network` as forward(x, time, *tensors): the tensors in the order in which `flatten(example)` has them.
+
+    lends_x: whether the network is handed x itself; where it writes to it, it must be handed a copy.
+    """
+
+    lends_x = True
 
     def __init__(self, network: nn.Module, example: Mapping[str, Any]) -> None:
         super().__init__()
@@ -54,7 +59,7 @@ class FlatNetwork(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
         left = list(reversed(tensors))
-        return call_network(self.network, x, time, _filled(self._example, left))
+        return call_network(self.network, x if self.lends_x else x.clone(), time, _filled(self._example, left))
 
 
 def _filled(value: Any, left: list[Tensor]) -> Any:

@@ -113,10 +113,15 @@ def checked_request(
 
 
 def _check_callable(request: Request) -> None:
-    """A network that cannot be called is found before minutes are spent on it. Raises NetworkError."""
+    """A network that cannot be called is found before minutes are spent on it, and one that writes to its input.
+
+    Raises NetworkError.
+    """
+    inputs = request.inputs()
+    x = inputs[0].clone()
     try:
         with torch.no_grad():
-            output = request.flat(*request.inputs())
+            output = request.flat(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as cause:
         if isinstance(cause, (OlssError, torch.OutOfMemoryError)):
             raise
@@ -124,6 +129,7 @@ def _check_callable(request: Request) -> None:
             f"the network cannot be called with noise of shape {request.profile.opt} and this example: "
             f"{shortened(cause)}; arguments that belong to the samples begin with as many rows as this noise"
         ) from cause
+    request.flat.lends_x = torch.equal(inputs[0], x)
     require_finite(output[None], step=0, first_sample=0)
 
 

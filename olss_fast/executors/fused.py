@@ -15,6 +15,7 @@ from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors.host_step import host_step
+from olss_fast.executors.increments import Increments, increments
 from olss_fast.executors.reference import OnStep
 from olss_fast.kernels import StepState
 from olss_fast.plan import Plan
@@ -29,7 +30,8 @@ class FusedLoop:
     """The loop of a plan over one network and one shape of noise.
 
     like: an empty tensor (B, …) of the network's dtype, device and memory format. doubled: the network is handed both
-    halves of a guided pair, unconditional first. The network gets the same two tensors, x and its times, in every call.
+    halves of a guided pair, unconditional first. The network gets the same two tensors, x and its times, in every call,
+    or a copy of x if it writes to it.
     room: evaluations and noises that there is room for at least.
     """
 
@@ -53,6 +55,7 @@ class FusedLoop:
         )
         self.plan: Plan | None = None
         self._host = host_step(self.state)
+        self._asked, self._lends = 0, True  # evaluations since the start; whether the network is handed x itself
 
     @property
     def room(self) -> tuple[int, int, int]:
@@ -80,12 +83,16 @@ class FusedLoop:
         if plan is self.plan:
             return
         state, outputs = self.state, plan.noise_slice.start
+        found = Increments(plan.rows, False)
+        if state.x.dtype == state.rows.dtype:  # else sums are wider than x, and carry on nothing that x is rounded by
+            found = increments(plan.rows, outputs)
         rows = np.zeros(tuple(state.rows.shape))
-        rows[: plan.nfe + 1, :outputs] = plan.rows[:, :outputs]
-        rows[: plan.nfe + 1, self._noise_start : self._noise_start + plan.noises] = plan.rows[:, outputs:]
+        rows[: plan.nfe + 1, :outputs] = found.rows[:, :outputs]
+        rows[: plan.nfe + 1, self._noise_start : self._noise_start + plan.noises] = found.rows[:, outputs:]
         times, counts = np.zeros(len(rows)), np.zeros(len(rows))
         times[: plan.nfe] = plan.timesteps
-        counts[: plan.nfe + 1] = [1 + max(np.flatnonzero(row), default=-1) for row in plan.rows[:, outputs:]]
+        counts[: plan.nfe + 1] = [1 + max(np.flatnonzero(row), default=-1) for row in found.rows[:, outputs:]]
+        state.anchored.fill_(found.anchored)
         for buffer, values in ((state.rows, rows), (state.timesteps, times), (state.noise_counts, counts)):
             buffer.copy_(torch.from_numpy(values))
         self.plan = plan
@@ -98,21 +105,37 @@ class FusedLoop:
 
     def evaluate(self, model: int) -> None:
         """One network call and the step after it."""
-        output = self.ask(self.x, self.time, model)
-        if output.device != self.x.device:
+        x = self.x if self._lends else self.x.clone()
+        version = x._version
+        output = self.ask(x, self.time, model)
+        if output.device != x.device:
             raise NetworkError(
-                f"the network returned a tensor on {output.device} for an input on {self.x.device}: move it there"
+                f"the network returned a tensor on {output.device} for an input on {x.device}: move it there"
             )
-        same = output is self.x or output._base is self.x  # a network that works in place
-        if same or output.dtype != self.x.dtype or output.stride() != self.x.stride():
-            output = torch.empty_like(self.x).copy_(output)
+        same = output is x or output._base is x  # a network that works in place
+        if same or output.dtype != x.dtype or output.stride() != x.stride():
+            output = torch.empty_like(x).copy_(output)
+        if x._version != version and self._lends:
+            output = output.clone()
+            self._keep_x()
+        self._asked += 1
         if self._host is not None:
             self._host(output)
         else:
             torch.ops.olss_fast.step.default(output, *self.state)
 
+    def _keep_x(self) -> None:
+        """The network wrote to x, next to which the next row is formed: from now on it is handed copies."""
+        if self._asked:
+            raise NetworkError(
+                f"the network wrote to its input, for the first time at evaluation {self._asked}: copy it"
+            )
+        self._lends = False
+        self.start()
+
     def start(self) -> None:
         """The first network input. The operators themselves, here and above: the state was checked when it was made."""
+        self._asked = 0
         if self._host is not None:
             self._host(None)
         else:

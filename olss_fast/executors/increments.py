@@ -13,7 +13,6 @@ most.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -36,24 +35,21 @@ class Increments(NamedTuple):
 
 
 def increments(rows: Floats, first_noise: int) -> Increments:
-    """Of the rows of a plan, or of the states before a scheduler scales them; fresh noises from `first_noise` on."""
-    pivots = [0, *range(first_noise, rows.shape[1])]
-    found = [rows[0]]
-    for before, row in pairwise(rows):
-        increment = _increment(before, row, pivots[int(np.abs(before[pivots]).argmax())])
-        if increment is None:
-            return Increments(rows, False)
-        found.append(increment)
-    return Increments(np.array(found), True)
+    """Of the rows of a plan, or of the states before a scheduler scales them; fresh noises from `first_noise` on.
 
-
-def _increment(before: Floats, row: Floats, pivot: int) -> Floats | None:
-    """rows'[k+1] with rho in column 0, or None."""
-    rho = row[pivot] / before[pivot] if before[pivot] else np.float64(0.0)
-    carried = rho * before
-    rest: Floats = row - carried
-    rest[np.abs(rest) <= NOTHING * (np.abs(row) + np.abs(carried))] = 0.0
-    if rest[0]:
-        return None
-    rest[0] = rho
-    return rest if np.abs(rest).max() <= GROWTH * np.abs(row).max() else None
+    `csrc/runtime/increments.h` does the same, operation by operation.
+    """
+    before, after, each = rows[:-1], rows[1:], np.arange(len(rows) - 1)
+    pivots = np.array([0, *range(first_noise, rows.shape[1])])
+    pivots = pivots[np.abs(before[:, pivots]).argmax(axis=1)]
+    most, wanted = before[each, pivots], after[each, pivots]
+    with np.errstate(over="ignore", invalid="ignore"):  # where there is next to nothing of it
+        rho = np.divide(wanted, most, out=np.zeros_like(most), where=most != 0)
+        carried = rho[:, None] * before
+        rest: Floats = after - carried
+    rest[np.abs(rest) <= NOTHING * (np.abs(after) + np.abs(carried))] = 0.0
+    takes_x_besides = rest[:, 0].any()
+    rest[:, 0] = rho
+    if takes_x_besides or (np.abs(rest).max(axis=1) > GROWTH * np.abs(after).max(axis=1)).any():
+        return Increments(rows, False)
+    return Increments(np.concatenate([rows[:1], rest]), True)

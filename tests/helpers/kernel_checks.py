@@ -56,6 +56,7 @@ def guarded_state(
     channels_last: bool = False,
     times: int = 3,
     spare: int = 0,
+    anchored: bool = True,
 ) -> StepState:
     """Random coefficients and noise between margins; `spare` rows and columns are left over, columns `spare` wider."""
     sums = torch.float64 if dtype == torch.float64 else torch.float32
@@ -69,6 +70,7 @@ def guarded_state(
         finished=guard.empty(1, dtype=torch.int32).view(()),
         noise_counts=guard.empty(height, dtype=torch.int32),
         noise_start=guard.empty(1, dtype=torch.int32).view(()),
+        anchored=guard.empty(1, dtype=torch.int32).view(()),
         x=guard.empty(*batch, dtype=dtype, channels_last=channels_last),
         time=guard.empty(times, dtype=torch.float32),
         branches=branches,
@@ -78,6 +80,7 @@ def guarded_state(
     state.timesteps.copy_(random(height, seed=2) * 100)
     state.guidance.fill_(2.5)
     state.noise_start.fill_(columns - noises)
+    state.anchored.fill_(anchored)
     state.noise_counts.copy_((torch.arange(height) * noises) // max(1, steps))
     state.history[0] = random(size, seed=3)
     state.history[columns - noises :] = random(noises, size, seed=4)
@@ -147,6 +150,8 @@ def check_run(start: Start, step: Step, guard: Guarded, state: StepState, *, ste
     if begin == 0:
         start(state)
         _check_row(state, reference, eager, 0)
+    else:
+        state.x.copy_(random(*state.x.shape, seed=5))
     for k in range(steps):
         output = _output(guard, state, seed=10 + k)
         before = state.history.clone()
@@ -157,6 +162,12 @@ def check_run(start: Start, step: Step, guard: Guarded, state: StepState, *, ste
             state.history[columns] = torch.stack([reference.known[j] for j in columns]).to(state.history.dtype)
             state.finished.fill_((k + 1) * state.programs)
             continue
+        if state.anchored and state.x.dtype == state.rows.dtype:
+            handed = state.halves(state.x)[0].clone()
+            for twin in (reference, eager):
+                twin.known[0] = handed.to(twin.dtype)
+            for history in (state.history, before):
+                history[0] = float("nan")  # x_T is not read
         step(output, state)
         _check_history(state, before, reference, output, k)
         _check_row(state, reference, eager, k + 1)
