@@ -48,7 +48,7 @@ class Trace:
     inputs: list[Tensor] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     noises: list[Tensor] = field(default_factory=list)
-    sample: Tensor = field(default_factory=lambda: torch.empty(0))
+    sample: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
 
 class _Watch(TorchFunctionMode):

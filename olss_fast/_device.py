@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from olss_fast.errors import InputError
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """float32 and the CPU as torch's defaults, for code of others that relies on them. One thread at a time, and only
+    where they are others: the default dtype is the whole program's."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype == torch.float32 and device.type == "cpu":
+        yield
+        return
+    with _LOCK, torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:

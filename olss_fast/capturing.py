@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast._device import plain_defaults
 from olss_fast._capture_arguments import GRIDS, checked_arguments, config_of
 from olss_fast._capture_levels import check_falling, levels_of, noising, with_final_levels
 from olss_fast._capture_refusals import check_protocol, linear_advice, refuse_known
@@ -36,6 +37,7 @@ MAGNITUDES = (1e-2, 1e2, 1e6)  # of the random tensors: below and beyond every u
 PROBE_SHAPE = (2, 3, 4, 5)  # for each magnitude
 
 
+@plain_defaults()
 def capture(
     scheduler: Any,
     steps: int | None = None,
@@ -86,6 +88,7 @@ def capture(
     )
 
 
+@plain_defaults()
 def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None, **changed_arguments: Any) -> Plan:
     """A captured plan again, with another `begin`, number of steps or arguments of `set_timesteps` (mu, sigmas, …).
 

@@ -195,7 +195,7 @@ def _run(images: ArrayLike | torch.Tensor, module: Extractor, batch_size: int, *
 
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    tensor = torch.as_tensor(images).detach()
+    tensor = images.detach() if isinstance(images, torch.Tensor) else torch.as_tensor(images, device="cpu")
     if tensor.ndim < 2 or not len(tensor):
         raise InputError(f"images has shape {tuple(tensor.shape)}: expected (P, C, H, W) with P >= 1")
     parameter = next(module.parameters(), None) if isinstance(module, torch.nn.Module) else None

@@ -210,7 +210,7 @@ def checked_arguments(given: Any, name: str) -> dict[str, Any]:
         raise InputError(f"{name} must be a mapping of argument names to values, got {type(given).__name__}")
     if not all(isinstance(key, str) for key in given):
         raise InputError(f"{name} must be a mapping of argument names to values, got the keys {list(given)}")
-    return {key: torch.as_tensor(value) if isinstance(value, np.ndarray) else value for key, value in given.items()}
+    return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in given.items()}
 
 
 def _same(first: Any, second: Any) -> bool:

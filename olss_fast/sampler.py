@@ -190,7 +190,7 @@ class Sampler:
     def _warm_up(self, shape: Sequence[int]) -> None:
         """A run on zeros, with a generator of its own: torch's global ones stay as they are."""
         dtype = self.dtype or network_dtype(self.networks[0], torch.float32)
-        self(torch.zeros(tuple(shape), dtype=dtype), generator=torch.Generator())
+        self(torch.zeros(tuple(shape), dtype=dtype, device="cpu"), generator=torch.Generator())
 
     def _run(
         self,

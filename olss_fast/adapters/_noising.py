@@ -38,7 +38,7 @@ class NoiseLevels:
         """The rows of `table`, float32, moved once."""
         if device not in self._on_device:
             with torch.inference_mode(False):
-                self._on_device[device] = torch.tensor(self.table.tolist(), device=device).unbind(0)
+                self._on_device[device] = torch.tensor(self.table.tolist(), dtype=torch.float32, device=device).unbind(0)
         return self._on_device[device]
 
     def at(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class NoiseLevels:
         InputError where only the plan's own timesteps are known, and it can be seen (on the CPU) that this is another.
         """
         try:
-            times = torch.as_tensor(timesteps).to(device=like.device, dtype=torch.float32).reshape(-1)
+            times = torch.as_tensor(timesteps, dtype=torch.float32, device=like.device).reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"the timesteps of add_noise are {quoted(timesteps)}; expected a number, or one for each sample"
@@ -82,7 +82,7 @@ class NoiseLevels:
         alphas, sigmas = self.entry.plan.alphas, self.entry.plan.sigmas
         flow = np.allclose(alphas + sigmas, 1.0)
         with np.errstate(divide="ignore"):
-            return torch.tensor(sigmas if flow else sigmas / alphas, dtype=torch.float32)
+            return torch.tensor(sigmas if flow else sigmas / alphas, dtype=torch.float32, device="cpu")
 
 
 def noise_levels(entry: Entry, latents: Latents, schedule: NoiseSchedule | None) -> NoiseLevels:

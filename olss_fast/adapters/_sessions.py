@@ -44,7 +44,7 @@ class Session:
     entry: Entry | None = None
     levels: NoiseLevels | None = None
     expected: StepArguments | None = None
-    sigmas: Tensor = field(default_factory=lambda: torch.empty(0))
+    sigmas: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     whole: Loaded | None = None
     loaded: Loaded | None = None
     offset: int = 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast._device import pick_device
+from olss_fast._device import pick_device, plain_defaults
 from olss_fast._files import read_bounded
 from olss_fast.errors import ModelError
 from olss_fast.noise_schedule import NoiseSchedule
@@ -99,6 +99,7 @@ def load_pipeline(
     )
 
 
+@plain_defaults()
 def read_unet(
     folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:

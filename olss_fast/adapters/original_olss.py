@@ -150,7 +150,7 @@ def _arrays(content: object) -> tuple[Floats, Floats, Floats]:
 
 def _times(value: object) -> Floats:
     if isinstance(value, list | tuple) and all(type(time) is int and abs(time) < 2**31 for time in value):
-        value = torch.tensor(value, dtype=torch.int64)
+        value = torch.tensor(value, dtype=torch.int64, device="cpu")
     if not isinstance(value, Tensor) or value.dtype not in (torch.int16, torch.int32, torch.int64):
         _refuse(f"timesteps is {_kind(value)}; expected a tensor or list of integers")
     if value.ndim != 1 or not 1 <= value.numel() <= MAX_STEPS:

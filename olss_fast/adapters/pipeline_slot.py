@@ -50,10 +50,10 @@ class Slot:
         **other: Any,
     ) -> None:
         schedule = schedule_of(self._original, mu)
-        times = torch.as_tensor(schedule.timesteps(self.teacher_steps, "trailing"), dtype=torch.float32)
+        times = torch.tensor(schedule.timesteps(self.teacher_steps, "trailing"), dtype=torch.float32, device="cpu")
         self.schedule, self.times, self.num_inference_steps = schedule, times, self.length
         self.timesteps = times.repeat_interleave(self.repeats).to(device)
-        self.sigmas = torch.as_tensor(schedule.sigma(self.timesteps.cpu().numpy()), dtype=torch.float32)
+        self.sigmas = torch.tensor(schedule.sigma(self.timesteps.cpu().numpy()), dtype=torch.float32, device="cpu")
         self._amplitude = float(schedule.start_amplitude(schedule.first) * schedule.input_scale(schedule.first))
 
     @property
@@ -93,7 +93,7 @@ class Slot:
         scale = self.schedule.input_scale(t)
         shape = (-1,) + (1,) * (original_samples.ndim - 1)
         alpha, sigma = (
-            torch.as_tensor(scale * level).to(original_samples).view(shape)
+            torch.as_tensor(scale * level, device="cpu").to(original_samples).view(shape)
             for level in (self.schedule.alpha(t), self.schedule.sigma(t))
         )
         return alpha * original_samples + sigma * noise.to(original_samples)

@@ -167,7 +167,7 @@ def _opened(
     with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
         bar.close()
         count = network.start.shape[0]
-        yield network, Denoiser(network, samples=count, conditioning={"sample": torch.arange(count)})
+        yield network, Denoiser(network, samples=count, conditioning={"sample": torch.arange(count, device="cpu")})
 
 
 def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwork) -> list[Plan]:

@@ -88,7 +88,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         config = {"_plans": plans_to_config(given), "_scheduler": network, **visible_config(network, given)}
         self.register_to_config(**config)  # type: ignore[no-untyped-call]
         self._book = PlanBook(given, network)
-        self._sessions = Sessions(Session(), torch.empty(0))
+        self._sessions = Sessions(Session(), torch.empty(0, device="cpu"))
 
     @classmethod
     def from_pipe(
@@ -182,7 +182,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         )
         dtype = torch.int64 if np.all(entry.timesteps == np.round(entry.timesteps)) else torch.float32
         with torch.inference_mode(False):  # views of a plain tensor can be told apart from copies in every mode
-            grid = torch.tensor(entry.timesteps.tolist() + _closing(entry.plan), dtype=dtype, device=device)
+            grid = torch.tensor(entry.timesteps.tolist() + _closing(entry.plan), dtype=dtype, device=device or "cpu")
         loaded = self._loaded(entry.plan, grid.device)
         levels = noise_levels(entry, loaded.latents, self._book.schedule)
         expected = step_arguments_of(entry.plan)

@@ -101,10 +101,12 @@ def classifier(device: torch.device | str | None = None) -> Classifier:
     with _naming(MODEL_FOLDER / CLASSIFIER_FILE) as path:
         from safetensors.torch import load_file
 
+        from .._device import plain_defaults
         from .convnet import Classifier
 
-        module = Classifier()
-        module.load_state_dict(load_file(path))
+        with plain_defaults():
+            module = Classifier()
+            module.load_state_dict(load_file(path))
     return module.eval().requires_grad_(False).to(place)
 
 

@@ -27,7 +27,7 @@ def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif isinstance(value, (list, tuple)) and any(isinstance(each, (Tensor, np.ndarray)) for each in value):
             found = flatten({str(i): each for i, each in enumerate(value)}, name + ".")
         else:
-            found = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value}
+            found = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value}
         if twice := sorted(set(flat) & set(found)):
             raise InputError(f"{', '.join(twice)} was given twice, nested and by its flat name; give it once")
         flat.update(found)

@@ -54,8 +54,9 @@ class Request:
             sizes[axis] = max(sizes[axis], least * self.profile.multiple[axis])
         batch = sizes[0] * (1 + self.doubled)
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn((batch, *sizes[1:]), generator=generator).to(self.device, self.dtype)
-        times = torch.full((batch,), self.times[0] if time is None else time, device=self.device)
+        x = torch.randn((batch, *sizes[1:]), generator=generator, dtype=torch.float32, device="cpu")
+        x = x.to(self.device, self.dtype)
+        times = torch.full((batch,), self.times[0] if time is None else time, dtype=torch.float32, device=self.device)
         rest = [
             _repeated(each, batch) if own else each
             for each, own in zip(self.tensors.values(), self.per_sample, strict=True)
@@ -211,7 +212,8 @@ def _row(name: str, value: Any, like: Tensor, profile: Profile, device: torch.de
     shape = (1, *like.shape[1:]) if is_per_sample(like, profile) else tuple(like.shape)
     if not isinstance(value, (Tensor, bool, int, float)):
         raise InputError(f"unconditional[{name!r}] is {quoted(value)}; expected a tensor, or a number")
-    given = torch.as_tensor(value).to(device)
+    exact = torch.float64 if isinstance(value, float) else None
+    given = torch.as_tensor(value, dtype=exact, device=device)
     plain = given.to(like.dtype)
     if not like.is_floating_point() and not torch.equal(plain.to(given.dtype), given):
         raise InputError(

@@ -155,12 +155,12 @@ def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Call
     found = engine.manifest
     shape = (batch or found.profile.opt[0], *found.profile.opt[1:])
     found.profile.check(shape)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     noise = noise.to(engine.device, getattr(torch, found.dtype))
     given, without = engine.usual_arguments(shape[0])
     generator = torch.Generator(engine.device).manual_seed(0)
     x = torch.cat([noise, noise]) if found.doubled else noise
-    times = [torch.full((x.shape[0],), float(each), device=engine.device) for each in plan.timesteps]
+    times = [torch.full((x.shape[0],), float(each), dtype=torch.float32, device=engine.device) for each in plan.timesteps]
     tensors = inputs.network_inputs(found, shape[0], engine.device, given, {**engine.unconditional, **(without or {})})
 
     def call() -> Tensor:

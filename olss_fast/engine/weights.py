@@ -37,7 +37,7 @@ def to_blob(tensor: Tensor) -> Blob:
 
 def from_blob(name: str, blob: Blob, strides: Sequence[int] | None, device: torch.device) -> Tensor:
     """A tensor of its own memory, with `strides` if they are given. Raises `Refused` for strides that do not fit."""
-    plain = torch.empty(blob.shape, dtype=DTYPES[blob.dtype])
+    plain = torch.empty(blob.shape, dtype=DTYPES[blob.dtype], device="cpu")
     if blob.data.nbytes:
         values = np.frombuffer(blob.data, dtype=np.uint8)
         if blob.dtype == "BOOL" and values.max() > 1:
