@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast._device import plain_defaults
 from olss_fast._capture_arguments import GRIDS, checked_arguments, config_of
 from olss_fast._capture_levels import check_falling, levels_of, noising, with_final_levels
 from olss_fast._capture_refusals import check_protocol, linear_advice, refuse_known
 from olss_fast._capture_run import Driver, Trace
+from olss_fast._device import plain_defaults
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.plan import Floats, Plan
 

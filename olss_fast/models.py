@@ -54,7 +54,8 @@ def load_model(name: str, *, device: str | None = None, null_class: int | None =
 def draw_noise(model: Model, count: int, seed: int) -> Tensor:
     """(count, *shape) unit Gaussian noise, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn((count, *model.shape), generator=generator, dtype=torch.float32, device="cpu").to(device_of(model))
+    noise = torch.randn((count, *model.shape), generator=generator, dtype=torch.float32, device="cpu")
+    return noise.to(device_of(model))
 
 
 def device_of(model: Model) -> torch.device:

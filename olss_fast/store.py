@@ -99,7 +99,7 @@ class Store:
     def read(self, name: str, key: str, index: Any = slice(None)) -> Tensor:
         self.check(name)
         try:
-            with safetensors.safe_open(self.path(name), framework="pt") as file:
+            with torch.device("cpu"), safetensors.safe_open(self.path(name), framework="pt") as file:
                 tensor: Tensor = file.get_slice(key)[index]
                 return tensor
         except (OSError, safetensors.SafetensorError) as error:
@@ -134,7 +134,8 @@ def _opened(folder: Path, asked: Callable[[Identity | None], Identity], probe: C
     moved = moving(before, asked(before))
     if known is None:
         store = Store(folder, _key(before.digests, moved))
-        store.write("probe", {"answers": answers, "tolerance": torch.tensor([_tolerance(answers)])})
+        tolerance = torch.tensor([_tolerance(answers)], dtype=torch.float32, device="cpu")
+        store.write("probe", {"answers": answers, "tolerance": tolerance})
         _write_manifest(folder / MANIFEST, before.digests, moved)
         return store
     store = Store(folder, _key(*known))

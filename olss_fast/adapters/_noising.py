@@ -38,7 +38,8 @@ class NoiseLevels:
         """The rows of `table`, float32, moved once."""
         if device not in self._on_device:
             with torch.inference_mode(False):
-                self._on_device[device] = torch.tensor(self.table.tolist(), dtype=torch.float32, device=device).unbind(0)
+                table = torch.tensor(self.table.tolist(), dtype=torch.float32, device=device)
+                self._on_device[device] = table.unbind(0)
         return self._on_device[device]
 
     def at(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class LoopScheduler(PlanScheduler):
     def of(cls, scheduler: PlanScheduler) -> LoopScheduler:
         """The same plans."""
         loop = cls.__new__(cls)
-        vars(loop).update(vars(scheduler), _sessions=Sessions(Session(), torch.empty(0)))
+        vars(loop).update(vars(scheduler), _sessions=Sessions(Session(), torch.empty(0, device="cpu")))
         return loop
 
     def set_timesteps(

@@ -303,7 +303,8 @@ def warm_up(engine: Engine, conditioning: Mapping[str, Tensor] | None = None) ->
     conditioning: at `opt`; default: `engine.usual_arguments`.
     """
     found = engine.manifest
-    noise = torch.randn(found.profile.opt, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(found.profile.opt, generator=generator, dtype=torch.float32, device="cpu")
     noise = noise.to(engine.device, getattr(torch, found.dtype))
     usual, without = engine.usual_arguments(noise.shape[0])
     given: dict[str, Any] = usual if conditioning is None else dict(conditioning)

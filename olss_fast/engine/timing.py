@@ -160,7 +160,8 @@ def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Call
     given, without = engine.usual_arguments(shape[0])
     generator = torch.Generator(engine.device).manual_seed(0)
     x = torch.cat([noise, noise]) if found.doubled else noise
-    times = [torch.full((x.shape[0],), float(each), dtype=torch.float32, device=engine.device) for each in plan.timesteps]
+    whole = x.new_zeros(x.shape[0], dtype=torch.float32, device=engine.device)
+    times = [whole + float(each) for each in plan.timesteps]
     tensors = inputs.network_inputs(found, shape[0], engine.device, given, {**engine.unconditional, **(without or {})})
 
     def call() -> Tensor:
