@@ -297,6 +297,18 @@ def test_a_later_start(name: str) -> None:
     assert recapture(later, begin=0) == plan
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_later_start_with_no_noise_left_to_take_away(steps: int) -> None:
+    """DDIM's last step from timestep 0 to the level of timestep 0: image-to-image of little strength ends so."""
+    scheduler = ddim(set_alpha_to_one=False, timestep_spacing="leading")
+    plan = capture(scheduler, steps, begin=steps - 1)
+    assert plan.timesteps.tolist() == [0.0]
+    np.testing.assert_allclose(plan.rows, [[1.0, 0.0], [1.0, 0.0]], atol=1e-7)
+    assert plan.sigmas[1] == pytest.approx(plan.sigmas[0], rel=1e-6)
+    with pytest.raises(ScheduleError, match="does not run from noise to data"):
+        capture(diffusers.DDIMInverseScheduler(**SD, clip_sample=False), 4, begin=2)
+
+
 def test_other_arguments() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     plan = capture(scheduler, 6, mu=0.5)

@@ -13,6 +13,7 @@ import torch
 from plan_runs import BETAS, DDIM, DPM, NOISE, SCHEDULE, SHAPE, learned, network, sampled
 from torch import Tensor
 
+import olss_fast
 from olss_fast import NoiseSchedule, PlanScheduler, capture, solvers
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.truncation import mismatch
@@ -49,6 +50,11 @@ def test_configs_of_other_schedulers() -> None:
     assert scheduler.config.prediction_type == "epsilon"
     torch.testing.assert_close(scheduler.alphas_cumprod, DPM.alphas_cumprod, rtol=1e-5, atol=1e-7)
     assert not hasattr(PlanScheduler(solvers.ddim(SCHEDULE, 5)), "alphas_cumprod")
+
+
+def test_one_name_for_every_error() -> None:
+    with pytest.raises(olss_fast.OlssError, match="no plan was given"):
+        PlanScheduler([])
 
 
 def test_printed_it_is_a_summary() -> None:
