@@ -87,3 +87,9 @@ def test_the_two_commands() -> None:
         "pip install -c constraints.txt -e . && olss-fast demo",
         "pip install -c constraints.txt -e '.[test]' && pytest",
     ]
+
+
+def test_the_page_of_the_runtime_asks_for_plans_that_its_file_has() -> None:
+    text = (README.parent / "docs" / "runtime.md").read_text()
+    (built,) = re.findall(r"--plan olss-demo/plans/(\S+)\.safetensors", text)
+    assert set(re.findall(r"olss-run \S+ --plan (\S+)", text)) == {built}
