@@ -13,6 +13,7 @@ from olss_fast._bounds import MAX_EVALUATIONS, check_count
 from olss_fast.errors import InputError, OlssError
 
 BAD_INPUT = 2
+INTERRUPTED = 130
 LARGEST_SEED = 2**63 - 1
 MOST_SAMPLES = 1_000_000
 P = ParamSpec("P")
@@ -51,12 +52,15 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 
 
 def named_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Bad input ends in one clear message and exit code 2, never in a traceback."""
+    """Bad input ends in one clear message and exit code 2, Ctrl-C in a word and 130, neither in a traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.secho("Interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         except (OlssError, OSError) as error:
             fail(str(error))
         except (MemoryError, RuntimeError) as error:

@@ -152,7 +152,7 @@ def tune(
     from olss_fast import demo_run, runs
 
     start = time.perf_counter()
-    folder = demo_run.make_folders(out)
+    folder = demo_run.try_folders(out)
     result = runs.tune(
         runs.Subject(model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet),
         wanted,
@@ -215,9 +215,9 @@ def sample(
     chosen = None if plan is None else load_plan(plan)
     from olss_fast import runs
     from olss_fast.images import save_images
-    from olss_fast.report import make_folder
+    from olss_fast.report import try_folder
 
-    folder = make_folder(out)
+    folder = try_folder(out)
     subject = runs.Subject(
         model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
     )
@@ -270,13 +270,14 @@ def compare(
     wanted = parse_steps(steps)
     loaded_plans = [load_plan(path) for path in plans or []]
     from olss_fast import runs
-    from olss_fast.report import make_folder
+    from olss_fast.report import make_folder, try_folder
 
-    folder = make_folder(out)
+    try_folder(out)
     subject = runs.Subject(
         model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
     )
     report = runs.compare_with(subject, wanted, teacher_steps, samples=samples, plans=loaded_plans)
+    folder = make_folder(out)
     report.to_json(folder / "report.json")
     report.plot(folder)
     typer.echo(report.solver_table())

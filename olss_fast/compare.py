@@ -8,11 +8,11 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from olss_fast import solvers
 from olss_fast._arguments import checked_count, checked_plans, checked_schedule
 from olss_fast._bounds import check_count
+from olss_fast._progress import evaluation_bar
 from olss_fast.errors import InputError
 from olss_fast.fitting import Task
 from olss_fast.models import check_prediction
@@ -136,7 +136,7 @@ def _record(
     samples = noise.shape[0]
     split = Split(range(0), range(0), range(samples))
     place = recording_store(None, teacher, denoiser, noise, schedule=schedule, split=split, batch_size=batch_size)
-    with _bar(f"Teacher, {teacher.nfe} steps", samples * teacher.nfe, progress) as bar:
+    with evaluation_bar(f"Teacher, {teacher.nfe} steps", samples * teacher.nfe, progress) as bar:
         store = stack.enter_context(place)
         return record(teacher, denoiser, noise, store=store, split=split, batch_size=batch_size, progress=bar.update)
 
@@ -154,7 +154,7 @@ def _score(
     everything = own + [plan for plan in analytic if plan not in own and admits(plan)]
     samples = range(task.noise.shape[0])
     total = expected_evaluations(everything, len(samples), FIRST)
-    with _bar(f"{nfe:>2} NFE, {len(everything)} samplers", total, progress) as bar:
+    with evaluation_bar(f"{nfe:>2} NFE, {len(everything)} samplers", total, progress) as bar:
         errors = tournament(everything, task, samples, keep=range(len(own)), first=FIRST, progress=bar.update)
         bar.total = bar.n
     return [_candidate(plan, tuple(error)) for plan, error in zip(everything, errors, strict=True)]
@@ -164,7 +164,3 @@ def _candidate(plan: Plan, errors: tuple[float, ...]) -> Candidate:
     kind = kind_of(plan)
     name = solvers.display_name(plan) if kind == ANALYTIC else KIND_NAMES.get(kind, kind)
     return Candidate(name=name, kind=kind, spacing=plan.metadata.get("spacing", ""), plan=plan, errors=errors)
-
-
-def _bar(title: str, total: int, progress: bool) -> tqdm[None]:
-    return tqdm(total=total, desc=f"{title:<26}", unit="eval", unit_scale=True, delay=0.5, disable=not progress)

@@ -14,7 +14,7 @@ from olss_fast import demo, metrics
 from olss_fast.models import arguments, counted, draw_noise, pick_labels
 from olss_fast.plan import Plan
 from olss_fast.plots import plot_grid
-from olss_fast.report import ANALYTIC, Candidate, Report, make_folder
+from olss_fast.report import ANALYTIC, Candidate, Report, make_folder, try_folder
 from olss_fast.sampling import sample
 from olss_fast.tables import families
 from olss_fast.tuning import Effort, TuneResult, tune
@@ -46,7 +46,7 @@ def run_demo(
     Errors as of `tune`; `PlanFileError` if something cannot be written.
     """
     start = time.perf_counter()
-    out = make_folders(out)
+    out = try_folders(out)
     model = demo.load(device)
     where = next(model.network.parameters()).device if isinstance(model.network, torch.nn.Module) else "cpu"
     say(
@@ -72,11 +72,10 @@ def run_demo(
     return result
 
 
-def make_folders(out: str | Path) -> Path:
-    """`out`, with its `plans`: made and tried before any work whose result could not be written."""
-    folder = make_folder(out)
-    make_folder(folder / PLANS)
-    return folder
+def try_folders(out: str | Path) -> Path:
+    """`out`, and its `plans`, tried before any work whose result could not be written."""
+    try_folder(out)
+    return try_folder(Path(out) / PLANS).parent
 
 
 def write_result(result: TuneResult, out: Path) -> list[Path]:
@@ -137,5 +136,5 @@ def _sample_rows(
     noise = draw_noise(model, len(GRID_CLASSES), seed)
     how = arguments(model, pick_labels(model, len(GRID_CLASSES), GRID_CLASSES))
     total = 2 * len(GRID_CLASSES) * sum(plan.nfe for plan in plans.values())  # a guided pair is two
-    with counted(model.network, f"{'Pictures':<26}", total, progress=progress) as network:
+    with counted(model.network, "Pictures", total, progress=progress) as network:
         return {name: sample(network, plan, noise, **how).cpu().double().numpy() for name, plan in plans.items()}

@@ -82,12 +82,14 @@ def build(
     from olss_fast import runs
     from olss_fast.engine import describe
     from olss_fast.plan import Plan
+    from olss_fast.report import make_folder
 
     loaded = [Plan.load(path) for path in plans or []]
     _check_target(out)
     subject = runs.Subject(model, None, device, None, null_class, guidance_scale, progress=not quiet)
     chosen = settings if solver is not None else {**SOLVER, **settings}
     engine = runs.build_engine(subject, loaded, nfes, chosen, batches, dtype=dtype, cache=not no_cache)
+    make_folder(out.parent)
     engine.save(out)
     took, compiling = time.perf_counter() - begin, engine.manifest.facts["measured"]["seconds_to_compile"]
     known = f"; the code, {compiling:.0f} s of compiling, was there from an earlier build" if took < compiling else ""
@@ -107,9 +109,9 @@ def _batches(text: str) -> list[int]:
 
 def _check_target(out: Path) -> None:
     """InputError where no file can be written, before minutes are spent on what is to be in it."""
-    from olss_fast.report import make_folder
+    from olss_fast.report import try_folder
 
-    make_folder(out.parent)
+    try_folder(out.parent)
     if out.is_dir():
         raise InputError(f"--out is {out}, a folder: name a file in it, such as {out / 'engine.olss'}")
 

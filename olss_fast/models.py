@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
+from olss_fast._progress import evaluation_bar
 from olss_fast.errors import InputError
 from olss_fast.network import Network, module_of
 from olss_fast.noise_schedule import NoiseSchedule
@@ -98,7 +98,7 @@ def arguments(model: Model, labels: Sequence[int], guidance_scale: float | None 
 @contextmanager
 def counted(network: Network, title: str, total: int, *, progress: bool = True) -> Iterator[Network]:
     """`network` with a progress bar that counts the samples it is asked about, `total` in the end."""
-    with tqdm(total=total, desc=title, unit="eval", unit_scale=True, delay=0.5, disable=not progress) as bar:
+    with evaluation_bar(title, total, progress) as bar:
 
         def ask(x: Tensor, timestep: Tensor, **conditioning: Any) -> Any:
             output = network(x, timestep, **conditioning)

@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -323,6 +324,19 @@ def make_folder(folder: PathLike) -> Path:
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be written: {error.strerror or error}; name another") from error
     return folder
+
+
+def try_folder(folder: PathLike) -> Path:
+    """The folder, if files can be written there; `InputError` as of `make_folder`. What was made for the trial is
+    removed again: whoever stops before there is a result leaves no empty folder."""
+    folder = Path(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        return make_folder(folder)
+    finally:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:

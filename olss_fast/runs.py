@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from olss_fast import compare, models, tuning
+from olss_fast._progress import bar_options, can_draw
 from olss_fast.errors import InputError
 from olss_fast.plan import Plan
 from olss_fast.report import Report
@@ -56,7 +57,7 @@ class Subject:
         if self.prompts is None:
             raise InputError("a pipeline needs --prompts FILE")
         texts = pipeline_files.read_prompts(self.prompts)
-        if not self.progress:
+        if not (self.progress and can_draw()):
             pipeline_files.silence()
         pipe = pipeline_files.load_any_pipeline(self.model, device=self.device, dtype=self.dtype)
         scale = self._scale(plans)
@@ -178,7 +179,7 @@ def sample(
     pipe, calls = subject.pipeline(count, [] if plan is None else [plan])
     chosen = plan or models.solver_plan(schedule_of(pipe.scheduler), solver)
     pipe.scheduler = PlanScheduler.from_pipe(pipe, chosen)
-    pipe.set_progress_bar_config(disable=not subject.progress)
+    pipe.set_progress_bar_config(**bar_options(subject.progress))
     prompts = [prompt for call in calls for prompt in call["prompt"]]
     return pipeline_images(pipe, calls, chosen.nfe), chosen.nfe, prompts
 

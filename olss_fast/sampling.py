@@ -12,6 +12,7 @@ from tqdm import tqdm
 from olss_fast._arguments import checked_count, checked_plan
 from olss_fast._draws import Seed, Streams, checked_streams, initial_noise, unit_noise
 from olss_fast._old_forms import takes_old_forms
+from olss_fast._progress import bar_options
 from olss_fast._starts import begun
 from olss_fast._text import quoted
 from olss_fast.errors import InputError
@@ -123,7 +124,7 @@ def watching(
         return
     if callback is not None and not callable(callback):
         raise InputError(f"callback is {quoted(callback)}; expected a function callback(i, timestep, x)")
-    with tqdm(total=plan.nfe * batches, desc="Sampling", unit="step", disable=not progress) as bar:
+    with tqdm(total=plan.nfe * batches, desc="Sampling", unit="step", **bar_options(progress)) as bar:
 
         def on_step(i: int, x: Tensor) -> None:
             bar.update()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from olss_fast import planning, solvers
+from olss_fast._progress import evaluation_bar
 from olss_fast.errors import PlanFileError, StoreError
 from olss_fast.fitting import Float64, Student, Task, on_policy, teacher_forced
 from olss_fast.network import Denoiser
@@ -90,8 +90,7 @@ class Clock:
     def stage(self, name: str, title: str, total: int) -> Iterator[Callable[[int], object]]:
         """A bar of `total` sample evaluations; yields the function that advances it."""
         start, before = time.perf_counter(), self.denoiser.evaluations
-        bar = tqdm(total=total, desc=f"{title:<26}", unit="eval", unit_scale=True, delay=0.5, disable=not self.visible)
-        with bar:
+        with evaluation_bar(title, total, self.visible) as bar:
             yield bar.update
             bar.total = bar.n  # early stopping leaves some of the estimate unused
             bar.refresh()

@@ -71,9 +71,10 @@ def tune(
     unit Gaussian, one sample a row, and arguments of the conditioning whose first dimension is P belong to the
     samples. The last `held_out` samples (default: a quarter) judge, an eighth stops the polish, all others are fitted
     on. The teacher is DDIM with `teacher_steps` evaluations unless a `teacher` plan is given. `rivals` are plans that
-    are judged beside the analytic ones, each at its own number of evaluations. `store` is a folder for the recording
-    and the finished fits: a killed run that is started again with the same folder resumes. The same `seed` gives
-    bitwise the same plans on the same machine.
+    are judged beside the analytic ones, each at its own number of evaluations. `store` is a folder for the recording,
+    the finished fits and their judgement: a killed run that is started again with the same folder resumes, and one
+    that asks something else (another weight, attribute, argument, schedule; see `identity`) is refused by name. The
+    same `seed` gives bitwise the same plans on the same machine.
 
     Source: Duan et al., Optimal Linear Subspace Search, CIKM 2023; on-policy fit and polish as in `fitting` and
     `polish`. Raises `InputError`, `NetworkError`, `StoreError`.

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from olss_fast import solvers
 from olss_fast._arguments import checked_count, checked_plans
 from olss_fast._bounds import check_steps
+from olss_fast._progress import bar_options, evaluation_bar
 from olss_fast.adapters.pipeline_calls import (
     Call,
     argument,
@@ -163,7 +164,7 @@ def _opened(
     pipe: Any, calls: Sequence[Call], teacher_steps: int, seed: int, progress: bool
 ) -> Iterator[tuple[PipelineNetwork, Denoiser]]:
     """The pipeline as a network, and as a denoiser whose conditioning is the number of the sample."""
-    bar = tqdm(desc=f"{'Calls':<26}", unit="eval", delay=0.5, disable=not progress)
+    bar = evaluation_bar("Calls", None, progress)
     with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
         bar.close()
         count = network.start.shape[0]
@@ -251,7 +252,7 @@ def sweep_guidance(
     scales = sorted({round(tuned[0] * SWEEP[0], 3), *tuned, round(tuned[-1] * SWEEP[-1], 3)})
     plans = [plan for nfe in report.nfes for plan in (report.best(nfe).plan, report.best(nfe, ANALYTIC).plan)]
     rows, asked = [], 0
-    for scale in tqdm(scales, desc=f"{'Guidance scales':<26}", disable=not progress):
+    for scale in tqdm(scales, desc=f"{'Guidance scales':<26}", **bar_options(progress)):
         chosen = with_guidance(pipe, [calls[i] for i in judges], [scale])
         folder = None if store is None else Path(store) / f"guidance-{scale:g}"
         errors, evaluations = _errors(pipe, chosen, plans, report.teacher, teacher_steps, folder, seed + len(calls))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from olss_fast._old_forms import takes_old_forms
+from olss_fast._progress import bar_options
 from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
 from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name
@@ -248,7 +249,7 @@ def _timed(engine: Engine, inputs: list[Tensor]) -> float:
 @contextmanager
 def _stages(progress: bool) -> Iterator[Callable[[str], object]]:
     """A bar over the stages of a build; the yielded function begins one."""
-    with tqdm(total=4, desc="Building", bar_format="{desc} {bar:12} {elapsed}", disable=not progress) as bar:
+    with tqdm(total=4, desc="Building", bar_format="{desc} {bar:12} {elapsed}", **bar_options(progress)) as bar:
 
         def stage(name: str) -> None:
             bar.set_description(f"Building: {name:<22}", refresh=False)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from olss_fast._progress import bar_options
 from olss_fast.engine import inputs
 from olss_fast.engine.engine import Engine, load_engine
 from olss_fast.plan import Plan
@@ -196,7 +197,7 @@ def _turns(
     """Seconds of a call and of its network calls; which of the two comes first changes from turn to turn."""
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + duration
-    with tqdm(total=iterations, desc="Timing", unit="call", disable=not progress) as bar:
+    with tqdm(total=iterations, desc="Timing", unit="call", **bar_options(progress)) as bar:
         while len(pairs) < (iterations or LEAST) or (iterations is None and time.perf_counter() < end):
             if len(pairs) % 2:
                 second, first = timed(network, device), timed(call, device)
