@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import every_pipeline
 import numpy as np
 import pytest
 import tiny_pipelines as tiny
@@ -13,6 +14,7 @@ from asking_pipeline import MU, STEPS, Asking
 
 import olss_fast
 from olss_fast import PlanScheduler, capture
+from olss_fast.adapters.pipeline_network import open_pipeline
 from olss_fast.errors import InputError
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -80,3 +82,33 @@ def test_a_strength_that_leaves_no_step(kind: str, scheduler: Any) -> None:
         call |= {"mask_image": (image[:, :1] > 0.5).float(), "height": tiny.SIZE, "width": tiny.SIZE}
     with pytest.raises(InputError, match="Raise strength"):
         pipe("a cat", **call)
+
+
+def opened(name: str) -> Any:
+    """A pipeline of the table of all, opened as `tune_pipeline` opens it; the number of its evaluations."""
+    pipe, call = every_pipeline.build(name)
+    own = {key: every_pipeline.argument(value) for key, value in call.items() if key != "num_inference_steps"}
+    before = dict(vars(pipe))
+    try:
+        with open_pipeline(pipe, [own], teacher_steps=6) as network:
+            return network.evaluations
+    finally:
+        assert vars(pipe) == before
+
+
+def test_tuning_refuses_a_pipeline_that_computes_with_its_schedulers_sigmas() -> None:
+    with pytest.raises(InputError, match="something else in its own loop than from outside"):
+        opened("StableDiffusionLatentUpscalePipeline")
+
+
+def test_tuning_takes_a_pipeline_that_asks_for_the_class() -> None:
+    """Once to begin, once again, two in its own loop, and the second of these from outside."""
+    assert opened("BriaPipeline") == 5
+
+
+def test_times_of_tokens_are_refused() -> None:
+    ours = PlanScheduler(capture(DDIM, STEPS))
+    ours.set_timesteps(STEPS)
+    x = torch.zeros(1, 3)
+    with pytest.raises(InputError, match=r"per_token_timesteps of shape \(1, 3\).*its own scheduler"):
+        ours.step(x, ours.timesteps[0], x, per_token_timesteps=torch.zeros(1, 3))

@@ -33,9 +33,8 @@ the column *with* says: options that are not linear are switched off. *Outputs* 
 beside the initial noise; NFE is the number of network evaluations, which is that of the outputs. Where it says why not,
 the reason is the one that `olss_fast.capture` gives. {captured} of {classes} classes are captured.
 
-That a class is captured says that its arithmetic is a plan. It does not say that every pipeline made for it takes
-another scheduler in its place: some look at the class of theirs, such as Stable Cascade's (DDPMWuerstchenScheduler) and
-CogVideoX's (CogVideoXDPMScheduler).
+That a class is captured says that its arithmetic is a plan. Which pipelines run it is another table:
+[pipelines.md](pipelines.md). CogVideoX's do not with CogVideoXDPMScheduler, whose step takes more than a plan knows.
 
 | class | NFE | outputs | noises | with |
 |---|---|---|---|---|

@@ -51,6 +51,11 @@ class StepArguments:
     def check(self, asked: Mapping[str, Any]) -> None:
         """InputError for a value that asks for something else. None asks for nothing."""
         for argument, value in asked.items():
+            if isinstance(value, (Tensor, np.ndarray)):
+                raise InputError(
+                    f"step was asked for {argument} of shape {tuple(value.shape)}, values for parts of the sample, and "
+                    f"{self.name} has one coefficient for all of it at a step. Run this pipeline with its own scheduler"
+                )
             if value is not None and not self._is_met(argument, value):
                 raise InputError(
                     f"step was asked for {argument}={quoted(value)}, and {self.name} {self._has(argument)}; its "
@@ -59,8 +64,6 @@ class StepArguments:
                 )
 
     def _is_met(self, argument: str, value: Any) -> bool:
-        if isinstance(value, (Tensor, np.ndarray)):
-            return False
         if self.expected.get(argument) is None:
             return not value or bool(value == NEUTRAL.get(argument))
         return bool(value == self.expected[argument])

@@ -8,6 +8,7 @@ from typing import Any
 
 from olss_fast.errors import InputError
 
+OFFERED = ["model_output", "timestep", "sample"]
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -26,7 +27,7 @@ def check_slot(pipe: Any) -> Any:
     parameters = inspect.signature(step).parameters.values()
     names = [parameter.name for parameter in parameters]
     needed = [each.name for each in parameters if each.default is each.empty and each.kind not in VARIADIC]
-    if needed != ["model_output", "timestep", "sample"]:
+    if names[:3] != OFFERED or not {*needed} <= {*OFFERED}:
         raise InputError(
             f"{type(slot).__name__}.step of this {name} takes {', '.join(names)}; a PlanScheduler stands in for "
             "schedulers that need model_output, timestep and sample alone"

@@ -23,6 +23,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from olss_fast.adapters.pipeline_slot import Slot
+from olss_fast.adapters.pipeline_trial import check_answer, questions
 from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.plan import Plan
 
@@ -52,10 +53,7 @@ class Session:
         """Runs the call up to its first output."""
         self.slot = Slot(self.scheduler, self.teacher_steps, self.repeats)
         self.attributes = {**vars(self.pipe), "scheduler": self.slot}
-        arguments = {**self.call, "num_inference_steps": self.slot.length}
-        if "generator" in arguments:
-            arguments["generator"] = _copies(arguments["generator"])
-        self.run = greenlet(lambda: self.pipe(**arguments))
+        self.run = greenlet(lambda: self.pipe(**self._arguments(self.slot.length)))
         self.run.gr_context = contextvars.copy_context()
         try:
             self.output = self._switch()
@@ -69,6 +67,24 @@ class Session:
             raise InputError(f"{self.name} of {type(self.pipe).__name__} never came to a step of its scheduler")
         self.start = self.slot.sample
         self.asked += 1
+
+    def _arguments(self, steps: int) -> dict[str, Any]:
+        arguments = {**self.call, "num_inference_steps": steps}
+        if "generator" in arguments:
+            arguments["generator"] = _copies(arguments["generator"])
+        return arguments
+
+    def check(self) -> None:
+        """InputError where the pipeline does not answer from outside what it answers in its own loop."""
+        outside = dict(vars(self.pipe))
+        try:
+            asked = questions(self.pipe, self.scheduler, self._arguments, self.teacher_steps, self.name)
+        finally:
+            _set_attributes(self.pipe, outside)
+        self.asked += len(asked)
+        if asked:
+            answer = self.ask(asked[-1].x, asked[-1].timestep)
+            check_answer(asked[-1], answer, SAME_ANSWER, type(self.pipe).__name__)
 
     def _switch(self, *question: Any) -> Tensor:
         """Goes on in the pipeline, with the attributes it had when it was left: calls share the object."""
@@ -267,7 +283,9 @@ def open_pipeline(
             for i, call in enumerate(calls):
                 sessions.append(Session(pipe, call, f"calls[{i}]", scheduler, teacher_steps))
                 progress(sessions[-1].start.shape[0])
-            yield PipelineNetwork(sessions, progress)
+            network = PipelineNetwork(sessions, progress)
+            sessions[0].check()
+            yield network
         finally:
             for session in sessions:
                 session.close()

@@ -35,6 +35,12 @@ class Slot:
         self.asked_from = getcurrent()
         self.sample: Tensor | None = None
 
+    def _class(self) -> type:
+        """Pipelines that ask for their scheduler's class (`isinstance`) get the original's."""
+        return type(self._original)
+
+    __class__ = property(_class)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 

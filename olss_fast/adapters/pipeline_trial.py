@@ -1,0 +1,89 @@
+"""Whether a pipeline's network can be asked from outside: two steps of its own, and the same question again.
+
+The pipeline runs with a copy of its own scheduler up to its second step. What its network was asked there, latents and
+timestep, is then asked through the slot (`pipeline_network`): the answer must be the same. It is not where a pipeline
+computes with what its scheduler keeps (StableDiffusionLatentUpscalePipeline reads `sigmas`), be it of a class that
+nobody has seen yet.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from olss_fast.errors import InputError
+
+STEPS = 4  # where a scheduler takes no more: a consistency model's own schedule is short
+ENOUGH = 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the network was asked, in its own unit, and its output after guidance."""
+
+    x: Tensor
+    timestep: float
+    output: Tensor
+
+
+class _Enough(BaseException):
+    """Ends a call; no `except Exception` of a pipeline catches it."""
+
+
+def questions(
+    pipe: Any, scheduler: Any, arguments: Callable[[int], Mapping[str, Any]], steps: int, name: str
+) -> list[Question]:
+    """The first two that the pipeline asks with its own `scheduler`; fewer where its run is shorter.
+
+    arguments: of the call, by its number of steps. InputError where the call fails.
+    """
+    for count in dict.fromkeys([steps, min(steps, STEPS)]):
+        asked: list[Question] = []
+        pipe.scheduler = watched(scheduler, asked)
+        try:
+            pipe(**arguments(count))
+        except _Enough:
+            pass
+        except Exception as error:  # whatever the pipeline or its scheduler says to these steps
+            problem = error
+            continue
+        return asked
+    raise InputError(
+        f"{name} of {type(pipe).__name__} failed with its own {type(scheduler).__name__}: "
+        f"{type(problem).__name__}: {problem}"
+    ) from problem
+
+
+def watched(scheduler: Any, asked: list[Question]) -> Any:
+    """A copy of the scheduler whose `step` notes the question that it was the answer of, and ends the call in time."""
+    copied = copy.deepcopy(scheduler)
+    step, scale = copied.step, getattr(copied, "scale_model_input", None)
+
+    @functools.wraps(step)
+    def noting(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **how: Any) -> Any:
+        x = sample if scale is None else scale(sample, timestep)
+        time = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
+        asked.append(Question(x.clone(), float(time), model_output.clone()))
+        if len(asked) == ENOUGH:
+            raise _Enough
+        return step(model_output, timestep, sample, *args, **how)
+
+    copied.step = noting
+    return copied
+
+
+def check_answer(question: Question, answer: Tensor, tolerance: float, pipeline: str) -> None:
+    """InputError unless the pipeline answers from outside what it answered in its own loop."""
+    expected = question.output.double()
+    difference = float((answer.double() - expected).norm() / max(float(expected.norm()), 1e-30))
+    if not difference <= tolerance:
+        raise InputError(
+            f"{pipeline} asks its network something else in its own loop than from outside (its answers at timestep "
+            f"{question.timestep:g} differ by {difference:.3g}): it computes with what its scheduler keeps, or with "
+            "the number of the step. It cannot be tuned; a captured plan may run in it"
+        )
