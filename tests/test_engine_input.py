@@ -10,6 +10,8 @@ from engines import GUIDED, engine_file, noise_for, tiny_engine
 from torch import Tensor
 
 import olss_fast
+from olss_fast import solvers
+from olss_fast.engine.request import checked_request
 from olss_fast.errors import InputError, NetworkError
 
 LABELS = torch.tensor([2, 0])
@@ -172,3 +174,20 @@ def test_classes_that_the_network_has_not(label: int) -> None:
             tiny_engine("guided")(GOOD, labels=torch.tensor([0, label]))
     finally:
         torch.set_num_threads(threads)
+
+
+class InPlace(torch.nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x.mul_(0.5)
+
+
+def test_a_network_that_writes_to_its_input_is_handed_a_copy() -> None:
+    """The next row is formed next to x as it was: the code that is compiled must not write to it."""
+    plans = {"ddim": solvers.ddim(olss_fast.NoiseSchedule.named("linear"), 2)}
+    profile = olss_fast.Profile(min=(2, 3), opt=(2, 3), max=(2, 3))
+    request = checked_request(InPlace().eval(), plans, profile, None, None, None, torch.float32, "cpu")
+    program = torch.export.export(request.flat, tuple(request.inputs()), strict=False)
+    assert not program.run_decompositions().graph_signature.user_inputs_to_mutate
+    x = torch.ones(2, 3)
+    assert torch.equal(request.flat(x, torch.zeros(2)), 0.5 * x)
+    assert bool((x == 1).all())

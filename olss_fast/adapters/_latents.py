@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Latents:
     sigmas: Floats
     by_index: bool = False
 
-    @property
+    @cached_property  # asked for in every step
     def scaled(self) -> bool:
         return bool(np.any(self.scales != 1.0))
 
