@@ -52,7 +52,7 @@ def write_atomically(
         _flush_folder(target.parent)
     except (OSError, ValueError, TypeError) as cause:
         hint = ", and create the folder first" if isinstance(cause, FileNotFoundError) else ""
-        raise error(f"cannot write {sum(map(len, buffers))} bytes to {_shown(path)}: {_reason(cause)}{hint}") from cause
+        raise error(f"cannot write {sum(map(len, buffers))} bytes to {_shown(path)}: {reason(cause)}{hint}") from cause
 
 
 def read_bounded(path: AnyPath, limit: int, *, error: type[OlssError] = PlanFileError) -> bytes:
@@ -69,7 +69,7 @@ def read_bounded(path: AnyPath, limit: int, *, error: type[OlssError] = PlanFile
         if len(data) > size:
             raise OSError(f"it grew beyond {size} bytes while it was read; is it the right file?")
     except (OSError, ValueError, TypeError) as cause:
-        raise error(f"cannot read {_shown(path)}: {_reason(cause)}") from cause
+        raise error(f"cannot read {_shown(path)}: {reason(cause)}") from cause
     return data
 
 
@@ -151,7 +151,8 @@ def _kind(mode: int) -> str:
     return "a symbolic link" if stat.S_ISLNK(mode) else "a device, pipe or socket"
 
 
-def _reason(cause: Exception) -> str:
+def reason(cause: Exception) -> str:
+    """Why the system refused, in words that say what to do."""
     number = cause.errno if isinstance(cause, OSError) else None
     return _ADVICE.get(number, str(cause)) if number is not None else str(cause)
 

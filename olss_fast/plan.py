@@ -202,7 +202,7 @@ def _array(name: str, value: ArrayLike, kinds: str, dimensions: int) -> NDArray[
 
 
 def _floats(name: str, value: ArrayLike, *, dimensions: int) -> Floats:
-    with np.errstate(over="ignore"):  # a long double beyond float64 becomes inf, which the next check names
+    with np.errstate(over="ignore", invalid="ignore"):  # of a long double comes inf, which the next check names
         array = _array(name, value, "fiu", dimensions).astype(np.float64) + 0.0  # -0.0 + 0.0 == 0.0: canonical bytes
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_bytes import EngineBytes, framed, signed
-from hostile_engines import flipped, hashed, light, nothing_mapped, outcome, refuses
+from hostile_engines import flipped, light, nothing_mapped, outcome, refuses
 
 from olss_fast.engine.describe import inspected
 from olss_fast.errors import MachineError
@@ -48,7 +48,7 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
         ("guidance_scale", "1", "guidance_scale is '1'; expected int or float"),
         ("guidance_scale", True, "guidance_scale is True"),
         ("guidance_scale", 1e39, r"guidance_scale is 1e\+39; expected a finite number"),
-        ("guidance_scale", 10**400, "guidance_scale is 1000.*expected a finite number"),
+        ("guidance_scale", 10**400, "the number '1000.* is no integer of 64 bits|is not valid JSON"),
         ("profile.min", [1, 2, 8], "its profile is unusable: min, opt and max are"),
         ("profile.min", [], "its profile is unusable: min is"),
         ("profile.min", [0, 2, 8, 8], "its profile is unusable: min is"),
@@ -83,10 +83,8 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
         (
             "strides",
             {"into.weight": [1]},
-            r"weight 'into.weight' of shape .* has strides \[1\]; expected those of dense",
+            r"'into.weight' is 'F32' .* with strides \[1\] and its code was compiled for",
         ),
-        ("strides", {"into.weight": [0, 0, 0, 0]}, "expected those of dense memory"),
-        ("strides", {"into.weight": [2**40, 1, 1, 1]}, "expected those of dense memory"),
         ("strides", {"into.weight": [-18, 9, 3, 1]}, "strides of 'into.weight' are"),
         ("strides", {"into.weight": "C"}, "strides of 'into.weight' are 'C'; expected numbers"),
         ("strides", {"idle.weight": [2, 1]}, "it has strides of .*'idle.weight'.*; expected names of its weights"),
@@ -98,7 +96,7 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
         ("hashes.code", None, "hashes.code is None; expected str"),
         ("measured", {"x": "1"}, "measured.'x' is '1'; expected a finite number"),
         ("measured", {"x": True}, "measured.'x' is True"),
-        ("measured", {"x": 10**400}, "measured.'x' is 1000"),
+        ("measured", {"x": 10**400}, "is not valid JSON"),
         ("more", 1, "the manifest has the members"),
     ],
     ids=lambda each: repr(each)[:30],
@@ -114,7 +112,7 @@ def test_manifests_that_say_what_cannot_be(hostile: Path, where: str, value: Any
 def test_every_member_must_be_there(hostile: Path, member: str) -> None:
     parts = light()
     del parts.manifest[member]
-    refuses(hostile, parts.file(), "has the members|its format is None|in version None|its sha256 is None")
+    refuses(hostile, parts.file(), "has the members|its format is None|in version None|its first member is")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +175,7 @@ def with_text(old: str, new: str) -> bytes:
     [
         ('"version": 1', '"version": NaN', "NaN is not JSON"),
         ('"guidance_scale": 1.5', '"guidance_scale": Infinity', "Infinity is not JSON"),
-        ('"guidance_scale": 1.5', '"guidance_scale": 1e999', "guidance_scale is inf; expected a finite"),
+        ('"guidance_scale": 1.5', '"guidance_scale": 1e999', "the number '1e999' is out of range"),
         ('"guidance_scale": 1.5', '"guidance_scale": ' + "9" * 5000, "is not valid JSON"),
         ('"version": 1', '"version": 1, "version": 1', "a name occurs twice"),
         ('"unused": [', '"unused": [' + "[" * 100000, "is not valid JSON"),
@@ -254,13 +252,17 @@ def test_tables_that_do_not_fit_the_data(hostile: Path, row: Any, message: str) 
 def renamed(old: str, new: str) -> EngineBytes:
     parts = light()
     parts.tensors = {new if name == old else name: each for name, each in parts.tensors.items()}
-    return hashed(parts)
+    return parts.hashed()
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("code/network.so", "code/../network.so", r"its code is \['../network.so'\]; expected network.so and plain"),
+        (
+            "code/network.so",
+            "code/../network.so",
+            r"its code is \['../network.so', 'weights.json'\]; expected network.so, weights.json and plain",
+        ),
         ("code/network.so", "code//tmp/network.so", "its code is"),
         ("code/network.so", "code/network.so/x", "its code is"),
         ("code/network.so", "code/network", "its code is"),
@@ -285,13 +287,13 @@ def test_names_of_tensors(hostile: Path, old: str, new: str, message: str) -> No
 def test_names_of_files_beside_the_code(hostile: Path, name: str) -> None:
     parts = light()
     parts.tensors[f"code/{name}"] = ("U8", [4], b"evil")
-    refuses(hostile, hashed(parts).file(), "its code is .*; expected network.so and plain names beside it")
+    refuses(hostile, parts.hashed().file(), "its code is .*; expected network.so, weights.json and plain names")
 
 
 def changed_tensor(name: str, tensor: tuple[str, list[Any], bytes]) -> EngineBytes:
     parts = light()
     parts.tensors[name] = tensor
-    return hashed(parts)
+    return parts.hashed()
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,6 @@ def changed_tensor(name: str, tensor: tuple[str, list[Any], bytes]) -> EngineByt
         ),
         ("unconditional/labels", ("I64", [0], b""), r"unconditional\['labels'\] has shape \(0,\)"),
         ("unconditional/labels", ("I64", [], bytes(8)), r"unconditional\['labels'\] has shape \(\)"),
-        ("weights/flag", ("BOOL", [2], b"\x01\x07"), "tensor 'flag' of dtype BOOL holds the byte 7; expected 0 and 1"),
         ("plans/more", ("U8", [4], b"plan"), "it holds the plans .*'more'"),
         ("plans/two", ("U8", [4], b"plan"), "plan two' is no usable plan file: it has 4 bytes"),
         ("plans/two", ("U8", [0], b""), "plan two' is no usable plan file: it has 0 bytes"),
@@ -314,6 +315,28 @@ def changed_tensor(name: str, tensor: tuple[str, list[Any], bytes]) -> EngineByt
 )
 def test_tensors_that_do_not_fit(hostile: Path, name: str, tensor: Any, message: str) -> None:
     refuses(hostile, changed_tensor(name, tensor).file(), message)
+
+
+def with_layout(name: str, entry: dict[str, Any], tensor: tuple[str, list[Any], bytes]) -> bytes:
+    """Another weight, and the layout that fits it."""
+    parts = light()
+    layout = json.loads(parts.tensors["code/weights.json"][2]) | {name: entry}
+    text = json.dumps(layout).encode()
+    parts.tensors |= {"code/weights.json": ("U8", [len(text)], text), f"weights/{name}": tensor}
+    if entry["strides"] is not None:
+        parts.manifest["strides"][name] = entry["strides"]
+    return parts.hashed().file()
+
+
+def test_layouts_that_no_memory_has(hostile: Path) -> None:
+    flag = {"dtype": "BOOL", "shape": [2], "strides": None}
+    said = "tensor 'flag' of dtype BOOL holds the byte 7; expected 0 and 1"
+    refuses(hostile, with_layout("flag", flag, ("BOOL", [2], b"\x01\x07")), said)
+    tensor = light().tensors["weights/into.weight"]
+    for strides in ([1], [0, 0, 0, 0], [2**40, 1, 1, 1]):
+        entry = {"dtype": "F32", "shape": tensor[1], "strides": strides}
+        said = "weight 'into.weight' of shape .* has strides .*; expected those of dense memory"
+        refuses(hostile, with_layout("into.weight", entry, tensor), said)
 
 
 def test_weights_and_code_have_hashes_of_their_own(hostile: Path) -> None:
@@ -353,4 +376,4 @@ def test_a_branched_plan_in_an_engine_without_guidance(hostile: Path) -> None:
     parts = light()
     parts.manifest |= {"doubled": False, "guidance_scale": 1.0}
     parts.tensors.pop("unconditional/labels")
-    refuses(hostile, hashed(parts).file(), "plan 'split' needs .* guidance that the engine has not")
+    refuses(hostile, parts.hashed().file(), "plan 'split' needs .* guidance that the engine has not")

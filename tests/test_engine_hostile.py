@@ -6,8 +6,6 @@ code, weights and plans may not.
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import os
 import random
@@ -16,10 +14,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from engine_bytes import signed
+from engine_mutants import altered
 from engines import engine_file
 from hostile_engines import Mapped, flipped, light, nothing_mapped, outcome, whole
 
@@ -114,38 +112,6 @@ def test_damaged_files_with_a_right_digest(hostile: Path, how: str) -> None:
     found = Counter(outcome(hostile, signed(BLIND[how](blank, random_))) for _ in range(300))
     assert found["refused"] >= 150
     assert sum(found.values()) == 300
-
-
-JUNK: list[Any] = [
-    None, True, False, 0, 1, -1, 1.5, 2**31, 2**63, 10**400, 1e308, float("inf"), float("nan"), "", "batch", "cuda",
-    "float16", "../../x", "/etc/passwd", "\ud800", "\x1b[2J", "x" * 5000, "0" * 64, [], [[]], [0], [1, 2, 3, 4], {},
-    {"a": 1}, [{"name": "a"}], ["x"] * 100,
-]  # fmt: skip
-
-
-def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of everything inside a tree of JSON."""
-    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, each in members:
-        yield (*path, key)
-        yield from nodes(each, (*path, key))
-
-
-def altered(tree: Any, random_: random.Random) -> None:
-    """One node of the tree replaced, removed, copied or swapped with another."""
-    path = random_.choice(list(nodes(tree)))
-    *above, key = path
-    holder = functools.reduce(lambda value, step: value[step], above, tree)
-    what = random_.choice(["replace", "replace", "replace", "remove", "rename", "swap"])
-    if what == "replace":
-        holder[key] = copy.deepcopy(random_.choice(JUNK))
-    elif what == "remove":
-        del holder[key]
-    elif what == "rename" and isinstance(holder, dict):
-        holder[str(random_.choice(JUNK))] = holder.pop(key)
-    else:
-        other = random_.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
-        holder[key], holder[other] = holder[other], holder[key]
 
 
 def test_altered_manifests_with_a_right_digest(hostile: Path) -> None:

@@ -64,6 +64,7 @@ Samples with an engine file. THE FILE'S MACHINE CODE IS RUN: use only what comes
   --threads N             threads of one run; default: torch's
   --out FILE              .npy: the samples; .png: all of them in one picture
   --repeat N, --at-once T  run N times in each of T threads, compare the results, and print times
+  --sha256 DIGITS         that the file ought to have, as sha256sum prints it
   --describe              what the engine is, and whether it fits this machine
   --help, --version
 
@@ -109,6 +110,7 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
         {"--guidance-scale",
          [&](const std::string& text) { result.guidance_scale = parse_double(text, "--guidance-scale"); }},
         {"--shape", [&](const std::string& text) { result.shape = parse_shape(text); }},
+        {"--sha256", [&](const std::string& text) { result.sha256 = text; }},
         {"--out", [&](const std::string& text) { result.out = text; }},
         {"--set", [&](const std::string& text) { parse_assignment(text, "--set", result.set); }},
         {"--unconditional",

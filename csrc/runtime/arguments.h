@@ -15,7 +15,7 @@ struct Arguments {
     std::string engine, out;
     bool describe = false, help = false, version = false;
     std::optional<std::int64_t> steps;
-    std::optional<std::string> plan;
+    std::optional<std::string> plan, sha256;
     std::optional<double> guidance_scale;
     std::int64_t seed = 0, count = 1, threads = 0, repeat = 1, at_once = 1;
     std::optional<Shape> shape;                             // without the axis of the samples

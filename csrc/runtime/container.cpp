@@ -1,11 +1,10 @@
 #include "container.h"
 
 #include <algorithm>
-#include <atomic>
+#include <cctype>
 #include <cstring>
-#include <limits>
-#include <thread>
 
+#include "parallel.h"
 #include "sha256.h"
 #include "text.h"
 
@@ -14,42 +13,56 @@ namespace olss {
 namespace {
 
 constexpr auto kind = Error::Kind::file;
-constexpr std::size_t most_header = std::size_t{16} << 20, piece = std::size_t{4} << 20, most_dimensions = 32;
+constexpr std::size_t most_header = std::size_t{16} << 20, piece = std::size_t{4} << 20, most_dimensions = 16;
+constexpr std::int64_t most_bytes = std::int64_t{1} << 40;  // of a file
 constexpr const char* entry_name = "olss_fast.engine";
 constexpr std::int64_t newest_version = 1;
 constexpr const char* again = "; copy or build the file again";
 
+struct Dtype {
+    const char *file, *torch;
+    std::size_t bytes;
+};
+constexpr Dtype dtypes[] = {{"F64", "float64", 8},   {"F32", "float32", 4}, {"F16", "float16", 2}, {"BF16", "bfloat16", 2},
+                            {"I64", "int64", 8},     {"I32", "int32", 4},   {"I16", "int16", 2},   {"I8", "int8", 1},
+                            {"U8", "uint8", 1},      {"BOOL", "bool", 1}};
+
 std::size_t bytes_of(const std::string& dtype) {
-    static const std::vector<std::pair<const char*, std::size_t>> known = {
-        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8},
-        {"I32", 4}, {"I16", 2}, {"I8", 1},  {"U8", 1},   {"BOOL", 1}};
-    for (const auto& [name, bytes] : known)
-        if (dtype == name) return bytes;
+    for (const Dtype& each : dtypes)
+        if (dtype == each.file) return each.bytes;
     return 0;
 }
 
-// A list of whole numbers >= 0, or false.
+// A list of whole numbers from 0 to the size of the largest file, or false.
 bool naturals(const Json* json, Shape& result) {
     const Json::Array* items = json ? json->as<Json::Array>() : nullptr;
     if (!items || items->size() > most_dimensions) return false;
     for (const Json& item : *items) {
         const std::int64_t* number = item.as<std::int64_t>();
-        if (!number || *number < 0) return false;
+        if (!number || *number < 0 || *number > most_bytes) return false;
         result.push_back(*number);
     }
     return true;
 }
 
-// bytes * shape[0] * shape[1] …, or false where that is beyond 64 bits. (Zeros last, so that no other size hides.)
+// bytes * shape[0] * shape[1] …, or false where that is more than a file can hold. Zeros hide no other size.
 bool product(std::size_t bytes, const Shape& shape, std::size_t& result) {
-    result = bytes;
+    result = 1;
     for (std::int64_t size : shape) {
-        const std::size_t factor = std::max<std::size_t>(1, static_cast<std::size_t>(size));
-        if (result > std::numeric_limits<std::size_t>::max() / factor) return false;
+        const auto factor = static_cast<std::size_t>(std::max<std::int64_t>(1, size));
+        if (result > static_cast<std::size_t>(most_bytes) / factor) return false;
         result *= factor;
     }
-    if (std::find(shape.begin(), shape.end(), 0) != shape.end()) result = 0;
+    result = std::find(shape.begin(), shape.end(), 0) != shape.end() ? 0 : result * bytes;
     return true;
+}
+
+bool has_control_characters(std::string_view text) {
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const auto byte = static_cast<unsigned char>(text[i]);
+        if (byte < 0x20 || byte == 0x7f || (byte == 0xc2 && static_cast<unsigned char>(text[i + 1]) < 0xa0)) return true;
+    }
+    return false;
 }
 
 TableEntry table_entry(const std::string& name, const Json& json, std::size_t expected_begin) {
@@ -62,6 +75,8 @@ TableEntry table_entry(const std::string& name, const Json& json, std::size_t ex
     if (!described)
         fail(kind, "tensor ", quote(name), " is described by ", json.summary(),
              "; expected dtype, shape and data_offsets [begin, end]", again);
+    if (has_control_characters(name))
+        fail(kind, "a tensor is named ", quote(name), "; expected a name that can be printed");
     entry.dtype = *dtype->as<std::string>();
     entry.begin = static_cast<std::size_t>(offsets[0]), entry.end = static_cast<std::size_t>(offsets[1]);
     if (!bytes_of(entry.dtype))
@@ -119,36 +134,55 @@ const std::string& claimed_digest(const Json& manifest) {
     return *digits;
 }
 
+// Reads `size` bytes from `begin` on; those of the header are the ones that were looked at before.
+void read_behind(const InputFile& file, const Bytes& head, std::size_t begin, unsigned char* into, std::size_t size) {
+    const std::size_t known = begin < head.size ? std::min(size, head.size - begin) : 0;
+    if (known) std::memcpy(into, head.data.get() + begin, known);
+    file.read(begin + known, into + known, size - known);
+}
+
 // SHA-256 of the SHA-256 of each piece of 4 MiB, so that all processors can take part.
-std::string digest_of_pieces(const Bytes& bytes) {
-    const std::size_t count = (bytes.size + piece - 1) / piece;
-    std::vector<Digest> digests(count);
-    std::atomic<std::size_t> next{0};
-    const auto work = [&] {
-        for (std::size_t i; (i = next++) < count;)
-            digests[i] = sha256(bytes.data.get() + i * piece, std::min(piece, bytes.size - i * piece));
-    };
-    std::vector<std::thread> helpers;
-    const std::size_t most = std::min<std::size_t>(count, std::max(1u, std::thread::hardware_concurrency()));
-    try {
-        while (helpers.size() + 1 < most) helpers.emplace_back(work);
-    } catch (const std::system_error&) {  // no more threads to be had: those that are there do
-    }
-    work();
-    for (std::thread& helper : helpers) helper.join();
+std::string digest_of_pieces(const InputFile& file, const Bytes& head) {
+    std::vector<Digest> digests((file.size() + piece - 1) / piece);
+    in_parallel(digests.size(), [&](std::size_t i) {
+        Bytes part(std::min(piece, file.size() - i * piece));
+        read_behind(file, head, i * piece, part.data.get(), part.size);
+        digests[i] = sha256(part.data.get(), part.size);
+    });
     return hexadecimal(sha256(digests.front().data(), digests.size() * sizeof(Digest)));
 }
 
 // The digest is that of the file in which its own digits are zeros; they are where they occur first in the header.
-void check_digest(Bytes& bytes, std::size_t header, const std::string& claimed) {
-    const std::size_t place = bytes.text().substr(8, header).find(claimed);
+void check_digest(const InputFile& file, Bytes& head, const std::string& claimed) {
+    const std::size_t place = head.text().substr(8).find(claimed);
     if (place == std::string_view::npos)
         fail(kind, "the digits of its sha256 are written in escapes; expected plain ones", again);
-    std::memset(bytes.data.get() + 8 + place, '0', claimed.size());
-    const std::string found = digest_of_pieces(bytes);
+    std::memset(head.data.get() + 8 + place, '0', claimed.size());
+    const std::string found = digest_of_pieces(file, head);
+    std::memcpy(head.data.get() + 8 + place, claimed.data(), claimed.size());
     if (found != claimed)
         fail(kind, "its content has the digest ", found.substr(0, 12), "… and it says ", claimed.substr(0, 12),
              "…: damaged or altered", again);
+}
+
+std::string lower(std::string digits) {
+    if (digits.size() != 64 || digits.find_first_not_of("0123456789abcdefABCDEF") != std::string::npos)
+        fail(Error::Kind::input, "sha256 is ", quote(digits), "; expected 64 hexadecimal digits, as sha256sum prints them");
+    for (char& digit : digits) digit = static_cast<char>(std::tolower(static_cast<unsigned char>(digit)));
+    return digits;
+}
+
+void check_sha256(const InputFile& file, const Bytes& head, const std::string& expected) {
+    Sha256 whole;
+    Bytes part(piece);
+    for (std::size_t begin = 0; begin < file.size(); begin += piece) {
+        const std::size_t size = std::min(piece, file.size() - begin);
+        read_behind(file, head, begin, part.data.get(), size);
+        whole.add(part.data.get(), size);
+    }
+    const std::string found = hexadecimal(whole.finish());
+    if (found != expected)
+        fail(kind, "its sha256 is ", found, "; expected ", expected, ": it is another file than you mean");
 }
 
 }  // namespace
@@ -179,24 +213,29 @@ const std::string& metadata_entry(const Json& header, const std::string& name) {
     return *text;
 }
 
-Container::Container(const std::string& path) : bytes_(0) {
+std::string dtype_in_files(const std::string& torch_name) {
+    for (const Dtype& each : dtypes)
+        if (torch_name == each.torch) return each.file;
+    return "";
+}
+
+Container::Container(const std::string& path, const std::optional<std::string>& sha256) : bytes_(0) {
+    const std::string expected = sha256 ? lower(*sha256) : "";
     const InputFile file(path);
-    const std::size_t header_bytes = header_size(file), data_begin = 8 + header_bytes;
-    Bytes head(data_begin);
+    Bytes head(8 + header_size(file));
     file.read(0, head.data.get(), head.size);
     const Json header = parse_json(head.text().substr(8), "the header");
     manifest_ = parse_json(metadata_entry(header, entry_name), "the manifest");
     check_version(manifest_);
     const std::string claimed = claimed_digest(manifest_);
-    const std::vector<TableEntry> table = tensor_table(header, file.size() - data_begin);
+    const std::vector<TableEntry> table = tensor_table(header, file.size() - head.size);
+    check_digest(file, head, claimed);
+    if (!expected.empty() && expected != claimed) check_sha256(file, head, expected);
 
-    bytes_ = Bytes(file.size());
-    std::memcpy(bytes_.data.get(), head.data.get(), head.size);
-    file.read(data_begin, bytes_.data.get() + data_begin, bytes_.size - data_begin);
-    check_digest(bytes_, header_bytes, claimed);
+    bytes_ = Bytes(file.size() - head.size);
+    file.read(head.size, bytes_.data.get(), bytes_.size);
     for (const TableEntry& entry : table)
-        tensors_.push_back({entry.name, entry.dtype, entry.shape, bytes_.data.get() + data_begin + entry.begin,
-                            entry.end - entry.begin});
+        tensors_.push_back({entry.name, entry.dtype, entry.shape, bytes_.data.get() + entry.begin, entry.end - entry.begin});
 }
 
 }  // namespace olss

@@ -1,6 +1,7 @@
 // The container of an engine file: an ordinary safetensors file whose whole content is covered by a digest.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -30,14 +31,18 @@ struct TensorView {
 // table, none beyond `data_size` bytes, nothing between or behind them. Throws Error(file).
 std::vector<TableEntry> tensor_table(const Json& header, std::size_t data_size);
 
+// "float32" -> "F32"; "" where there is none of that name.
+std::string dtype_in_files(const std::string& torch_name);
+
 // The text of the header's only metadata entry, `name`. Throws Error(file).
 const std::string& metadata_entry(const Json& header, const std::string& name);
 
 class Container {
   public:
-    // Sizes, header, manifest and table are checked before the rest is read, and then the digest of all of it. Throws
-    // Error(file). Nothing of the content has been looked at.
-    explicit Container(const std::string& path);
+    // Sizes, header, manifest, table, and the digest of all of it are checked before the content is in memory. Throws
+    // Error(file), and Error(input) for a `sha256` that is none. Nothing of the content has been looked at.
+    // sha256: that the file ought to have, as sha256sum prints it, in either case of letters.
+    Container(const std::string& path, const std::optional<std::string>& sha256);
 
     const Json& manifest() const { return manifest_; }
     const std::vector<TensorView>& tensors() const { return tensors_; }

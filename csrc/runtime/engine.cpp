@@ -43,16 +43,7 @@ std::string unfit(const at::Tensor& given, const at::Tensor& held) {
 
 std::map<std::string, at::Tensor> default_arguments(const EngineFile& file) {
     std::map<std::string, at::Tensor> result;
-    for (const TensorView& view : file.unconditional) {
-        const at::Tensor tensor = result[view.name] = copied(view);
-        const Input* known = nullptr;
-        for (const Input& each : file.description.inputs)
-            if (each.name == view.name) known = &each;
-        if (!known || tensor.scalar_type() != dtype_named(known->dtype) || tensor.sizes() != shape_of(*known, 1))
-            fail(Error::Kind::file, "the unconditional argument ", quote(view.name), " of ", view.dtype, " ",
-                 shown(view.shape),
-                 " is none of the engine's inputs, or of another dtype or shape; build the engine again");
-    }
+    for (const TensorView& view : file.unconditional) result[view.name] = copied(view);
     return result;
 }
 
@@ -122,7 +113,8 @@ struct Engine::Impl {
 };
 
 Engine Engine::load(const std::string& path, const Options& options) {
-    return load(guarded(Error::Kind::file, "the engine cannot be read", [&] { return EngineFile(path); }), options);
+    return load(guarded(Error::Kind::file, "the engine cannot be read", [&] { return EngineFile(path, options.sha256); }),
+                options);
 }
 
 Engine Engine::load(EngineFile file, const Options& options) {

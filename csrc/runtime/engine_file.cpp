@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cctype>
 
+#include "layout.h"
 #include "manifest.h"
+#include "parallel.h"
 #include "sha256.h"
 #include "text.h"
 
@@ -34,7 +36,58 @@ void check_code(const std::vector<TensorView>& code) {
         if (!is_plain(each.name) || !is_bytes(each))
             fail(kind, "its code holds ", quote(each.name), " of ", each.dtype, " ", shown(each.shape),
                  "; expected bytes under a plain file name");
-    if (!named(code, "network.so")) fail(kind, "it holds no code/network.so");
+    for (const char* needed : {"network.so", "weights.json"})
+        if (!named(code, needed)) fail(kind, "it holds no code/", needed, "; build it again");
+}
+
+// SHA-256 over names, dtypes, shapes and the SHA-256 of the values (olss_fast.engine.weights.hash_weights).
+std::string hash_of_weights(std::vector<TensorView> weights) {
+    const auto by_name = [](const TensorView& a, const TensorView& b) { return a.name < b.name; };
+    std::sort(weights.begin(), weights.end(), by_name);
+    std::vector<std::string> values(weights.size());
+    in_parallel(weights.size(), [&](std::size_t i) { values[i] = hexadecimal(sha256(weights[i].data, weights[i].size)); });
+    Sha256 total;
+    for (std::size_t i = 0; i < weights.size(); ++i)
+        total.add(concat(weights[i].name, " ", weights[i].dtype, " [", listed(weights[i].shape), "] ", values[i], "\n"));
+    return hexadecimal(total.finish());
+}
+
+// SHA-256 over names and content (olss_fast.engine.compiled.hash_code).
+std::string hash_of_code(std::vector<TensorView> code) {
+    std::sort(code.begin(), code.end(), [](const TensorView& a, const TensorView& b) { return a.name < b.name; });
+    Sha256 total;
+    for (const TensorView& each : code) {
+        total.add(concat(each.name, " ", each.size, "\n"));
+        total.add(each.data, each.size);
+    }
+    return hexadecimal(total.finish());
+}
+
+void check_hash(const std::string& what, const std::string& found, const Description& description) {
+    const std::string& claimed = description.hashes.at(what);
+    if (found != claimed)
+        fail(kind, "the hash of its ", what, " is ", found.substr(0, 12), "… and it says ", quote(claimed, 16),
+             ": altered; build it again");
+}
+
+void check_truths(const std::vector<TensorView>& views) {
+    for (const TensorView& each : views)
+        if (each.dtype == "BOOL" && std::any_of(each.data, each.data + each.size, [](unsigned char b) { return b > 1; }))
+            fail(kind, "tensor ", quote(each.name), " of dtype BOOL holds another byte than 0 and 1");
+}
+
+// The default arguments of the unconditional half are inputs, of one row where they belong to the samples.
+void check_unconditional(const Description& engine, const std::vector<TensorView>& views) {
+    if (!engine.doubled && !views.empty()) fail(kind, "it holds unconditional arguments, and has no guidance");
+    for (const TensorView& view : views) {
+        const auto input = std::find_if(engine.inputs.begin(), engine.inputs.end(),
+                                        [&](const Input& each) { return each.name == view.name; });
+        Shape shape = input == engine.inputs.end() ? Shape{} : input->shape;
+        if (input != engine.inputs.end() && input->per_sample) shape.insert(shape.begin(), 1);
+        if (input == engine.inputs.end() || view.dtype != dtype_in_files(input->dtype) || view.shape != shape)
+            fail(kind, "the unconditional argument ", quote(view.name), " of ", view.dtype, " ", shown(view.shape),
+                 " is none of the engine's inputs, or of another dtype or shape; build the engine again");
+    }
 }
 
 Plan plan_of(const PlanEntry& entry, const std::vector<TensorView>& files, bool doubled) {
@@ -55,9 +108,9 @@ Plan plan_of(const PlanEntry& entry, const std::vector<TensorView>& files, bool 
 
 }  // namespace
 
-EngineFile::EngineFile(const std::string& path) {
+EngineFile::EngineFile(const std::string& path, const std::optional<std::string>& sha256) {
     try {
-        container_ = std::make_shared<const Container>(path);
+        container_ = std::make_shared<const Container>(path, sha256);
         description = description_of(container_->manifest());
         std::vector<TensorView> plan_files;
         const std::vector<std::pair<std::string, std::vector<TensorView>*>> folders = {
@@ -72,14 +125,18 @@ EngineFile::EngineFile(const std::string& path) {
             view.name.erase(0, folder->first.size());
             folder->second->push_back(std::move(view));
         }
+        check_hash("weights", hash_of_weights(weights), description);
+        check_hash("code", hash_of_code(code), description);
         check_code(code);
+        check_layout(*named(code, "weights.json"), weights, description.strides);
+        check_truths(weights), check_truths(unconditional);
         if (plan_files.size() != description.plans.size())
             fail(kind, "it holds ", plan_files.size(), " plans and names ", description.plans.size());
         for (const PlanEntry& entry : description.plans)
             plans.push_back(plan_of(entry, plan_files, description.doubled));
-        if (!description.doubled && !unconditional.empty())
-            fail(kind, "it holds unconditional arguments, and has no guidance");
+        check_unconditional(description, unconditional);
     } catch (const Error& error) {
+        if (error.kind() == Error::Kind::input) throw;
         fail(error.kind(), quote(path, 200), " is no usable engine file: ", error.what());
     }
 }

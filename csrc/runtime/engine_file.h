@@ -11,7 +11,8 @@
 namespace olss {
 
 struct EngineFile {
-    explicit EngineFile(const std::string& path);  // throws Error: file, version
+    // sha256: that the file ought to have, as sha256sum prints it. Throws Error: file, version, input.
+    explicit EngineFile(const std::string& path, const std::optional<std::string>& sha256 = std::nullopt);
 
     Description description;
     std::vector<Plan> plans;                               // as in description.plans

@@ -24,7 +24,10 @@ std::set<std::string> processor_instructions() {
 }
 
 // "2.13" of "2.13.0+cpu": code compiled ahead of time relies on the layout of torch's own structures.
-std::string series(const std::string& version) { return version.substr(0, version.find('.', version.find('.') + 1)); }
+std::string series(const std::string& version) {
+    const std::string numbers = version.substr(0, version.find('+'));
+    return numbers.substr(0, numbers.find('.', numbers.find('.') + 1));
+}
 
 }  // namespace
 

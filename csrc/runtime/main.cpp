@@ -110,7 +110,7 @@ void run_program(const Arguments& arguments) {
     if (!arguments.describe && arguments.out.empty())
         fail(Error::Kind::input, "--out is missing: where should the samples go? See olss-run --help");
     const auto begin = Clock::now();
-    EngineFile file(arguments.engine);
+    EngineFile file(arguments.engine, arguments.sha256);
     if (arguments.describe) {
         std::fputs(text_of(file.description, mismatches(file.description)).c_str(), stdout);
         return;

@@ -12,7 +12,8 @@ namespace olss {
 namespace {
 
 constexpr auto kind = Error::Kind::file;
-constexpr std::int64_t largest_size = std::int64_t{1} << 40;  // of one axis
+constexpr std::int64_t largest_number = std::int64_t{1} << 40, largest_size = (std::int64_t{1} << 31) - 1;  // of an axis
+constexpr double largest_scale = 3.4e38;  // single precision, as which scales are used
 const std::set<std::string> dtypes = {"float64", "float32", "float16", "bfloat16", "int64",
                                       "int32",   "int16",   "int8",    "uint8",    "bool"};
 const std::set<std::string> noise_dtypes = {"float64", "float32", "float16", "bfloat16"};
@@ -38,8 +39,10 @@ struct Item {
         return number;
     }
     double number() const {
-        if (const std::int64_t* integer = json.as<std::int64_t>()) return static_cast<double>(*integer);
-        return as<double>("a number");
+        const std::int64_t* integer = json.as<std::int64_t>();
+        const double value = integer ? static_cast<double>(*integer) : as<double>("a number");
+        if (!(std::abs(value) < largest_scale)) refuse("a finite number of single precision");
+        return value;
     }
     Item member(const std::string& member_name) const {
         const Json* value = json.find(member_name);
@@ -75,9 +78,11 @@ std::string text(const Item& item) { return item.text(); }
 
 std::string text_or_null(const Item& item) { return item.json.is_null() ? "" : item.text(); }
 
-Shape sizes(const Item& item, std::int64_t least) {
-    return list_of(item, [&](const Item& each) { return each.integer(least, largest_size); });
+Shape numbers(const Item& item, std::int64_t least = 0, std::int64_t most = largest_number) {
+    return list_of(item, [&](const Item& each) { return each.integer(least, most); });
 }
+
+Shape sizes(const Item& item) { return numbers(item, 1, largest_size); }
 
 std::string one_of(const Item& item, const std::set<std::string>& names) {
     if (!names.count(item.text())) item.refuse("one of " + listed(names));
@@ -91,20 +96,22 @@ Machine machine(const Item& item) {
             item.member("name").text(),
             item.member("system").text(),
             item.member("architecture").text(),
-            capability.json.is_null() ? Shape{} : sizes(capability, 0),
+            capability.json.is_null() ? Shape{} : numbers(capability),
             list_of(item.member("instructions"), text)};
 }
 
 Profile profile(const Item& item) {
     expect_members(item, {"min", "opt", "max", "multiple"});
-    Profile result{sizes(item.member("min"), 1), sizes(item.member("opt"), 1), sizes(item.member("max"), 1),
-                   sizes(item.member("multiple"), 1)};
+    Profile result{sizes(item.member("min")), sizes(item.member("opt")), sizes(item.member("max")),
+                   sizes(item.member("multiple"))};
     const std::size_t axes = result.min.size();
     bool fits = axes >= 2 && axes <= 16 && result.opt.size() == axes && result.max.size() == axes &&
                 result.multiple.size() == axes;
     for (std::size_t i = 0; fits && i < axes; ++i)
-        fits = result.min[i] <= result.opt[i] && result.opt[i] <= result.max[i];
-    if (!fits) item.refuse("min <= opt <= max and multiple, of 2 to 16 axes each");
+        fits = result.min[i] <= result.opt[i] && result.opt[i] <= result.max[i] &&
+               result.min[i] % result.multiple[i] == 0 && result.opt[i] % result.multiple[i] == 0 &&
+               result.max[i] % result.multiple[i] == 0;
+    if (!fits) item.refuse("min <= opt <= max of 2 to 16 axes, all of them multiples of multiple");
     return result;
 }
 
@@ -143,6 +150,7 @@ Description description_of(const Json& manifest) {
         all, {"sha256", "format", "version", "notice", "built_with", "machine", "network", "dtype", "profile",
               "doubled", "guidance_scale", "inputs", "fixed", "plans", "strides", "unused", "tied", "hashes", "measured"});
     expect_members(all.member("built_with"), {"olss_fast", "torch", "triton", "cuda", "driver"});
+    for (const char* each : {"olss_fast", "torch"}) all.member("built_with").member(each).text();
     expect_members(all.member("hashes"), {"weights", "code"});
     Description result;
     result.notice = all.member("notice").text();
@@ -156,7 +164,7 @@ Description description_of(const Json& manifest) {
     result.inputs = list_of(all.member("inputs"), input);
     result.fixed = map_of(all.member("fixed"), text);
     result.plans = list_of(all.member("plans"), plan);
-    result.strides = map_of(all.member("strides"), [](const Item& item) { return sizes(item, 0); });
+    result.strides = map_of(all.member("strides"), [](const Item& item) { return numbers(item); });
     result.unused = list_of(all.member("unused"), text);
     result.tied = map_of(all.member("tied"), text);
     result.hashes = map_of(all.member("hashes"), text);

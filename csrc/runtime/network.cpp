@@ -18,6 +18,7 @@ std::unique_ptr<torch::inductor::AOTIModelContainerRunnerCpu> mapped(const Engin
     PrivateFolder folder;
     std::string library;
     for (const TensorView& each : file.code) {
+        if (each.name == "weights.json") continue;
         const std::string path = folder.write(each.name, each.data, each.size);
         if (each.name == "network.so") library = path;
     }

@@ -24,6 +24,7 @@ struct EngineFile;
 
 struct Options {
     std::size_t runs_at_once = 0;  // network calls that may run at the same time, others wait; 0: hardware threads
+    std::optional<std::string> sha256;  // that the file ought to have, as sha256sum prints it, in either case of letters
 };
 
 // What to sample. Tensors are on the CPU and of the dtypes and shapes that Engine::describe() tells.

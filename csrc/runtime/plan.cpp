@@ -75,6 +75,16 @@ void check_digest(const Reader& reader) {
         fail(kind, "its sha256 is not that of its content: damaged or altered; build the engine again");
 }
 
+void check_members(const Json& entry) {
+    const Json* metadata = entry.find("metadata");
+    const Json::Object* told = metadata ? metadata->as<Json::Object>() : nullptr;
+    bool fits = told && entry.as<Json::Object>()->size() == 5 && entry.find("sha256") && entry.find("branches");
+    for (std::size_t i = 0; fits && i < told->size(); ++i) fits = (*told)[i].second.as<std::string>();
+    if (!fits)
+        fail(kind, "its entry is ", entry.summary(), " with the metadata ", metadata ? metadata->summary() : "missing",
+             "; expected sha256, branches, format, metadata and version, and strings as metadata");
+}
+
 void check_entry(const Json& entry) {
     const Json *format = entry.find("format"), *version = entry.find("version");
     const std::string* name = format ? format->as<std::string>() : nullptr;
@@ -92,9 +102,11 @@ Reader opened(const TensorView& file) {
     if (size > most_header || 8 + size > file.size)
         fail(kind, "its header should have ", size, " bytes, and it has ", file.size, " in all");
     reader.data_begin = 8 + static_cast<std::size_t>(size);
+    if (reader.text.substr(8, 1) != "{") fail(kind, "its header does not begin with a brace");
     reader.header = parse_json(reader.text.substr(8, reader.data_begin - 8), "its header");
     reader.entry = parse_json(metadata_entry(reader.header, entry_name), "its entry");
     check_entry(reader.entry);
+    check_members(reader.entry);
     reader.table = tensor_table(in_order_of_place(reader.header), file.size - reader.data_begin);
     if (reader.table.size() != 5) fail(kind, "it holds ", reader.table.size(), " tensors; expected 5");
     check_digest(reader);

@@ -1,10 +1,12 @@
 // SHA-256 (FIPS 180-4).
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <string_view>
 
 namespace olss {
 
@@ -47,21 +49,45 @@ inline void absorb(std::uint32_t (&state)[8], const unsigned char* block) {
 
 }  // namespace sha256_detail
 
+// Of what comes in parts.
+class Sha256 {
+  public:
+    void add(const unsigned char* data, std::size_t size) {
+        total_ += size;
+        while (size > 0) {
+            const std::size_t taken = std::min(size, sizeof block_ - held_);
+            std::memcpy(block_ + held_, data, taken);
+            held_ += taken, data += taken, size -= taken;
+            if (held_ == sizeof block_) sha256_detail::absorb(state_, block_), held_ = 0;
+        }
+    }
+    void add(std::string_view text) { add(reinterpret_cast<const unsigned char*>(text.data()), text.size()); }
+
+    Digest finish() {
+        const std::uint64_t bits = total_ * 8;
+        const unsigned char end = 0x80, zero = 0;
+        add(&end, 1);
+        while (held_ != 56) add(&zero, 1);
+        unsigned char length[8];
+        for (int i = 0; i < 8; ++i) length[7 - i] = static_cast<unsigned char>(bits >> (8 * i));
+        add(length, 8);
+        Digest digest;
+        for (int i = 0; i < 32; ++i) digest[i] = static_cast<unsigned char>(state_[i / 4] >> (24 - 8 * (i % 4)));
+        return digest;
+    }
+
+  private:
+    std::uint32_t state_[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                               0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    unsigned char block_[64];
+    std::size_t held_ = 0;
+    std::uint64_t total_ = 0;
+};
+
 inline Digest sha256(const unsigned char* data, std::size_t size) {
-    std::uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                              0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    std::size_t done = 0;
-    for (; size - done >= 64; done += 64) sha256_detail::absorb(state, data + done);
-    unsigned char last[128] = {};
-    const std::size_t rest = size - done, padded = rest < 56 ? 64 : 128;
-    if (rest) std::memcpy(last, data + done, rest);
-    last[rest] = 0x80;
-    const std::uint64_t bits = std::uint64_t{size} * 8;
-    for (int i = 0; i < 8; ++i) last[padded - 1 - i] = static_cast<unsigned char>(bits >> (8 * i));
-    for (std::size_t at = 0; at < padded; at += 64) sha256_detail::absorb(state, last + at);
-    Digest digest;
-    for (int i = 0; i < 32; ++i) digest[i] = static_cast<unsigned char>(state[i / 4] >> (24 - 8 * (i % 4)));
-    return digest;
+    Sha256 whole;
+    whole.add(data, size);
+    return whole.finish();
 }
 
 inline std::string hexadecimal(const Digest& digest) {

@@ -1,6 +1,5 @@
 #include "tensors.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include <ATen/ops/empty.h>
@@ -23,19 +22,6 @@ constexpr Name names[] = {{"float64", "F64", at::kDouble}, {"float32", "F32", at
                           {"int16", "I16", at::kShort},    {"int8", "I8", at::kChar},
                           {"uint8", "U8", at::kByte},      {"bool", "BOOL", at::kBool}};
 
-bool dense(const Shape& shape, const Shape& strides) {
-    if (shape.size() != strides.size()) return false;
-    std::vector<std::pair<std::int64_t, std::int64_t>> axes;
-    for (std::size_t i = 0; i < shape.size(); ++i) axes.emplace_back(strides[i], shape[i]);
-    std::sort(axes.begin(), axes.end());
-    std::int64_t filled = 1;
-    for (const auto& [stride, size] : axes) {
-        if (size != 1 && stride != filled) return false;
-        filled *= size;
-    }
-    return true;
-}
-
 }  // namespace
 
 at::ScalarType dtype_named(const std::string& name) {
@@ -54,9 +40,6 @@ at::Tensor copied(const TensorView& view, const Shape* strides) {
     const at::Tensor plain = at::empty(view.shape, dtype_named(view.dtype));
     if (view.size > 0) std::memcpy(plain.mutable_data_ptr(), view.data, view.size);
     if (!strides) return plain;
-    if (!dense(view.shape, *strides))
-        fail(Error::Kind::file, "weight ", quote(view.name), " of shape ", shown(view.shape), " has the strides ",
-             shown(*strides), "; expected those of dense memory");
     return at::empty_strided(view.shape, *strides, plain.options()).copy_(plain);
 }
 

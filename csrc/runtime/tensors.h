@@ -11,8 +11,7 @@ namespace olss {
 at::ScalarType dtype_named(const std::string& name);
 std::string name_of(at::ScalarType dtype);
 
-// A tensor of its own with the values of the view: in C order, or with `strides`, which must fill dense memory. Throws
-// Error(file).
+// A tensor of its own with the values of the view: in C order, or with `strides`, which fill dense memory.
 at::Tensor copied(const TensorView& view, const Shape* strides = nullptr);
 
 }  // namespace olss

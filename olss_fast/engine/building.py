@@ -20,13 +20,14 @@ from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
 from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name
 from olss_fast.engine.container import VERSION
-from olss_fast.engine.engine import Engine, plan_facts, warm_up
+from olss_fast.engine.engine import Engine, warm_up
 from olss_fast.engine.exporting import export, graph_text
 from olss_fast.engine.manifest import BATCH, FORMAT, NOTICE
 from olss_fast.engine.request import Request, checked_request, is_per_sample, named_plans
 from olss_fast.engine.shapes import Profile
 from olss_fast.engine.structure import structure_key
-from olss_fast.engine.weights import hash_weights, strides_of, to_blob
+from olss_fast.engine.verifying import plan_facts
+from olss_fast.engine.weights import LAYOUT, hash_weights, strides_of, to_blob
 from olss_fast.errors import BuildError, EngineFileError, InputError
 from olss_fast.network import Conditioning
 from olss_fast.plan import Plan
@@ -146,7 +147,11 @@ def _structure(request: Request, settings: dict[str, Any]) -> str | None:
 def _key(request: Request, settings: dict[str, Any], facts: Mapping[str, object]) -> str:
     """Of the facts, and of whatever else code depends on."""
     inputs = [[str(each.dtype), list(each.shape), list(each.stride())] for each in request.inputs()]
-    about = {"versions": machine.versions(), "machine": machine.describe(str(request.device)), "format": VERSION}
+    about = {
+        "versions": machine.versions(),
+        "machine": machine.describe(str(request.device)),
+        "format": [VERSION, LAYOUT],
+    }
     return code_cache.key_of(
         {**facts, **about, "inputs": inputs, "settings": repr(sorted({**settings, **SETTINGS}.items()))}
     )

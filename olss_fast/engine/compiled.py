@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import tempfile
 import threading
 import warnings
@@ -21,8 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olss_fast._files import reason
+from olss_fast.engine.container import Refused
 from olss_fast.engine.manifest import CODE_FILE
-from olss_fast.errors import BuildError, EngineFileError
+from olss_fast.engine.weights import LAYOUT, check_layout, layout_of, read_layout
+from olss_fast.errors import BuildError, EngineFileError, OlssError
 
 LIBRARY = "network.so"
 MODEL, WRAPPER = "model", "network.wrapper"  # torch's names in a package
@@ -36,20 +40,49 @@ SETTINGS: dict[str, Any] = {
 
 
 def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, Any]) -> dict[str, bytes]:
-    """Machine code for this machine by file name: LIBRARY, and for CUDA its kernels. Raises BuildError."""
-    with tempfile.TemporaryDirectory(prefix="olss-") as folder:
-        package = Path(folder) / "network.pt2"
+    """Machine code for this machine by file name: LIBRARY, for CUDA its kernels, and LAYOUT, which says what weights it
+    takes. Raises BuildError."""
+    with _temporary(BuildError) as folder:
+        package = str(folder / "network.pt2")
         try:
             with quiet():
                 torch._inductor.aoti_compile_and_package(
-                    exported, package_path=str(package), inductor_configs={**settings, **SETTINGS}
+                    exported, package_path=package, inductor_configs={**settings, **SETTINGS}
                 )
+            names = set(_loader(package, exported.example_inputs[0][0].device).get_constant_fqns())
         except Exception as cause:
             raise BuildError(f"the network cannot be compiled: {shortened(cause)}") from cause
-        return _unpacked(package)
+        constants = {**exported.state_dict, **exported.constants}
+        read = {weight_name(name): each.detach().clone() for name, each in constants.items() if name in names}
+        return _unpacked(package) | {LAYOUT: json.dumps(layout_of(read)).encode()}
 
 
-def _unpacked(package: Path) -> dict[str, bytes]:
+@contextmanager
+def _temporary(error: type[OlssError], needed: int | None = None) -> Iterator[Path]:
+    """A folder that this user alone can read, gone afterwards. Raises `error` where it cannot be written.
+
+    needed: bytes that are to be written, for the message.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="olss-") as folder:
+            yield Path(folder)
+    except OSError as cause:
+        if isinstance(cause, OlssError):
+            raise
+        what = "write to" if needed is None else f"write {needed} bytes to"
+        where = tempfile.tempdir or os.environ.get("TMPDIR", "")
+        raise error(
+            f"cannot {what} the folder for temporary files, {where!r}: {reason(cause)}; TMPDIR names another one"
+        ) from cause
+
+
+def _loader(package: str, device: torch.device) -> Any:
+    """Torch's loader of a package, with the library mapped."""
+    on_gpu = device.type == "cuda"
+    return torch._C._aoti.AOTIModelPackageLoader(package, MODEL, on_gpu, 1, (device.index or 0) if on_gpu else -1)
+
+
+def _unpacked(package: str) -> dict[str, bytes]:
     """What a package needs to run: the library and the GPU kernels that it loads by name, without their sources."""
     with zipfile.ZipFile(package) as archive:
         members = {Path(name).name: name for name in archive.namelist()}
@@ -74,28 +107,30 @@ class LoadedCode:
 
     `loaded(x, time, *tensors)` checks nothing: whoever calls it has.
 
-    Raises EngineFileError where the library cannot be mapped, or needs weights that are not among `weights`.
+    Raises EngineFileError where the library cannot be mapped, or was compiled for other weights than `weights` has.
     """
 
     def __init__(self, code: Mapping[str, bytes], weights: Mapping[str, Tensor], device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        index = (device.index or 0) if on_gpu else -1
         # The bookkeeping of several threads asks for events, which a capture forbids: on a GPU one thread at a time.
-        self._turn: AbstractContextManager[object] = threading.Lock() if on_gpu else nullcontext()
-        with tempfile.TemporaryDirectory(prefix="olss-") as folder:  # readable by this user alone
-            package = _pack(code, device.type, Path(folder))
+        self._turn: AbstractContextManager[object] = threading.Lock() if device.type == "cuda" else nullcontext()
+        with _temporary(EngineFileError, sum(map(len, code.values()))) as folder:
+            package = _pack(code, device.type, folder)
             try:
-                self._loader = torch._C._aoti.AOTIModelPackageLoader(package, MODEL, on_gpu, 1, index)
+                self._loader = _loader(package, device)
             except RuntimeError as cause:
                 raise EngineFileError(
-                    f"the engine's code cannot be loaded: {shortened(cause)}; if programs may not run in the folder "
-                    "for temporary files, name another one with TMPDIR"
+                    f"the engine's code cannot be loaded: {shortened(cause)}; if the folder for temporary files is "
+                    "full, or programs may not run in it, name another one with TMPDIR"
                 ) from cause
         names = {fqn: weight_name(fqn) for fqn in self._loader.get_constant_fqns()}
         missing = sorted(set(names.values()) - set(weights))
         if missing:
             raise EngineFileError(f"the engine's code reads weights that are not there: {', '.join(missing[:8])}")
         self.weights = {name: weights[name] for name in names.values()}
+        try:
+            check_layout(read_layout(code[LAYOUT]), layout_of(self.weights))
+        except Refused as cause:
+            raise EngineFileError(f"the engine's code cannot be run: {cause}") from cause
         taken = {fqn: weights[name] for fqn, name in names.items()}
         self._loader.load_constants(taken, use_inactive=False, check_full_update=True, user_managed=True)
 
@@ -110,6 +145,8 @@ def _pack(code: Mapping[str, bytes], device: str, folder: Path) -> str:
     package = folder / "network.pt2"
     with zipfile.ZipFile(package, "w", zipfile.ZIP_STORED) as archive:
         for name, content in code.items():
+            if name == LAYOUT:
+                continue
             if not CODE_FILE.fullmatch(name):
                 raise EngineFileError(f"a file of the code is named {name!r}; expected a plain name")
             archive.writestr(INSIDE + (WRAPPER + ".so" if name == LIBRARY else name), content)

@@ -10,12 +10,13 @@ the manifest, a JSON object as a string. Its first member is
 
 so that any altered bit is noticed, wherever it is, at the speed of all cores. It finds accidents and is no signature:
 a file that somebody meant to alter has a right sum too. Therefore everything below is checked as well, and an engine
-may be loaded with the digest that it ought to have.
+may be loaded with the SHA-256 that the whole file ought to have, as `sha256sum` prints it.
 
-Forbidden, each with its own message: a header above 16 MiB or beyond the end of the file; a header or manifest that is
-no JSON object, repeats a name, nests too deeply, or holds NaN; another format or version; tensors of another dtype, of
-a size that is not theirs, that overlap, leave gaps, or end elsewhere than the file; another checksum. There is no
-compression and there are no paths: nothing can unfold to more than the file's size, or to a place outside.
+Forbidden, each with its own message: a header above 16 MiB, of a length that is no multiple of 8, or beyond the end of
+the file; a header or manifest that is no JSON object, repeats a name, nests too deeply, has too many parts, or holds
+NaN; another format or version; tensors of another dtype, of a size that is not theirs, that overlap, leave gaps, or end
+elsewhere than the file; another checksum. There is no compression and there are no paths: nothing can unfold to more
+than the file's size, or to a place outside.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from olss_fast._files import AnyPath, read_bounded, write_atomically
+from olss_fast._files import AnyPath, write_atomically
 from olss_fast._json import strict_object
 from olss_fast._text import quoted
 from olss_fast.errors import EngineFileError
@@ -37,7 +41,10 @@ VERSION = 1
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**40
 PIECE = 4 * 2**20
+MOST_AXES = 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+Row = tuple[str, str, tuple[int, ...], int, int]  # of a tensor: name, dtype, shape, begin and end in the data
 
 _BLANK = "0" * 64
 _COPY_AGAIN = "copy the file again, or build it again"
@@ -87,59 +94,98 @@ def write(path: AnyPath, buffers: Sequence[memoryview]) -> None:
     write_atomically(path, buffers, error=EngineFileError)
 
 
-def read(path: AnyPath, kind: str) -> tuple[dict[str, Any], dict[str, Blob]]:
-    """Manifest and tensors of a file, wholly verified. Raises EngineFileError."""
-    read_header(path, kind)  # so that what is no engine file is refused before all of it is read
-    try:
-        return decode(read_bounded(path, MAX_FILE_BYTES, error=EngineFileError), kind)
-    except MemoryError as cause:
-        raise EngineFileError(f"{quoted(str(path), 200)} does not fit into this machine's memory") from cause
-    except Refused as cause:
-        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
+def read(path: AnyPath, kind: str, *, sha256: str | None = None) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """Manifest and tensors of a file, wholly verified, before which none of its tensors is in memory.
+
+    sha256: the SHA-256 that the file ought to have, in lower case; its checksum will do as well.
+
+    Raises EngineFileError.
+    """
+    with _opened(path) as file:
+        head, manifest, rows = _head(file, kind)
+        blank = head.replace(manifest["sha256"].encode(), _BLANK.encode(), 1)
+        _check_digest(digest(_stream(blank, file)), manifest["sha256"])
+        if sha256 not in (None, manifest["sha256"]):
+            _check_sha256(_sha256(_stream(head, file)).hex(), sha256)
+        file.seek(len(head))
+        return manifest, {name: Blob(dtype, shape, _next(file, end - begin)) for name, dtype, shape, begin, end in rows}
 
 
 def read_header(path: AnyPath, kind: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The manifest, and how many bytes each tensor has. What is behind the header is neither read nor verified, but for
     its size. Raises EngineFileError."""
+    with _opened(path) as file:
+        _, manifest, rows = _head(file, kind)
+        return manifest, {name: end - begin for name, _, _, begin, end in rows}
+
+
+def file_sha256(path: AnyPath) -> str:
+    """What `sha256sum` prints of a file. Raises EngineFileError."""
+    with _opened(path) as file:
+        return _sha256(_stream(b"", file)).hex()
+
+
+@contextmanager
+def _opened(path: AnyPath) -> Iterator[BinaryIO]:
+    """A regular file; whatever is wrong with it is an EngineFileError with its name."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
             refuse("it is no regular file but a folder, device or pipe; give the path of a file")
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = _header_length(file.read(8), size)
-            header = _header(file.read(length))
-            manifest = _manifest(header, kind)
-            return manifest, {name: end - begin for name, _, _, begin, end in _table(header, size - 8 - length)}
+            yield file
+    except MemoryError as cause:
+        raise EngineFileError(f"{quoted(str(path), 200)} does not fit into this machine's memory") from cause
     except (OSError, ValueError, TypeError, Refused) as cause:
         raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
 
 
-def decode(data: bytes, kind: str) -> tuple[dict[str, Any], dict[str, Blob]]:
-    """Every check before what relies on it: header, format, version, table, checksum. Raises `Refused`."""
-    length = _header_length(data[:8], len(data))
-    header = _header(data[8 : 8 + length])
-    manifest = _manifest(header, kind)
-    body = memoryview(data)[8 + length :]
-    rows = _table(header, len(body))
-    blobs = {name: Blob(dtype, shape, body[begin:end]) for name, dtype, shape, begin, end in rows}
-    _check_digest(data, 8 + length, manifest["sha256"])
-    return manifest, blobs
+def _head(file: BinaryIO, kind: str) -> tuple[bytes, dict[str, Any], list[Row]]:
+    """All up to the data, the manifest and the table, each checked before what relies on it."""
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    length = _header_length(first, size)
+    text = bytes(_next(file, length))
+    header = _header(text)
+    return first + text, _manifest(header, kind), list(_table(header, size - 8 - length))
+
+
+def _stream(head: bytes, file: BinaryIO) -> Iterator[memoryview]:
+    """`head`, and then what is behind it in the file, a piece at a time."""
+    yield memoryview(head)
+    left = os.fstat(file.fileno()).st_size - len(head)
+    file.seek(len(head))
+    while left > 0:
+        piece = _next(file, min(left, PIECE))
+        yield piece
+        left -= len(piece)
+
+
+def _next(file: BinaryIO, count: int) -> memoryview:
+    data = file.read(count)
+    if len(data) < count:
+        refuse("it shrank while it was read; try again")
+    return memoryview(data)
 
 
 def digest(buffers: Iterable[memoryview]) -> str:
-    """The checksum of the format over the content in `buffers`, in which its own digits are zeros already."""
-    parts = list(_pieces(buffers))
-    if len(parts) < 4:
-        sums = [_sha256(part) for part in parts]
-    else:
-        from concurrent.futures import ThreadPoolExecutor  # slow to import for who looks at a header alone
+    """The checksum of the format over the content in `buffers`, in which its own digits are zeros already. No more
+    pieces are held than are worked at."""
+    pieces = _pieces(buffers)
+    few = list(islice(pieces, 4))
+    if len(few) < 4:
+        return hashlib.sha256(b"".join(map(_sha256, few))).hexdigest()
+    from concurrent.futures import ThreadPoolExecutor  # slow to import for who looks at a header alone
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
-            sums = list(pool.map(_sha256, parts))
-    return hashlib.sha256(b"".join(sums)).hexdigest()
+    total = hashlib.sha256()
+    with ThreadPoolExecutor(workers := os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
+        while few:
+            for each in pool.map(_sha256, few):
+                total.update(each)
+            few = list(islice(pieces, workers))
+    return total.hexdigest()
 
 
-def _sha256(buffers: Sequence[memoryview]) -> bytes:
+def _sha256(buffers: Iterable[memoryview]) -> bytes:
     total = hashlib.sha256()
     for each in buffers:
         total.update(each)
@@ -163,13 +209,16 @@ def _pieces(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
         yield piece
 
 
-def _check_digest(data: bytes, body: int, claimed: str) -> None:
-    blank = data[:body].replace(claimed.encode(), _BLANK.encode(), 1)
-    found = digest([memoryview(blank), memoryview(data)[body:]])
+def _check_digest(found: str, claimed: str) -> None:
     if found != claimed:
         refuse(
             f"its content has the digest {found[:12]}… and it says {claimed[:12]}…: damaged or altered; {_COPY_AGAIN}"
         )
+
+
+def _check_sha256(found: str, expected: str | None) -> None:
+    if found != expected:
+        refuse(f"its sha256 is {found}; expected {expected}: it is another file than you mean")
 
 
 # --- the header ----------------------------------------------------------------------------------------------------
@@ -179,10 +228,10 @@ def _header_length(first: bytes, size: int) -> int:
     if len(first) < 8:
         refuse(f"it has {size} bytes; a safetensors file begins with 8 bytes of header length; {_COPY_AGAIN}")
     length = int.from_bytes(first, "little")
-    if length > MAX_HEADER_BYTES:
+    if length > MAX_HEADER_BYTES or length % 8:
         refuse(
-            f"its first 8 bytes announce a header of {length} bytes; expected at most {MAX_HEADER_BYTES}; is it an "
-            "engine file at all?"
+            f"its first 8 bytes announce a header of {length} bytes; expected a multiple of 8 up to "
+            f"{MAX_HEADER_BYTES}; is it an engine file at all?"
         )
     if 8 + length > size:
         refuse(f"it has {size} bytes, but its header should reach to byte {8 + length}: truncated; {_COPY_AGAIN}")
@@ -209,6 +258,8 @@ def _manifest(header: dict[str, Any], kind: str) -> dict[str, Any]:
             "and not an engine?"
         )
     manifest = _json_object(metadata[kind], f"the entry {kind!r}")
+    if next(iter(manifest), None) != "sha256":
+        refuse(f"its first member is {quoted(next(iter(manifest), None))}; expected sha256")
     if manifest.get("format") != kind:
         refuse(f"its format is {quoted(manifest.get('format'))}; expected {kind!r}")
     version = manifest.get("version")
@@ -226,7 +277,7 @@ def _manifest(header: dict[str, Any], kind: str) -> dict[str, Any]:
 # --- the tensors ---------------------------------------------------------------------------------------------------
 
 
-def _table(header: dict[str, Any], size: int) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+def _table(header: dict[str, Any], size: int) -> Iterator[Row]:
     """Name, dtype, shape, begin and end of each tensor. Together they fill the `size` bytes of data."""
     last = 0
     for name, described in header.items():
@@ -249,12 +300,12 @@ def _row(name: str, described: Any) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape, begin and end, which fit each other."""
     if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
         refuse(f"tensor {quoted(name)} is described by {quoted(described)}; expected dtype, shape and data_offsets")
-    if not name.isprintable():
+    if re.search("[\\x00-\\x1f\\x7f-\\x9f]", name):
         refuse(f"a tensor is named {quoted(name)}; expected a name that can be printed")
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         refuse(f"tensor {quoted(name)} has dtype {quoted(dtype)}; expected one of {', '.join(ITEM_BYTES)}")
-    if not _naturals(shape) or len(shape) > 16 or not _naturals(offsets) or len(offsets) != 2:
+    if not naturals(shape) or len(shape) > MOST_AXES or not naturals(offsets) or len(offsets) != 2:
         refuse(f"tensor {quoted(name)} has shape {quoted(shape)} and data_offsets {quoted(offsets)}; expected sizes")
     if prod(filter(None, shape)) > MAX_FILE_BYTES:  # an empty tensor's strides must be numbers too
         refuse(f"tensor {quoted(name)} has shape {quoted(shape)}; expected one that a file could hold")
@@ -264,6 +315,6 @@ def _row(name: str, described: Any) -> tuple[str, tuple[int, ...], int, int]:
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
-def _naturals(value: object) -> bool:
+def naturals(value: object) -> bool:
     """A list of integers from 0 to the largest file. (In Python, JSON's `true` would pass for 1.)"""
     return isinstance(value, list) and all(type(number) is int and 0 <= number <= MAX_FILE_BYTES for number in value)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -14,17 +12,18 @@ from olss_fast._device import pick_device
 from olss_fast._draws import Seed, Streams, checked_streams
 from olss_fast._files import AnyPath
 from olss_fast._text import quoted
-from olss_fast.engine import container, inputs, machine, manifest
+from olss_fast.engine import container, inputs, machine
 from olss_fast.engine.arguments import flatten
-from olss_fast.engine.compiled import LIBRARY, LoadedCode, hash_code, shortened
-from olss_fast.engine.container import Blob, refuse
+from olss_fast.engine.compiled import LoadedCode, hash_code, shortened
+from olss_fast.engine.container import Blob
 from olss_fast.engine.manifest import FORMAT, Manifest
+from olss_fast.engine.verifying import Parts, check_unconditional, naming, plan_facts, verified
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
-from olss_fast.errors import EngineFileError, InputError, MachineError, NetworkError, PlanFileError
+from olss_fast.errors import InputError, MachineError, NetworkError
 from olss_fast.executors.loops import Loops, Stats
 from olss_fast.network import Conditioning, Denoiser
 from olss_fast.plan import Plan
-from olss_fast.plan_io import plan_from_bytes, plan_to_bytes
+from olss_fast.plan_io import plan_to_bytes
 from olss_fast.sampling import check_plan_fits, draw_step_noise
 
 
@@ -224,15 +223,15 @@ def load_engine(path: AnyPath, *, device: torch.device | str | None = None, sha2
     these versions. On a GPU the loop is captured at the profile's `opt`.
 
     Args:
-        path: an engine file. device: default: the kind that it was built for. sha256: the digest that the file ought to
-        have, from somebody you trust (`olss-fast inspect` shows it).
+        path: an engine file. device: default: the kind that it was built for. sha256: that the file ought to have,
+        from somebody you trust; `sha256sum` and `olss-fast inspect` print it.
 
     Raises:
         EngineFileError: no engine file, damaged, altered, of another version, or another one than `sha256` says.
         MachineError: built for another machine, or other versions; all that does not fit is named.
     """
-    with _naming(path):
-        found, plans, parts = _verified(path, sha256)
+    with naming(path):
+        found, plans, parts = verified(path, sha256)
         return _assembled(found, plans, parts, _place(found, device))
 
 
@@ -241,60 +240,28 @@ def verify_file(path: AnyPath, *, sha256: str | None = None) -> Manifest:
 
     Raises EngineFileError, as `load_engine`.
     """
-    with _naming(path):
-        found, _, parts = _verified(path, sha256)
+    with naming(path):
+        found, _, parts = verified(path, sha256)
         _tensors(found, parts, torch.device("cpu"))
         return found
 
 
-@contextmanager
-def _naming(path: AnyPath) -> Iterator[None]:
-    try:
-        yield
-    except container.Refused as cause:
-        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
-
-
-def _verified(path: AnyPath, sha256: str | None) -> tuple[Manifest, dict[str, Plan], dict[str, dict[str, Blob]]]:
-    facts, blobs = container.read(path, FORMAT)
-    if sha256 is not None and facts["sha256"] != sha256:
-        refuse(f"its digest is {facts['sha256']}; expected {quoted(sha256, 80)}: it is another file than you mean")
-    found = manifest.parse(facts)
-    parts = _parts(blobs)
-    _check_hashes(found, parts)
-    plans = _plans(found, parts["plans"])
-    _check_code(parts["code"])
-    return found, plans, parts
-
-
-def _tensors(
-    found: Manifest, parts: dict[str, dict[str, Blob]], device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _tensors(found: Manifest, parts: Parts, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights, and default unconditional arguments."""
     strides = found.facts["strides"]
-    if not set(strides) <= set(parts["weights"]):
-        refuse(f"it has strides of {quoted(sorted(strides), 200)}; expected names of its weights")
     weights = {name: from_blob(name, blob, strides.get(name), device) for name, blob in parts["weights"].items()}
     without = {name: from_blob(name, blob, None, device) for name, blob in parts["unconditional"].items()}
-    _check_unconditional(found, without)
+    check_unconditional(found, without)
     return weights, without
 
 
-def _assembled(
-    found: Manifest, plans: dict[str, Plan], parts: dict[str, dict[str, Blob]], device: torch.device
-) -> Engine:
+def _assembled(found: Manifest, plans: dict[str, Plan], parts: Parts, device: torch.device) -> Engine:
     weights, without = _tensors(found, parts, device)
     code = {name: bytes(blob.data) for name, blob in parts["code"].items()}
     engine = Engine(found, plans, code, weights, without, device)
     if device.type == "cuda":
         warm_up(engine)
     return engine
-
-
-def plan_facts(name: str, plan: Plan, data: bytes | memoryview) -> dict[str, Any]:
-    """What a manifest says about a plan, whose file has the content `data`."""
-    digest = hashlib.sha256(data).hexdigest()
-    return {"name": name, "nfe": plan.nfe, "branches": plan.branches, "noises": plan.noises, "sha256": digest}
 
 
 def warm_up(engine: Engine, conditioning: Mapping[str, Tensor] | None = None) -> None:
@@ -309,62 +276,6 @@ def warm_up(engine: Engine, conditioning: Mapping[str, Tensor] | None = None) ->
     usual, without = engine.usual_arguments(noise.shape[0])
     given: dict[str, Any] = usual if conditioning is None else dict(conditioning)
     engine(noise, unconditional=without, generator=torch.Generator(engine.device).manual_seed(0), **given)
-
-
-def _parts(blobs: Mapping[str, Blob]) -> dict[str, dict[str, Blob]]:
-    """By folder: code, plans, unconditional, weights. Raises `Refused` for a tensor that belongs to none."""
-    parts: dict[str, dict[str, Blob]] = {"code": {}, "plans": {}, "unconditional": {}, "weights": {}}
-    for full, blob in blobs.items():
-        folder, _, name = full.partition("/")
-        if folder not in parts or not name:
-            refuse(f"it holds the tensor {quoted(full)}; expected one of {', '.join(f'{each}/…' for each in parts)}")
-        parts[folder][name] = blob
-    return parts
-
-
-def _check_hashes(found: Manifest, parts: dict[str, dict[str, Blob]]) -> None:
-    code = {name: bytes(blob.data) for name, blob in parts["code"].items()}
-    for what, value in (("weights", hash_weights(parts["weights"])), ("code", hash_code(code))):
-        claimed = found.facts["hashes"][what]
-        if value != claimed:
-            refuse(
-                f"the hash of its {what} is {value[:12]}… and it says {quoted(claimed, 16)}: altered; build it again"
-            )
-
-
-def _plans(found: Manifest, blobs: dict[str, Blob]) -> dict[str, Plan]:
-    if set(blobs) != set(found.plan_names):
-        refuse(f"it holds the plans {quoted(sorted(blobs), 200)} and names {quoted(found.plan_names, 200)}")
-    try:
-        plans = {name: plan_from_bytes(bytes(blobs[name].data), source=f"plan {name}") for name in found.plan_names}
-    except PlanFileError as cause:
-        refuse(str(cause))
-    for claimed, (name, plan) in zip(found.facts["plans"], plans.items(), strict=True):
-        facts = plan_facts(name, plan, blobs[name].data)
-        if facts != claimed:
-            refuse(f"its manifest says of a plan {quoted(claimed, 200)}; the plan is {quoted(facts, 200)}")
-        if int(plan.models.max()) > 0 or (plan.branches == 2 and not found.doubled):
-            refuse(f"plan {quoted(name)} needs more than one network, or guidance that the engine has not")
-    return plans
-
-
-def _check_code(blobs: Mapping[str, Blob]) -> None:
-    foreign = [name for name in blobs if not manifest.CODE_FILE.fullmatch(name)]
-    if LIBRARY not in blobs or foreign:
-        refuse(f"its code is {quoted(sorted(blobs), 200)}; expected {LIBRARY} and plain names beside it")
-
-
-def _check_unconditional(found: Manifest, given: Mapping[str, Tensor]) -> None:
-    by_name = {each.name: each for each in found.inputs}
-    if not found.doubled and given:
-        refuse(f"it has unconditional arguments {quoted(sorted(given))} but no guidance")
-    for name, value in given.items():
-        if name not in by_name:
-            refuse(f"its unconditional argument {quoted(name)} is none of its inputs {quoted(sorted(by_name))}")
-        try:
-            inputs.tensors_of([by_name[name]], {name: value}, 1, value.device, "unconditional")
-        except InputError as cause:
-            refuse(str(cause))
 
 
 def _place(found: Manifest, device: torch.device | str | None) -> torch.device:

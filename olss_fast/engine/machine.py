@@ -54,7 +54,12 @@ def _described(device: str, name: str, capability: list[int] | None, flags: list
 
 def instructions() -> list[str]:
     """The processor's instruction sets, by the names that Linux gives them; none where it does not tell."""
-    return sorted(flag for flag in set(_cpuinfo("flags", "Features").split()) if INSTRUCTIONS.fullmatch(flag))
+    return sorted(flag for flag in set(_flags()) if INSTRUCTIONS.fullmatch(flag))
+
+
+def _flags() -> list[str]:
+    """All that Linux says the processor can do."""
+    return _cpuinfo("flags", "Features").split()
 
 
 def mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str | None = None) -> list[str]:
@@ -83,7 +88,7 @@ def _mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str
     if device is not None and device.partition(":")[0] != kind:
         found.append(f"it was built for {kind} and is to run on {device}: build one for {device}")
     if kind == "cpu":
-        lacking = sorted(set(machine["instructions"]) - set(instructions()))
+        lacking = sorted(set(machine["instructions"]) - set(_flags()))
         if lacking:
             found.append(
                 f"its code may use the instructions {', '.join(lacking)}, which this processor lacks: {rebuild}"

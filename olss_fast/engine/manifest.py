@@ -13,7 +13,7 @@ from typing import Any
 from olss_fast._files import AnyPath
 from olss_fast._text import quoted
 from olss_fast.engine import container
-from olss_fast.engine.container import refuse
+from olss_fast.engine.container import MOST_AXES, refuse
 from olss_fast.engine.shapes import Profile
 from olss_fast.errors import EngineFileError, InputError
 
@@ -123,6 +123,8 @@ def parse(facts: Mapping[str, Any]) -> Manifest:
         profile = Profile(**facts["profile"])
     except InputError as cause:
         refuse(f"its profile is unusable: {cause}")
+    if len(profile.min) > MOST_AXES:
+        refuse(f"its profile has {len(profile.min)} axes; expected at most {MOST_AXES}")
     inputs = tuple(Input(each["name"], each["dtype"], tuple(each["shape"])) for each in facts["inputs"])
     return Manifest(facts, profile, inputs)
 
@@ -147,7 +149,7 @@ def _check_values(facts: Mapping[str, Any]) -> None:
     machine = facts["machine"]
     if machine["device"] not in ("cpu", "cuda"):
         refuse(f"machine.device is {quoted(machine['device'])}; expected cpu or cuda")
-    if machine["capability"] is not None and not container._naturals(machine["capability"]):
+    if machine["capability"] is not None and not container.naturals(machine["capability"]):
         refuse(f"machine.capability is {quoted(machine['capability'])}; expected two numbers, as [9, 0]")
     if facts["dtype"] not in DTYPES:
         refuse(f"dtype is {quoted(facts['dtype'])}; expected one of {', '.join(DTYPES)}")
@@ -159,10 +161,11 @@ def _check_values(facts: Mapping[str, Any]) -> None:
                 f"input {quoted(each['name'])} is {quoted(each['dtype'])}; expected one of {', '.join(INPUT_DTYPES)}"
             )
         first, rest = each["shape"][:1], each["shape"][1:]
-        if not all(size == BATCH or _size(size) for size in first) or not all(map(_size, rest)):
+        fits = len(each["shape"]) <= MOST_AXES and all(map(_size, rest))
+        if not fits or not all(size == BATCH or _size(size) for size in first):
             refuse(f"input {quoted(each['name'])} has shape {quoted(each['shape'])}; expected sizes, or first 'batch'")
     for name, strides in facts["strides"].items():
-        if not container._naturals(strides):
+        if not container.naturals(strides):
             refuse(f"strides of {quoted(name)} are {quoted(strides)}; expected numbers")
     for name, value in facts["fixed"].items():
         if not isinstance(value, str):

@@ -1,4 +1,10 @@
-"""An engine's tensors between memory and file."""
+"""An engine's tensors between memory and file, and the layout of weights that compiled code relies on.
+
+Code takes its weights as memory, and looks at nothing: of another shape they would be read wrongly, or beyond their
+end. So a file lies beside the code, `weights.json`, and says what the code was compiled for: a JSON object, for each
+weight that the code reads {"dtype": as safetensors names it, "shape": …, "strides": null in C order, else those of
+dense memory}. Weights that differ from it in anything are refused.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +12,19 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast._json import strict_object
+from olss_fast._text import quoted
+from olss_fast.engine import container
 from olss_fast.engine.container import Blob, refuse
 
+LAYOUT = "weights.json"
+Layout = dict[str, dict[str, Any]]
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,6 +60,56 @@ def from_blob(name: str, blob: Blob, strides: Sequence[int] | None, device: torc
     if not _dense(blob.shape, strides):
         refuse(f"weight {name!r} of shape {blob.shape} has strides {list(strides)}; expected those of dense memory")
     return torch.empty_strided(blob.shape, tuple(strides), dtype=plain.dtype, device=device).copy_(plain)
+
+
+def layout_of(weights: Mapping[str, Tensor]) -> Layout:
+    """What code that was compiled for these weights relies on."""
+    strides = strides_of(weights)
+    return {
+        name: {"dtype": NAMES[each.dtype], "shape": list(each.shape), "strides": strides.get(name)}
+        for name, each in weights.items()
+    }
+
+
+def read_layout(text: bytes) -> Layout:
+    """The content of `weights.json`. Raises `Refused`."""
+    try:
+        if len(text) > container.MAX_HEADER_BYTES:
+            raise ValueError(f"has {len(text)} bytes; expected at most {container.MAX_HEADER_BYTES}")
+        found = strict_object(text)
+    except ValueError as cause:
+        refuse(f"the file {LAYOUT} beside its code {cause}; build it again")
+    for name, each in found.items():
+        if not _is_entry(each):
+            refuse(f"{LAYOUT} says of {quoted(name)} {quoted(each)}; expected dtype, shape and strides")
+    return found
+
+
+def _is_entry(each: object) -> bool:
+    return (
+        isinstance(each, dict)
+        and set(each) == {"dtype", "shape", "strides"}
+        and isinstance(each["dtype"], str)
+        and container.naturals(each["shape"])
+        and (each["strides"] is None or container.naturals(each["strides"]))
+    )
+
+
+def check_layout(expected: Layout, found: Layout) -> None:
+    """Raises `Refused` unless weights as `found` are what the code was compiled for."""
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            refuse(
+                f"its weight {quoted(name)} is {_shown(found.get(name))} and its code was compiled for "
+                f"{_shown(expected.get(name))}: build it again"
+            )
+
+
+def _shown(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "none"
+    strides = "" if entry["strides"] is None else f" with strides {quoted(entry['strides'])}"
+    return f"{quoted(entry['dtype'])} of shape {quoted(entry['shape'])}{strides}"
 
 
 def strides_of(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -73,6 +73,9 @@ MANIFEST: dict[str, Any] = {
 }
 
 
+LAYOUT = json.dumps({"conv.weight": {"dtype": "F32", "shape": [1, 1, 3, 3], "strides": [9, 1, 3, 1]}}).encode()
+
+
 @dataclass
 class EngineBytes:
     """An engine file in parts. `manifest` may be text, for what json.dumps never writes."""
@@ -81,6 +84,7 @@ class EngineBytes:
     tensors: dict[str, tuple[str, list[Any], bytes]] = field(
         default_factory=lambda: {
             "code/network.so": ("U8", [40], b"\x7fELF" + b"no program at all".ljust(36, b".")),
+            "code/weights.json": ("U8", [len(LAYOUT)], LAYOUT),
             "plans/three": ("U8", [len(PLAN_BYTES)], PLAN_BYTES),
             "unconditional/labels": ("I64", [1], (3).to_bytes(8, "little")),
             "weights/conv.weight": ("F32", [1, 1, 3, 3], bytes(range(36))),
@@ -99,6 +103,26 @@ class EngineBytes:
             for name, row in header.items()
         }
         return cls({**manifest, "sha256": BLANK}, tensors)
+
+    def hashed(self) -> EngineBytes:
+        """With the hashes of its code and weights right again."""
+        assert isinstance(self.manifest, dict)
+        self.manifest["hashes"] = {"weights": self._weights_hash(), "code": self._code_hash()}
+        return self
+
+    def _weights_hash(self) -> str:
+        rows = [
+            f"{name} {dtype} {list(shape)} {hashlib.sha256(content).hexdigest()}\n"
+            for name, (dtype, shape, content) in self._folder("weights")
+        ]
+        return hashlib.sha256("".join(rows).encode()).hexdigest()
+
+    def _code_hash(self) -> str:
+        parts = [f"{name} {len(content)}\n".encode() + content for name, (_, _, content) in self._folder("code")]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def _folder(self, folder: str) -> list[tuple[str, tuple[str, list[Any], bytes]]]:
+        return sorted((name[len(folder) + 1 :], each) for name, each in self.tensors.items() if name.startswith(folder))
 
     def table(self) -> dict[str, Any]:
         rows, end = {}, 0
@@ -128,3 +152,6 @@ class EngineBytes:
         assert isinstance(self.manifest, dict)
         self.manifest["plans"][0]["sha256"] = hashlib.sha256(content).hexdigest()
         return self
+
+
+MANIFEST["hashes"] = EngineBytes().hashed().manifest["hashes"]  # type: ignore[index]

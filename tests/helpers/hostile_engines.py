@@ -25,11 +25,8 @@ from engines import engine_file
 from torch import Tensor
 
 import olss_fast
-from olss_fast.engine import compiled
 from olss_fast.engine import engine as engine_module
-from olss_fast.engine.container import Blob
 from olss_fast.engine.describe import inspected
-from olss_fast.engine.weights import hash_weights
 from olss_fast.errors import EngineFileError, MachineError
 
 LIBRARY = b"\x7fELF: no program at all, and nothing that may be run"
@@ -84,19 +81,7 @@ def light() -> EngineBytes:
 def _light() -> EngineBytes:
     parts = EngineBytes(copy.deepcopy(whole().manifest), dict(whole().tensors))
     parts.tensors["code/network.so"] = ("U8", [len(LIBRARY)], LIBRARY)
-    return hashed(parts)
-
-
-def hashed(parts: EngineBytes) -> EngineBytes:
-    """With the hashes of its code and weights right again."""
-    folders: dict[str, dict[str, Blob]] = {"code": {}, "weights": {}}
-    for full, (dtype, shape, content) in parts.tensors.items():
-        folder, _, name = full.partition("/")
-        if folder in folders:
-            folders[folder][name] = Blob(dtype, tuple(shape), memoryview(content))
-    code = {name: bytes(blob.data) for name, blob in folders["code"].items()}
-    parts.manifest["hashes"] = {"weights": hash_weights(folders["weights"]), "code": compiled.hash_code(code)}
-    return parts
+    return parts.hashed()
 
 
 def outcome(path: Path, data: bytes) -> str:
@@ -114,7 +99,7 @@ def outcome(path: Path, data: bytes) -> str:
     except Mapped as reached:
         code, weights = reached.args
         held = light().tensors if len(data) < 10**5 else whole().tensors
-        assert code == {"network.so": held["code/network.so"][2]}
+        assert code == {name: held[f"code/{name}"][2] for name in ("network.so", "weights.json")}
         assert {f"weights/{name}" for name in weights} == {name for name in held if name.startswith("weights/")}
         assert all(each.contiguous().numpy().tobytes() == held[f"weights/{name}"][2] for name, each in weights.items())
         return "sound"

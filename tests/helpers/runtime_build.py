@@ -16,7 +16,17 @@ from olss_fast.errors import BuildError
 
 FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-runtime-")  # gone when the interpreter ends
 CHECKER = Path(__file__).parents[1] / "hostile" / "check_files.cpp"
-READERS = ("container", "engine_file", "files", "json", "manifest", "npy", "plan")  # they know nothing of torch
+READERS = (
+    "container",
+    "engine_file",
+    "files",
+    "json",
+    "layout",
+    "machine",
+    "manifest",
+    "npy",
+    "plan",
+)  # they know nothing of torch
 SANITIZED = ["-std=c++20", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -68,10 +78,16 @@ def checker() -> Path:
     return program
 
 
-def check_files(paths: Sequence[Path]) -> list[str]:
-    """What the reader says to each file: "ok", or the number of the error's kind and its message."""
+def check_files(paths: Sequence[Path], torch: str | None = None) -> list[str]:
+    """What the reader says to each file: "ok", or the number of the error's kind and its message.
+
+    torch: a version, to look whether engines fit this machine with it.
+    """
     done = subprocess.run(
-        [str(checker())], input="".join(f"{path}\n" for path in paths), capture_output=True, text=True
+        [str(checker()), *([torch] if torch else [])],
+        input="".join(f"{path}\n" for path in paths),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     answers = done.stdout.splitlines()

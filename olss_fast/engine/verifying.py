@@ -1,0 +1,139 @@
+"""What an engine file must be before any of its code is run.
+
+The C++ runtime (csrc/runtime/engine_file.cpp) has the same rules, and tests/helpers/engine_mutants.py cases for both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from olss_fast._files import AnyPath
+from olss_fast._text import quoted
+from olss_fast.engine import container, inputs, manifest
+from olss_fast.engine.compiled import LIBRARY, hash_code
+from olss_fast.engine.container import Blob, refuse
+from olss_fast.engine.manifest import FORMAT, Manifest
+from olss_fast.engine.weights import LAYOUT, check_layout, hash_weights, read_layout
+from olss_fast.errors import EngineFileError, InputError, PlanFileError
+from olss_fast.plan import Plan
+from olss_fast.plan_io import plan_from_bytes
+
+Parts = dict[str, dict[str, Blob]]  # by folder of the file, "code", "plans", "unconditional" and "weights", and name
+
+
+@contextmanager
+def naming(path: AnyPath) -> Iterator[None]:
+    try:
+        yield
+    except container.Refused as cause:
+        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
+
+
+def verified(path: AnyPath, sha256: str | None) -> tuple[Manifest, dict[str, Plan], Parts]:
+    """Manifest, plans and tensors of a file, all of it checked. Raises EngineFileError, `Refused`, InputError."""
+    facts, blobs = container.read(path, FORMAT, sha256=None if sha256 is None else _digits(sha256))
+    found = manifest.parse(facts)
+    parts = _parts(blobs)
+    _check_hashes(found, parts)
+    plans = _plans(found, parts["plans"])
+    _check_code(parts["code"])
+    _check_weights(found, parts)
+    return found, plans, parts
+
+
+def _digits(sha256: object) -> str:
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise InputError(f"sha256 is {quoted(sha256, 80)}; expected 64 hexadecimal digits, as sha256sum prints them")
+    return sha256.lower()
+
+
+def plan_facts(name: str, plan: Plan, data: bytes | memoryview) -> dict[str, Any]:
+    """What a manifest says about a plan, whose file has the content `data`."""
+    digest = hashlib.sha256(data).hexdigest()
+    return {"name": name, "nfe": plan.nfe, "branches": plan.branches, "noises": plan.noises, "sha256": digest}
+
+
+def _parts(blobs: Mapping[str, Blob]) -> Parts:
+    """By folder: code, plans, unconditional, weights. Raises `Refused` for a tensor that belongs to none."""
+    parts: Parts = {"code": {}, "plans": {}, "unconditional": {}, "weights": {}}
+    for full, blob in blobs.items():
+        folder, _, name = full.partition("/")
+        if folder not in parts or not name:
+            refuse(f"it holds the tensor {quoted(full)}; expected one of {', '.join(f'{each}/…' for each in parts)}")
+        parts[folder][name] = blob
+    return parts
+
+
+def _check_hashes(found: Manifest, parts: Parts) -> None:
+    code = {name: bytes(blob.data) for name, blob in parts["code"].items()}
+    for what, value in (("weights", hash_weights(parts["weights"])), ("code", hash_code(code))):
+        claimed = found.facts["hashes"][what]
+        if value != claimed:
+            refuse(
+                f"the hash of its {what} is {value[:12]}… and it says {quoted(claimed, 16)}: altered; build it again"
+            )
+
+
+def _plans(found: Manifest, blobs: dict[str, Blob]) -> dict[str, Plan]:
+    if set(blobs) != set(found.plan_names):
+        refuse(f"it holds the plans {quoted(sorted(blobs), 200)} and names {quoted(found.plan_names, 200)}")
+    if not all(map(_is_bytes, blobs.values())):
+        refuse("its plans are no bytes; build it again")
+    try:
+        plans = {name: plan_from_bytes(bytes(blobs[name].data), source=f"plan {name}") for name in found.plan_names}
+    except PlanFileError as cause:
+        refuse(str(cause))
+    for claimed, (name, plan) in zip(found.facts["plans"], plans.items(), strict=True):
+        facts = plan_facts(name, plan, blobs[name].data)
+        if facts != claimed:
+            refuse(f"its manifest says of a plan {quoted(claimed, 200)}; the plan is {quoted(facts, 200)}")
+        if int(plan.models.max()) > 0 or (plan.branches == 2 and not found.doubled):
+            refuse(f"plan {quoted(name)} needs more than one network, or guidance that the engine has not")
+    return plans
+
+
+def _check_code(blobs: Mapping[str, Blob]) -> None:
+    foreign = [name for name, blob in blobs.items() if not manifest.CODE_FILE.fullmatch(name) or not _is_bytes(blob)]
+    if not {LIBRARY, LAYOUT} <= set(blobs) or foreign:
+        refuse(
+            f"its code is {quoted(sorted(blobs), 200)}; expected {LIBRARY}, {LAYOUT} and plain names beside them, "
+            "all of them bytes: build it again"
+        )
+
+
+def _is_bytes(blob: Blob) -> bool:
+    return blob.dtype == "U8" and len(blob.shape) == 1
+
+
+def _check_weights(found: Manifest, parts: Parts) -> None:
+    """Names, dtypes, shapes and memory order of the weights are those that the code was compiled for."""
+    strides, weights = found.facts["strides"], parts["weights"]
+    if not set(strides) <= set(weights):
+        refuse(f"it has strides of {quoted(sorted(strides), 200)}; expected names of its weights")
+    expected = read_layout(bytes(parts["code"][LAYOUT].data))
+    check_layout(
+        expected,
+        {
+            name: {"dtype": blob.dtype, "shape": list(blob.shape), "strides": strides.get(name)}
+            for name, blob in weights.items()
+        },
+    )
+
+
+def check_unconditional(found: Manifest, given: Mapping[str, Tensor]) -> None:
+    by_name = {each.name: each for each in found.inputs}
+    if not found.doubled and given:
+        refuse(f"it has unconditional arguments {quoted(sorted(given))} but no guidance")
+    for name, value in given.items():
+        if name not in by_name:
+            refuse(f"its unconditional argument {quoted(name)} is none of its inputs {quoted(sorted(by_name))}")
+        try:
+            inputs.tensors_of([by_name[name]], {name: value}, 1, value.device, "unconditional")
+        except InputError as cause:
+            refuse(str(cause))
