@@ -13,7 +13,7 @@ from olss_fast._text import quoted
 
 MOST_DEPTH = 32
 MOST_PARTS = 2**18  # commas and opening brackets: 16 MiB of "[],[],…" would be hundreds of MB in memory
-_OTHERS = bytes(set(range(256)) - set(b"[]{},"))
+_MARKS = re.compile(r'"[^"]*"|[][{},]')  # strings, so that what is in them does not count
 
 
 def strict_object(text: str | bytes) -> dict[str, Any]:
@@ -40,17 +40,15 @@ def strict_object(text: str | bytes) -> dict[str, Any]:
 
 def _check_size(text: str) -> None:
     """What is too deep or has too many parts is found before any of it is made an object."""
-    outside = re.sub('"[^"]*"', "", text.replace(r"\\", "").replace(r"\"", ""))
-    marks = outside.encode("utf-8", "replace").translate(None, delete=_OTHERS)
-    if sum(map(marks.count, (b"[", b"{", b","))) > MOST_PARTS:
-        raise ValueError(f"more than {MOST_PARTS} parts")
-    depth = 0
-    for mark in marks:
-        depth += (mark in b"[{") - (mark in b"]}")
+    depth = parts = 0
+    for number, found in enumerate(_MARKS.finditer(text.replace(r"\\", "").replace(r"\"", ""))):
+        mark = found[0]
+        depth += (mark in "[{") - (mark in "]}")
+        parts += mark in "[{,"
         if depth > MOST_DEPTH:
             raise ValueError(f"nested more than {MOST_DEPTH} deep")
-        if depth < 0:  # no JSON, as its reader will say
-            return
+        if parts > MOST_PARTS or number > 4 * MOST_PARTS:  # no JSON of fewer parts has more strings and brackets
+            raise ValueError(f"more than {MOST_PARTS} parts")
 
 
 def _integer(text: str) -> int:

@@ -24,6 +24,14 @@ from olss_fast.errors import EngineFileError, InputError, OlssError
 
 SOLVER = {"solver": "unipc", "order": 3, "variant": "bh1"}  # of analytic ones the best, or nearly, at few evaluations
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+PROGRAM = (
+    "It is a program: whoever loads it runs its machine code. Load only files that you built yourself, or whose sha256 "
+    "you have from somebody you trust."
+)
+DigestOption = Annotated[
+    str | None,
+    typer.Option("--sha256", metavar="DIGITS", help="That the file ought to have, as sha256sum prints it."),
+]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="An engine file.")]
 PlaceOption = Annotated[
     str | None,
@@ -120,41 +128,46 @@ def _check_target(out: Path) -> None:
 def validate(
     file: FileArgument,
     device: PlaceOption = None,
+    sha256: DigestOption = None,
     run: Annotated[bool, typer.Option("--run", help="Also load it, which runs its code, and sample once.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Is an engine file whole, and does it fit this machine? All that is wrong is named, and the exit code is 2 then.
 
-    None of its code is run without `--run`.
+    None of its code is run without `--run`. An engine file is a program: being whole says nothing about who wrote it.
 
     Examples:
 
     - `olss-fast validate demo.olss`
+    - `olss-fast validate demo.olss --sha256 "$(cut -d' ' -f1 demo.olss.sha256)"`
     - `olss-fast validate demo.olss --run --device cuda:1`
     """
-    problems = _problems(file, device, run)
+    problems = _problems(file, device, sha256, run)
     if as_json:
         typer.echo(json.dumps({"file": str(file), "usable": not problems, "problems": problems}, indent=1))
     elif problems:
         typer.secho("\n".join(f"Error: {each}" for each in problems), fg=typer.colors.RED, err=True)
     else:
+        from olss_fast.engine.container import file_sha256
+
         typer.echo(f"{file} is whole and fits this machine" + (", and it samples" if run else ""))
+        typer.echo(f"sha256 {file_sha256(file)}\n{PROGRAM}")
     if problems:
         raise typer.Exit(BAD_INPUT)
 
 
-def _problems(file: Path, device: str | None, run: bool) -> list[str]:
+def _problems(file: Path, device: str | None, sha256: str | None, run: bool) -> list[str]:
     from olss_fast.engine.engine import load_engine, verify_file, warm_up
     from olss_fast.engine.machine import mismatches
 
     try:
-        facts = verify_file(file).facts
+        facts = verify_file(file, sha256=sha256).facts
     except EngineFileError as error:
         return [str(error)]
     found = mismatches(facts["built_with"], facts["machine"], device)
     if run and not found:
         try:
-            warm_up(load_engine(file, device=device))
+            warm_up(load_engine(file, device=device, sha256=sha256))
         except OlssError as error:
             return [str(error)]
     return found
@@ -171,6 +184,7 @@ def bench(
     duration: Annotated[float, typer.Option("--duration", min=0.0, help="Or how many seconds of them.")] = 5.0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of the processor. Default: torch's.")] = None,
     device: PlaceOption = None,
+    sha256: DigestOption = None,
     as_csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every call.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write figures and calls.")] = None,
     quiet: QuietOption = False,
@@ -193,6 +207,7 @@ def bench(
     found = time_engine(
         file,
         device=device,
+        sha256=sha256,
         steps=steps,
         plan=plan,
         batch=batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -211,10 +212,15 @@ def test_results_are_the_callers_own() -> None:
 
 
 def test_the_digest_that_a_file_ought_to_have() -> None:
-    path, digest = engine_file("plain"), tiny_engine("plain").manifest.facts["sha256"]
-    olss_fast.load_engine(path, sha256=digest)
-    with pytest.raises(EngineFileError, match=f"its digest is {digest}; expected '0000.*another file than you mean"):
+    """What sha256sum prints, in either case of letters; the checksum inside the file covers all of it as well."""
+    path, inner = engine_file("plain"), tiny_engine("plain").manifest.facts["sha256"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for right in (digest, digest.upper(), inner):
+        olss_fast.load_engine(path, sha256=right)
+    with pytest.raises(EngineFileError, match=f"its sha256 is {digest}; expected 0000.*another file than you mean"):
         olss_fast.load_engine(path, sha256="0" * 64)
+    with pytest.raises(InputError, match="sha256 is 'abc'; expected 64 hexadecimal digits, as sha256sum prints them"):
+        olss_fast.load_engine(path, sha256="abc")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "nonsense"])

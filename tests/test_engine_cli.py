@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -150,10 +151,12 @@ def test_build_refuses_plans_for_another_prediction(folder: Path, tmp_path: Path
 def test_inspect_for_people_and_for_programs() -> None:
     path, facts = engine_file("guided"), tiny_engine("guided").manifest.facts
     text = run("inspect", path)
-    told = ["TinyNetwork", "float32", "labels int64[batch]", "scale 1.5", facts["sha256"], facts["hashes"]["weights"]]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    told = ["TinyNetwork", "float32", "labels int64[batch]", "scale 1.5", f"sha256      {digest}\n"]
     told += [facts["plans"][2]["name"], "both outputs of a guided pair apart", facts["notice"], torch.__version__]
     assert [each for each in told if each not in text] == []
-    assert json.loads(run("inspect", path, "--json")) == facts
+    assert facts["sha256"] not in text  # the format's own checksum: nobody else prints it
+    assert json.loads(run("inspect", path, "--json")) == {**facts, "sha256": digest}
     sizes = {row.split()[2]: row for row in text.splitlines() if row.startswith("size")}
     assert f"code {path.stat().st_size / 1000:.1f}"[:6] in next(iter(sizes.values()))  # nearly all of this file is code
 
@@ -214,7 +217,9 @@ def test_validate_runs_only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("loaded")
 
     monkeypatch.setattr("olss_fast.engine.engine.LoadedCode", load)
-    assert "is whole and fits this machine" in run("validate", path)
+    said = run("validate", path)
+    for text in ("is whole and fits this machine", hashlib.sha256(path.read_bytes()).hexdigest(), "It is a program"):
+        assert text in said
     assert isinstance(CliRunner().invoke(app, ["validate", str(path), "--run"]).exception, AssertionError)
 
 
@@ -245,8 +250,18 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_validate_looks_beyond_the_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file whose sum is right is checked inside."""
-    monkeypatch.setattr("olss_fast.engine.engine.hash_weights", lambda blobs: "other")
+    monkeypatch.setattr("olss_fast.engine.verifying.hash_weights", lambda blobs: "other")
     assert "the hash of its weights is other" in refusal("validate", engine_file("guided"))
+
+
+@pytest.mark.parametrize("words", [["validate"], ["bench", "--quiet", "--iterations", "1"]])
+def test_the_digest_that_sha256sum_prints(words: list[str]) -> None:
+    path = engine_file("guided")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for right in (digest, digest.upper()):
+        run(*words, path, "--sha256", right)
+    assert f"its sha256 is {digest}; expected {'0' * 64}: it is another" in refusal(*words, path, "--sha256", "0" * 64)
+    assert "expected 64 hexadecimal digits, as sha256sum prints them" in refusal(*words, path, "--sha256", digest[:-1])
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

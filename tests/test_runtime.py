@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from torch import Tensor
 import olss_fast
 from olss_fast import Engine, solvers
 from olss_fast.engine import runtime
-from olss_fast.errors import BuildError
+from olss_fast.errors import BuildError, EngineFileError
 from olss_fast.images import tile, to_uint8
 
 INPUT, MACHINE, NETWORK = "3", "2", "4"  # kinds of olss::Error
@@ -348,15 +349,29 @@ def test_code_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     sound = engine.tensors
     faults = {
         "the engine's code cannot be loaded": {**sound, "code/network.so": ("U8", [4], b"\x7fELF")},
-        "the engine's code reads a weight 'into.weight'": {
+        "weight 'into.weight' is none and its code was compiled for 'F32' of shape (4, 2, 3, 3)": {
             name: each for name, each in sound.items() if "into.weight" not in name
         },
-        "expects another dtype": {**sound, "weights/into.bias": ("F64", [1], bytes(8))},
+        "weight 'into.bias' is 'F64'": {**sound, "weights/into.bias": ("F64", [4], bytes(32))},
+        "weight 'into.bias' is 'F32' of shape (1)": {**sound, "weights/into.bias": ("F32", [1], bytes(4))},
     }
     for text, tensors in faults.items():
         engine.tensors = tensors
-        (tmp_path / "x.olss").write_bytes(engine.file())
+        (tmp_path / "x.olss").write_bytes(engine.hashed().file())
         assert text in refusal(tmp_path / "x.olss", "--count", 2, "--out", tmp_path / "x.npy")
+        with pytest.raises(EngineFileError):
+            olss_fast.load_engine(tmp_path / "x.olss")
+
+
+def test_the_digest_that_sha256sum_prints(tmp_path: Path) -> None:
+    path = engine_file("plain")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for right in (digest, digest.upper()):
+        sampled(path, tmp_path / "x.npy", "--count", 2, "--sha256", right)
+    words = ["--count", 2, "--out", tmp_path / "x.npy", "--sha256"]
+    assert f"its sha256 is {digest}; expected 0000" in refusal(path, *words, "0" * 64)
+    for wrong in ("", digest[:-1], "x" * 64):
+        assert "expected 64 hexadecimal digits, as sha256sum prints them" in refusal(path, *words, wrong)
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""An engine file for people, from its header alone. The standard library is enough, so that it shows at once."""
+"""An engine file for people, from its header, with the SHA-256 of all of it. The standard library is enough, so that it
+shows at once."""
 
 from __future__ import annotations
 
@@ -28,14 +29,20 @@ def is_engine_file(path: AnyPath) -> bool:
 
 
 def inspected(path: AnyPath, *, as_json: bool = False) -> str:
-    """What `olss-fast inspect` prints: `describe`, or the manifest. Raises EngineFileError."""
+    """What `olss-fast inspect` prints: `describe`, or the manifest, whose sha256 is then that of the whole file and not
+    the format's own checksum. Raises EngineFileError."""
     found = manifest.read(path)
-    return json.dumps(found.facts, indent=1) if as_json else describe(found, container.read_header(path, FORMAT)[1])
+    sha256 = container.file_sha256(path)
+    if as_json:
+        return json.dumps({**found.facts, "sha256": sha256}, indent=1)
+    return describe(found, container.read_header(path, FORMAT)[1], sha256=sha256)
 
 
-def describe(found: Manifest, sizes: Mapping[str, int], *, width: int = 120) -> str:
-    """One line of facts, and then names and values aligned. sizes: bytes of the file's tensors, by name."""
-    lines = [clipped(line, width) for line in [_headline(found), "", *aligned(_rows(found, sizes))]]
+def describe(found: Manifest, sizes: Mapping[str, int], *, sha256: str | None = None, width: int = 120) -> str:
+    """One line of facts, and then names and values aligned. sizes: bytes of the file's tensors, by name. sha256: of the
+    file, as `sha256sum` prints it."""
+    rows = [*_rows(found, sizes), *([] if sha256 is None else [("sha256", sha256)])]
+    lines = [clipped(line, width) for line in [_headline(found), "", *aligned(rows)]]
     return "\n".join([*lines, "", printable(str(found.facts["notice"]))])
 
 
@@ -67,9 +74,6 @@ def _rows(found: Manifest, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]
     yield "machine", f"{machine['name']}, {machine['system']} {machine['architecture']}{_capability(machine)}"
     yield "built with", ", ".join(f"{name} {version}" for name, version in built_with.items() if version is not None)
     yield from _below("measured", [f"{name.replace('_', ' ')} {_figure(v)}" for name, v in facts["measured"].items()])
-    yield "hash", f"{facts['sha256']} (of the file)"
-    for name, value in facts["hashes"].items():
-        yield "", f"{value} ({name})"
 
 
 def _plan_lines(found: Manifest) -> list[str]:

@@ -88,7 +88,8 @@ def _mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str
     if device is not None and device.partition(":")[0] != kind:
         found.append(f"it was built for {kind} and is to run on {device}: build one for {device}")
     if kind == "cpu":
-        lacking = sorted(set(machine["instructions"]) - set(_flags()))
+        others = {flag for flag in _flags() if not INSTRUCTIONS.fullmatch(flag)}  # "fpu"; the C++ runtime knows it too
+        lacking = sorted(set(machine["instructions"]) - set(instructions()) - others)
         if lacking:
             found.append(
                 f"its code may use the instructions {', '.join(lacking)}, which this processor lacks: {rebuild}"

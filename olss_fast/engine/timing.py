@@ -107,6 +107,7 @@ def time_engine(
     path: Path,
     *,
     device: str | None = None,
+    sha256: str | None = None,
     steps: int | None = None,
     plan: str | None = None,
     batch: int | None = None,
@@ -118,14 +119,15 @@ def time_engine(
 ) -> Timing:
     """Loads an engine, and times its calls for so many iterations or seconds.
 
-    batch: default: the profile's `opt`. threads: of the processor; default: torch's. warmup: calls that do not count.
+    sha256: as for `load_engine`. batch: default: the profile's `opt`. threads: of the processor; default: torch's.
+    warmup: calls that do not count.
 
     Raises EngineFileError, MachineError, InputError: a plan that it has not, a batch outside its profile.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     begin = time.perf_counter()
-    engine = load_engine(path, device=device)
+    engine = load_engine(path, device=device, sha256=sha256)
     load = time.perf_counter() - begin
     chosen = engine.chosen_plan(steps, plan)
     call, network = calls_of(engine, chosen, batch)
