@@ -18,7 +18,7 @@ from olss_fast._old_forms import takes_old_forms
 from olss_fast._progress import bar_options
 from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
-from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name
+from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name, with_layout
 from olss_fast.engine.container import VERSION
 from olss_fast.engine.engine import Engine, warm_up
 from olss_fast.engine.exporting import export, graph_text
@@ -132,7 +132,7 @@ def _by_graph(
     if found is not None:
         return key, *found
     begin = time.perf_counter()
-    code = compile_code(exported, settings)
+    code = with_layout(compile_code(exported, settings), exported)
     seconds = time.perf_counter() - begin
     code_cache.store(folder, key, code, seconds)
     return key, code, seconds

@@ -40,8 +40,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, Any]) -> dict[str, bytes]:
-    """Machine code for this machine by file name: LIBRARY, for CUDA its kernels, and LAYOUT, which says what weights it
-    takes. Raises BuildError."""
+    """Machine code for this machine by file name: LIBRARY, and for CUDA its kernels. Raises BuildError."""
     with _temporary(BuildError) as folder:
         package = str(folder / "network.pt2")
         try:
@@ -49,12 +48,21 @@ def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, 
                 torch._inductor.aoti_compile_and_package(
                     exported, package_path=package, inductor_configs={**settings, **SETTINGS}
                 )
-            names = set(_loader(package, exported.example_inputs[0][0].device).get_constant_fqns())
         except Exception as cause:
             raise BuildError(f"the network cannot be compiled: {shortened(cause)}") from cause
-        constants = {**exported.state_dict, **exported.constants}
-        read = {weight_name(name): each.detach().clone() for name, each in constants.items() if name in names}
-        return _unpacked(package) | {LAYOUT: json.dumps(layout_of(read)).encode()}
+        return _unpacked(package)
+
+
+def with_layout(code: Mapping[str, bytes], exported: torch.export.ExportedProgram) -> dict[str, bytes]:
+    """Code that was compiled of this, with LAYOUT beside it, which says what weights it reads. Raises BuildError."""
+    constants, device = {**exported.state_dict, **exported.constants}, exported.example_inputs[0][0].device
+    with _temporary(BuildError) as folder:
+        try:
+            names = set(_loader(_pack(code, device.type, folder), device).get_constant_fqns())
+        except RuntimeError as cause:
+            raise BuildError(f"the compiled network cannot be loaded: {shortened(cause)}") from cause
+    read = {weight_name(name): each.detach().clone() for name, each in constants.items() if name in names}
+    return {**code, LAYOUT: json.dumps(layout_of(read)).encode()}
 
 
 @contextmanager
