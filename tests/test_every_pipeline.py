@@ -33,6 +33,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-5
 NONLINEAR = ("clip_sample", "thresholding", "clip_denoised")
 REFUSED = every.TABLE["refused"]
+SLOW = every.TABLE["slow"]
+CLASSES = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(every.TABLE["pipelines"])
+]
 
 
 def linear(scheduler: Any) -> Any:
@@ -86,7 +90,7 @@ def run(pipe: Any, scheduler: Any, call: dict[str, Any]) -> torch.Tensor:
     return every.numbers(pipe(**{name: every.argument(value) for name, value in call.items()}))
 
 
-@pytest.mark.parametrize("name", sorted(every.TABLE["pipelines"]))
+@pytest.mark.parametrize("name", CLASSES)
 def test_right_or_refused(name: str) -> None:
     if not hasattr(diffusers, name):
         pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
