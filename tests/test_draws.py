@@ -202,7 +202,10 @@ def test_what_a_callback_raises_comes_out(backend: str, fake_graphs: None) -> No
 
 
 @both
-def test_a_progress_bar_counts_evaluations(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_counts_evaluations(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("olss_fast._progress.can_draw", lambda: True)  # as on a terminal
     run(PLAN, NOISE)
     assert capsys.readouterr().err == ""
     run(PLAN, NOISE, progress=True)

@@ -38,7 +38,7 @@ GOOD = noise_for("guided")
 @pytest.mark.parametrize(
     ("noise", "message"),
     [
-        (None, "noise is a NoneType; expected a tensor of 1…4 × 2 × 8…16 in steps of 4 × 8…24 in steps of 4"),
+        ("x", "noise is a str; expected a tensor of 1…4 × 2 × 8…16 in steps of 4 × 8…24 in steps of 4"),
         (GOOD.numpy(), "noise is a ndarray; expected a tensor"),
         (GOOD[0], r"shape \(2, 12, 8\); this engine takes 4 axes"),
         (GOOD[None], r"shape \(1, 2, 2, 12, 8\); this engine takes 4 axes"),

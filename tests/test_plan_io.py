@@ -324,7 +324,7 @@ def test_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch
     path = tmp_path / "file"
     path.write_bytes(bytes(11))
     small = os.stat_result((0o100644, 0, 0, 1, 0, 0, 10, 0, 0, 0))
-    monkeypatch.setattr(Path, "stat", lambda self: small)
+    monkeypatch.setattr(os, "fstat", lambda number: small)
     with pytest.raises(PlanFileError, match="grew beyond 10 bytes"):
         read_bounded(path, 10)
 

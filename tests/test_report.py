@@ -173,7 +173,7 @@ def test_missing_report_file(tmp_path: Path) -> None:
 
 
 def test_summary_table_states_the_comparison(report: Report) -> None:
-    lines = report.table().splitlines()
+    lines = report.table(width=110).splitlines()
     (line,) = (line for line in lines if line.strip().startswith("5 "))
     best, peer = report.best(5, "olss"), report.best(5, "analytic")
     for part in (f"{best.mean:.4f}", f"{peer.mean:.4f}", peer.name, f"{best.mean / peer.mean:.2f}", "15/18"):

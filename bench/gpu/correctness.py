@@ -24,6 +24,7 @@ from step_kernel import CHECKED, excess
 from torch import Tensor
 
 from olss_fast import NoiseSchedule, Plan, Sampler, sample, solvers
+from olss_fast.executors.increments import increments
 from olss_fast.kernels import StepState, lincomb, start, step
 
 SANITIZER = "compute-sanitizer"
@@ -207,12 +208,20 @@ def rms(error: Tensor) -> float:
 
 @torch.no_grad()
 def _eager(plan: Plan, net: Net, noise: Tensor, y: Tensor) -> Tensor:
-    """The plan as one would write it in torch in the network's precision: every product and every sum is rounded."""
+    """The plan as one would write it in torch in the network's precision: every product and every sum is rounded.
+
+    In float32 from one network input to the next, as schedulers do and the executors too; see `increments`.
+    """
     drawn = torch.randn((plan.noises, *noise.shape), generator=seeded(noise.device), device=noise.device)
     basis, noises = [noise], list(drawn.to(noise.dtype))
+    rows, anchored = plan.rows, False
+    if noise.dtype == torch.float32:
+        rows, anchored = increments(plan.rows, plan.noise_slice.start)
+    x = noise
     for i in range(plan.nfe + 1):
-        weights = [*plan.rows[i, : len(basis)], *plan.rows[i, plan.noise_slice]]
-        x = eager_sum([*basis, *noises], torch.tensor(weights, device=noise.device))
+        weights = [*rows[i, : len(basis)], *rows[i, plan.noise_slice]]
+        first = x if anchored and i else noise
+        x = eager_sum([first, *basis[1:], *noises], torch.tensor(weights, device=noise.device))
         if i < plan.nfe:
             time = torch.full((len(x),), float(plan.timesteps[i]), device=x.device)
             without, given = net(x, time, torch.zeros_like(y)), net(x, time, y)

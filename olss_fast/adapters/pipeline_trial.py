@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from olss_fast.adapters._plan_book import steps_of
+from olss_fast.adapters.plan_scheduler import PlanScheduler
 from olss_fast.errors import InputError
 
 STEPS = 4  # where a scheduler takes no more: a consistency model's own schedule is short
@@ -42,7 +44,7 @@ def questions(
 
     arguments: of the call, by its number of steps. InputError where the call fails.
     """
-    for count in dict.fromkeys([steps, min(steps, STEPS)]):
+    for count in _counts(scheduler, steps):
         asked: list[Question] = []
         pipe.scheduler = watched(scheduler, asked)
         try:
@@ -57,6 +59,13 @@ def questions(
         f"{name} of {type(pipe).__name__} failed with its own {type(scheduler).__name__}: "
         f"{type(problem).__name__}: {problem}"
     ) from problem
+
+
+def _counts(scheduler: Any, steps: int) -> list[int]:
+    """Numbers of steps to try. A PlanScheduler takes those of its plans alone."""
+    if isinstance(scheduler, PlanScheduler):
+        return [steps_of(plan) for plan in scheduler.plans]
+    return list(dict.fromkeys([steps, min(steps, STEPS)]))
 
 
 def watched(scheduler: Any, asked: list[Question]) -> Any:
