@@ -180,6 +180,11 @@ def test_the_pipeline_samples_what_the_model_does() -> None:
             pipe(wrong)
 
 
+def test_the_pipeline_can_be_made_again() -> None:
+    """Importing a module of that name would put it in the function's place."""
+    assert type(demo.pipeline("cpu")) is type(demo.pipeline("cpu"))
+
+
 def test_the_folder_says_which_label_is_none() -> None:
     from olss_fast.adapters.diffusers import load_pipeline
 

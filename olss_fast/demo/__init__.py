@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..noise_schedule import NoiseSchedule
+    from .class_pipeline import ClassPipeline
     from .convnet import Classifier
-    from .pipeline import ClassPipeline
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -88,7 +88,7 @@ def pipeline(device: torch.device | str | None = None) -> ClassPipeline:
         from diffusers import DDIMScheduler
 
         from ..adapters.diffusers import read_unet
-        from .pipeline import ClassPipeline
+        from .class_pipeline import ClassPipeline
 
         scheduler: Any = DDIMScheduler
         parts = read_unet(path.parent, device=place), scheduler.from_pretrained(MODEL_FOLDER / "scheduler")
