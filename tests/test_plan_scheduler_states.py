@@ -139,6 +139,26 @@ def test_states_and_noisings_are_the_schedulers_own(name: str, config: dict[str,
 # --- schedulers and plans of other kinds ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("FlowMatchLCMScheduler", {}),
+        ("LTXEulerAncestralRFScheduler", {}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("LCMScheduler", {}),
+    ],
+    ids=case_id,
+)
+def test_noise_of_a_seed_is_the_schedulers_own_in_half_precision(name: str, config: dict[str, Any]) -> None:
+    pair = Pair(name, config)
+    # no multiple of 16 numbers, which all dtypes draw alike
+    pair.noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)).half()
+    theirs, found = (pair.states(scheduler, 0, len(pair.timesteps))[-1].double() for scheduler in (pair.own, pair.ours))
+    assert float((found - theirs).norm()) <= 0.01 * float(theirs.norm())
+
+
 def test_flow_beyond_sigma_1() -> None:
     """Image and noise are mixed as the scheduler does, with a negative signal."""
     own = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)

@@ -25,17 +25,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not fl
 class Run:
     """`step` counts this plan's evaluations; `history` is (columns, numel) in the order of `Layout`.
 
-    `readable`: its values may be looked at without waiting for a device. InputError for a sample
-    that is no floating-point tensor of at least 16 bits.
+    `readable`: its values may be looked at without waiting for a device. noise_dtype: in which noises are drawn, by
+    default the model output's. InputError for a sample that is no floating-point tensor of at least 16 bits.
     """
 
-    def __init__(self, layout: Layout, sample: Tensor) -> None:
+    def __init__(self, layout: Layout, sample: Tensor, noise_dtype: torch.dtype | None = None) -> None:
         if not isinstance(sample, Tensor) or sample.dtype not in DTYPES or sample.numel() == 0:
             what = f"{sample.dtype} {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
             raise InputError(
                 f"the sample is {what}; expected a floating-point tensor of latents or pixels, of 16, 32 or 64 bits"
             )
-        self.layout = layout
+        self.layout, self.noise_dtype = layout, noise_dtype
         self.step = 0
         self.shape, self.device, self.dtype = sample.shape, sample.device, sample.dtype
         self.numel, self.kind = sample.numel(), sample.device.type
@@ -70,7 +70,7 @@ class Run:
             self._take_changes(sample)
         for column in layout.noise_slots[k]:
             columns.append(column)
-            arrived.append(randn_tensor(self.shape, generator, self.device, model_output.dtype))
+            arrived.append(randn_tensor(self.shape, generator, self.device, self.noise_dtype or model_output.dtype))
         if self.history.requires_grad or model_output.requires_grad or sample.requires_grad:
             for column, tensor in zip(columns, arrived, strict=True):
                 self._column(column).copy_(tensor)

@@ -27,10 +27,11 @@ from olss_fast.errors import InputError
 
 
 class Loaded(NamedTuple):
-    """A plan made ready to run."""
+    """A plan made ready to run. noise_of: the scheduler class whose noises it draws, "" if it is none's."""
 
     layout: Layout
     latents: Latents
+    noise_of: str
 
 
 @dataclass(eq=False)

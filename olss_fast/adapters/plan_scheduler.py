@@ -62,6 +62,11 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSche
 ENDS_AT_CLEAN = ("SCMScheduler", "DDPMWuerstchenScheduler")
 """Classes whose `timesteps` end with 0, where no network is asked and which their pipelines leave out."""
 
+DRAWS_FLOAT32 = {
+    "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler", "SCMScheduler",
+}  # fmt: skip
+"""Classes that draw their noise in float32, whatever the dtype of the sample."""
+
 
 class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Runs Plans with the interface of a diffusers scheduler.
@@ -316,7 +321,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         if session.loaded is None:
             raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
         self._find_start(session, timestep)
-        session.run = Run(session.loaded.layout, sample)
+        session.run = Run(session.loaded.layout, sample, _noise_dtype(session.loaded.noise_of, sample))
         return session.run
 
     def _find_start(self, session: Session, timestep: Any) -> None:
@@ -340,7 +345,8 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         layout = lay_out(plan, latents.scales)
         for dtype in (torch.float16, torch.float32):
             layout.weights_on(device, layout.dtype_of_sums(dtype, device))
-        return Loaded(layout, latents)
+        noise_of = captured_facts(plan)["class"] if plan.noises and is_captured(plan) else ""
+        return Loaded(layout, latents, noise_of)
 
     def _stands_for(self) -> Mapping[str, Any] | None:
         """The config of the scheduler that the plan was captured from, else of the network's."""
@@ -361,6 +367,12 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
             raise InputError(
                 f"step {index - 1} was asked to go to prev_timestep={quoted(told)}; the plan goes to its next timestep"
             )
+
+
+def _noise_dtype(kind: str, sample: Any) -> torch.dtype | None:
+    """In which scheduler class `kind` draws; None where it is the model output's. Another would be other noise."""
+    wide = kind == "FlowMatchLCMScheduler" and getattr(sample, "dtype", None) != torch.float64  # else float64 itself
+    return torch.float32 if wide or kind in DRAWS_FLOAT32 else None
 
 
 def _closing(plan: Plan) -> list[float]:
