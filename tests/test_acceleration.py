@@ -323,3 +323,4 @@ def test_what_is_read_after_a_call() -> None:
     olss_fast.accelerate(pipe, olss_fast.capture(pipe.scheduler, STEPS), backend="fused")
     images(pipe, guidance_scale=3.0)
     assert pipe.guidance_scale == 3.0
+    assert pipe.num_timesteps == STEPS

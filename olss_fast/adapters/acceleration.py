@@ -213,6 +213,8 @@ class Acceleration:
             return run(alone, *args, **how)
         finally:  # guidance_scale, num_timesteps and the like are read after a call too
             vars(pipe).update({name: value for name, value in vars(alone).items() if lent.get(name) is not value})
+            if scheduler.whole and "_num_timesteps" in vars(pipe):  # of the one that was shown
+                pipe._num_timesteps = len(scheduler._chosen().timesteps)
             vars(alone).clear()  # else it and its network keep each other alive
             if scheduler.why_not:
                 self._say(scheduler.why_not)
