@@ -61,10 +61,15 @@ def unit_noise(shape: Sequence[int], streams: Streams | None, device: torch.devi
     if streams is None or isinstance(streams, torch.Generator):
         place = device if streams is None else streams.device
         return torch.randn(tuple(shape), generator=streams, device=place, dtype=torch.float32).to(device)
-    if len(streams) != shape[samples]:
-        raise InputError(f"{len(streams)} seeds or generators came for {shape[samples]} samples; expected one for each")
+    check_count_of(streams, shape[samples])
     rest = [*shape[:samples], *shape[samples + 1 :]]
     return torch.stack([unit_noise(rest, each, device) for each in streams], dim=samples)
+
+
+def check_count_of(streams: Sequence[torch.Generator], samples: int) -> None:
+    """InputError unless there is one stream for each of the samples."""
+    if len(streams) != samples:
+        raise InputError(f"{len(streams)} seeds or generators came for {samples} samples; expected one for each")
 
 
 def initial_noise(
@@ -81,8 +86,9 @@ def initial_noise(
     if noise is None and shape is None and usual is not None:
         shape = (len(streams) if isinstance(streams, Sequence) else usual[0], *usual[1:])
     if (noise is None) == (shape is None):
-        came = "neither noise nor shape" if noise is None else "both noise and shape"
-        raise InputError(f"{came} came; expected noise, a tensor (samples, ...), or seed= with shape=(samples, ...)")
+        seeded = "" if streams is None else " with the seed or generator"
+        came = f"neither noise nor shape came{seeded}" if noise is None else "both noise and shape came"
+        raise InputError(f"{came}; expected noise, a tensor (samples, ...), or seed= with shape=(samples, ...)")
     if shape is None:
         assert noise is not None
         return noise

@@ -41,6 +41,9 @@ def _rest(plan: Plan, strength: float, metadata: tuple[tuple[str, str], ...]) ->
 
 
 def _checked(noise: Tensor, image: Any, strength: Any) -> tuple[Tensor, float]:
+    if image is None or strength is None:
+        missing, given = ("init_image", "strength") if image is None else ("strength", "init_image")
+        raise InputError(f"{given} came without {missing}; expected both, as init_image=images, strength=0.6")
     if not isinstance(image, Tensor) or image.shape != noise.shape or not image.is_floating_point():
         what = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise InputError(f"init_image is {what}; expected clean samples of the noise's shape, {tuple(noise.shape)}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from olss_fast._arguments import checked_count, checked_plan
-from olss_fast._draws import Seed, Streams, checked_streams, initial_noise, unit_noise
+from olss_fast._draws import Seed, Streams, check_count_of, checked_streams, initial_noise, unit_noise
 from olss_fast._old_forms import takes_old_forms
 from olss_fast._progress import bar_options
 from olss_fast._starts import begun
@@ -111,7 +111,10 @@ def given_noise(
     dtype, device = network_dtype(networks[0], torch.float32), network_device(networks)
     if isinstance(image, Tensor):
         usual, device = tuple(image.shape), image.device
-    return initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device), streams
+    drawn = initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device)
+    if isinstance(streams, Sequence) and isinstance(drawn, Tensor) and drawn.ndim:
+        check_count_of(streams, drawn.shape[0])
+    return drawn, streams
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from olss_fast.plan import Plan
 NEUTRAL = {"s_noise": 1.0, "s_tmax": math.inf}
 """Values, other than None, 0 and False, that ask for nothing of a plan that expects nothing."""
 ORDER = ("generator", "return_dict")  # by position, where no scheduler's own order is known
+SOMETIMES = frozenset({"eta"})  # which pipelines hand over where the signature of `step` has it
 OURS = {"generator", "return_dict", "prev_timestep"}  # which PlanScheduler.step looks at itself
 
 
@@ -31,12 +32,14 @@ OURS = {"generator", "return_dict", "prev_timestep"}  # which PlanScheduler.step
 class StepArguments:
     """What the plan called `name` expects, by argument; of all others it takes neutral values.
 
-    order: the arguments of `step` after the sample, as the captured scheduler has them.
+    order: the arguments of `step` after the sample, as the captured scheduler has them. dropped: those that pipelines
+    hand to schedulers that have them, and keep from the captured one, which has not.
     """
 
     name: str
     expected: Mapping[str, Any]
     order: tuple[str, ...]
+    dropped: frozenset[str] = frozenset()
 
     def named(self, positional: Sequence[Any]) -> dict[str, Any]:
         """Arguments given by position, by name. InputError for more than there are."""
@@ -56,7 +59,7 @@ class StepArguments:
                     f"step was asked for {argument} of shape {tuple(value.shape)}, values for parts of the sample, and "
                     f"{self.name} has one coefficient for all of it at a step. Run this pipeline with its own scheduler"
                 )
-            if value is not None and not self._is_met(argument, value):
+            if value is not None and argument not in self.dropped and not self._is_met(argument, value):
                 raise InputError(
                     f"step was asked for {argument}={quoted(value)}, and {self.name} {self._has(argument)}; its "
                     f"coefficients are fixed. Call the pipeline with what it has, or "
@@ -81,7 +84,8 @@ def step_arguments_of(plan: Plan) -> StepArguments:
     facts = captured_facts(plan)
     optional = _optional(facts["class"])
     defaults = {name: value for name, value in optional.items() if name not in OURS}
-    return StepArguments(name_of(plan), {**defaults, **facts["step_arguments"]}, (*optional,) or ORDER)
+    dropped = SOMETIMES - optional.keys() if optional else frozenset[str]()
+    return StepArguments(name_of(plan), {**defaults, **facts["step_arguments"]}, (*optional,) or ORDER, dropped)
 
 
 @cache
