@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT = "olss_fast.report"
 VERSION = 1
 LARGEST_FILE = 2**30  # bytes
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}  # endings that no folder is meant to have
 ANALYTIC = "analytic"
 FITTED = "olss"  # on-policy, planned path: the method itself
 UNIFORM = "olss-uniform"  # on-policy, evenly spaced path
@@ -330,6 +331,8 @@ def try_folder(folder: PathLike) -> Path:
     """The folder, if files can be written there; `InputError` as of `make_folder`. What was made for the trial is
     removed again: whoever stops before there is a result leaves no empty folder."""
     folder = Path(folder)
+    if folder.suffix.lower() in PICTURES and not folder.is_dir():
+        raise InputError(f"{folder} is the name of a picture; expected a folder for the files")
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         return make_folder(folder)

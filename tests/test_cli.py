@@ -165,6 +165,12 @@ def test_sample_refuses(words: list[str], message: str, folder: Path, tmp_path: 
     assert message in refusal("sample", "--model", folder, "--out", tmp_path / "out", "--quiet", *words)
 
 
+def test_a_picture_is_no_folder_to_sample_into(folder: Path, tmp_path: Path) -> None:
+    words = ("sample", "--model", folder, "--solver", "ddim", "--steps", "2", "--quiet")
+    assert "five.PNG is the name of a picture; expected a folder" in refusal(*words, "--out", tmp_path / "five.PNG")
+    assert not (tmp_path / "five.PNG").exists()
+
+
 def test_model_folder_that_is_none(tmp_path: Path) -> None:
     assert "is no folder" in refusal("tune", "--model", tmp_path / "none", "--out", tmp_path / "out")
 
