@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from olss_fast import demo, errors, metrics, solvers
-    from olss_fast.adapters.acceleration import accelerate
-    from olss_fast.adapters.pipeline_tuning import tune_pipeline
-    from olss_fast.adapters.plan_scheduler import PlanScheduler
+    from olss_fast.adapters.diffusers.acceleration import accelerate
+    from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
+    from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
     from olss_fast.capturing import capture
     from olss_fast.engine.building import build
     from olss_fast.engine.engine import Engine, load_engine
@@ -65,20 +65,20 @@ _HOME = {
     "NoiseSchedule": "noise_schedule",
     "OlssError": "errors",
     "Plan": "plan",
-    "PlanScheduler": "adapters.plan_scheduler",
+    "PlanScheduler": "adapters.diffusers.plan_scheduler",
     "Profile": "engine.shapes",
     "Report": "report",
     "Sampler": "sampler",
     "TuneResult": "tuning",
-    "SchedulerMixin": "adapters.plan_scheduler",  # diffusers looks here for the base class of what it loads from here
-    "accelerate": "adapters.acceleration",
+    "SchedulerMixin": "adapters.diffusers.plan_scheduler",  # diffusers looks here for what it loads from here
+    "accelerate": "adapters.diffusers.acceleration",
     "build": "engine.building",
     "capture": "capturing",
     "export_onnx": "onnx_export",
     "load_engine": "engine.engine",
     "sample": "sampling",
     "tune": "tuning",
-    "tune_pipeline": "adapters.pipeline_tuning",
+    "tune_pipeline": "adapters.diffusers.pipeline_tuning",
 }
 
 

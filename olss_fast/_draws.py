@@ -55,15 +55,22 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-def unit_noise(shape: Sequence[int], streams: Streams | None, device: torch.device, *, samples: int = 0) -> Tensor:
-    """Unit Gaussian noise, float32, of `shape`, whose axis `samples` counts the samples. InputError unless there is one
-    stream for all, or one for each."""
+def unit_noise(
+    shape: Sequence[int],
+    streams: Streams | None,
+    device: torch.device,
+    *,
+    samples: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Unit Gaussian noise of `shape`, whose axis `samples` counts the samples. InputError unless there is one stream
+    for all, or one for each."""
     if streams is None or isinstance(streams, torch.Generator):
         place = device if streams is None else streams.device
-        return torch.randn(tuple(shape), generator=streams, device=place, dtype=torch.float32).to(device)
+        return torch.randn(tuple(shape), generator=streams, device=place, dtype=dtype).to(device)
     check_count_of(streams, shape[samples])
     rest = [*shape[:samples], *shape[samples + 1 :]]
-    return torch.stack([unit_noise(rest, each, device) for each in streams], dim=samples)
+    return torch.stack([unit_noise(rest, each, device, dtype=dtype) for each in streams], dim=samples)
 
 
 def check_count_of(streams: Sequence[torch.Generator], samples: int) -> None:

@@ -32,7 +32,7 @@ def begun(plan: Plan, noise: Tensor, image: Any, strength: Any) -> tuple[Plan | 
 @lru_cache(maxsize=16)  # deriving takes longer than some networks, and gives the same plan again
 def _rest(plan: Plan, strength: float, metadata: tuple[tuple[str, str], ...]) -> Plan | None:
     """`metadata` tells plans apart that are equal, which says nothing of where they come from."""
-    from olss_fast.adapters._plan_book import PlanBook, steps_of
+    from olss_fast.adapters.diffusers.plan_book import PlanBook, steps_of
 
     book = PlanBook((plan,), None)
     entry = book.choose(steps_of(plan), {})

@@ -52,18 +52,17 @@ class Subject:
 
     def pipeline(self, samples: int, plans: Sequence[Plan] = ()) -> tuple[Any, list[dict[str, Any]]]:
         """The pipeline and its calls. The prompts are read first: they cost nothing to get wrong."""
-        from olss_fast.adapters import pipeline_files
+        from olss_fast.adapters.diffusers.folders import load_any_pipeline, silence
+        from olss_fast.adapters.diffusers.pipeline_calls import prompt_calls, read_prompts
 
         if self.prompts is None:
             raise InputError("a pipeline needs --prompts FILE")
-        texts = pipeline_files.read_prompts(self.prompts)
+        texts = read_prompts(self.prompts)
         if not (self.progress and can_draw()):
-            pipeline_files.silence()
-        pipe = pipeline_files.load_any_pipeline(self.model, device=self.device, dtype=self.dtype)
+            silence()
+        pipe = load_any_pipeline(self.model, device=self.device, dtype=self.dtype)
         scale = self._scale(plans)
-        calls = pipeline_files.prompt_calls(
-            pipe, texts, samples, guidance_scale=scale, batch_size=self.batch_size, seed=self.seed
-        )
+        calls = prompt_calls(pipe, texts, samples, guidance_scale=scale, batch_size=self.batch_size, seed=self.seed)
         return pipe, calls
 
     def _scale(self, plans: Sequence[Plan]) -> float | None:
@@ -110,7 +109,7 @@ def tune(
             seed=subject.seed,
             **subject.arguments(loaded, samples or SAMPLES),
         )
-    from olss_fast.adapters.pipeline_tuning import tune_pipeline
+    from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
 
     if guidance_scales is not None and subject.guidance_scale is not None:
         raise InputError("--guidance-scale and --guidance-range: give one of them")
@@ -141,7 +140,7 @@ def compare_with(
             teacher_steps=teacher_steps,
             **subject.arguments(loaded, samples, plans),
         )
-    from olss_fast.adapters.pipeline_tuning import compare_pipeline
+    from olss_fast.adapters.diffusers.pipeline_tuning import compare_pipeline
 
     pipe, calls = subject.pipeline(samples, plans)
     return compare_pipeline(
@@ -172,9 +171,9 @@ def sample(
         return images, chosen.nfe, [names[each] if names else f"{each}" for each in asked]
     if classes:
         raise InputError("--classes are for class-conditional models: leave them out with --prompts")
-    from olss_fast.adapters.pipeline_files import pipeline_images
-    from olss_fast.adapters.pipeline_slot import schedule_of
-    from olss_fast.adapters.plan_scheduler import PlanScheduler
+    from olss_fast.adapters.diffusers.pipeline_calls import pipeline_images
+    from olss_fast.adapters.diffusers.pipeline_slot import schedule_of
+    from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
 
     pipe, calls = subject.pipeline(count, [] if plan is None else [plan])
     chosen = plan or models.solver_plan(schedule_of(pipe.scheduler), solver)

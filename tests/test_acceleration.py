@@ -18,7 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 import tiny_pipelines  # noqa: E402
 
 import olss_fast  # noqa: E402
-from olss_fast.adapters import acceleration  # noqa: E402
+from olss_fast.adapters.diffusers import acceleration  # noqa: E402
 from olss_fast.errors import InputError, NetworkError  # noqa: E402
 from olss_fast.executors import graph  # noqa: E402
 

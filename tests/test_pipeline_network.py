@@ -14,8 +14,8 @@ diffusers = pytest.importorskip("diffusers")
 import tiny_pipelines  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from olss_fast.adapters.pipeline_calls import check_calls, guidance_scales_of  # noqa: E402
-from olss_fast.adapters.pipeline_network import open_pipeline  # noqa: E402
+from olss_fast.adapters.diffusers.pipeline_calls import check_calls, guidance_scales_of  # noqa: E402
+from olss_fast.adapters.diffusers.pipeline_network import open_pipeline  # noqa: E402
 from olss_fast.errors import InputError, NetworkError  # noqa: E402
 from olss_fast.identity import identity  # noqa: E402
 
@@ -80,7 +80,7 @@ def test_the_first_question_is_answered_from_the_opening(pipe: Any) -> None:
 
 
 def test_more_questions_than_timesteps(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("olss_fast.adapters.pipeline_slot.QUESTIONS", 4)
+    monkeypatch.setattr("olss_fast.adapters.diffusers.pipeline_slot.QUESTIONS", 4)
     x = torch.randn(1, 4, 8, 8)
     with open_pipeline(pipe, [{"prompt": "a", "guidance_scale": 2.0}], teacher_steps=4) as network:
         answers = [ask(network, x, 500.0) for _ in range(12)]

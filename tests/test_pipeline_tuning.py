@@ -18,8 +18,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 import olss_fast  # noqa: E402
 from olss_fast import cli  # noqa: E402
-from olss_fast.adapters import pipeline_files, pipeline_tuning  # noqa: E402
-from olss_fast.adapters.pipeline_network import open_pipeline  # noqa: E402
+from olss_fast.adapters.diffusers import pipeline_calls, pipeline_tuning  # noqa: E402
+from olss_fast.adapters.diffusers.pipeline_network import open_pipeline  # noqa: E402
 from olss_fast.errors import InputError, StoreError  # noqa: E402
 from olss_fast.report import Report  # noqa: E402
 from olss_fast.sampling import sample  # noqa: E402
@@ -365,7 +365,7 @@ def test_tune_compare_and_sample_from_a_folder(folder: Path, tmp_path: Path, mon
 
 
 def test_prompts_of_a_file(folder: Path) -> None:
-    assert pipeline_files.read_prompts(folder / "prompts.txt") == ["a fox", "a hen"]
+    assert pipeline_calls.read_prompts(folder / "prompts.txt") == ["a fox", "a hen"]
 
 
 def test_bad_input_on_the_command_line(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from asking_pipeline import MU, STEPS, Asking
 
 import olss_fast
 from olss_fast import PlanScheduler, capture
-from olss_fast.adapters.pipeline_network import open_pipeline
+from olss_fast.adapters.diffusers.pipeline_network import open_pipeline
 from olss_fast.errors import InputError
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)

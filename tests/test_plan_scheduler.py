@@ -15,8 +15,8 @@ from plan_runs import ANCESTRAL, BETAS, DDIM, DPM, NOISE, SCHEDULE, learned, net
 from torch import Tensor
 
 from olss_fast import Plan, PlanScheduler, capture, solvers
-from olss_fast.adapters._layout import noises_of_steps
 from olss_fast.errors import InputError
+from olss_fast.executors.stepwise import noises_of_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -72,7 +72,7 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
         import torch
 
-        from ..adapters.diffusers import UNetNetwork, read_unet
+        from ..adapters.diffusers.folders import UNetNetwork, read_unet
 
         network = UNetNetwork(read_unet(path.parent, device=place, dtype=dtype or torch.float32))
     with _naming(MODEL_FOLDER / "scheduler" / "scheduler_config.json") as path:
@@ -87,7 +87,7 @@ def pipeline(device: torch.device | str | None = None) -> ClassPipeline:
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
         from diffusers import DDIMScheduler
 
-        from ..adapters.diffusers import read_unet
+        from ..adapters.diffusers.folders import read_unet
         from .class_pipeline import ClassPipeline
 
         scheduler: Any = DDIMScheduler

@@ -24,9 +24,9 @@ import diffusers
 import torch
 from torch import Tensor
 
-from olss_fast.adapters._sessions import Session, Sessions
-from olss_fast.adapters.pipeline_check import check_slot
-from olss_fast.adapters.plan_scheduler import PlanScheduler
+from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
+from olss_fast.adapters.diffusers.sessions import Session, Sessions
+from olss_fast.adapters.diffusers.stand_in import check_slot
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda

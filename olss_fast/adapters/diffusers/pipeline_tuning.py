@@ -26,14 +26,14 @@ from olss_fast import solvers
 from olss_fast._arguments import checked_count, checked_plans
 from olss_fast._bounds import check_steps
 from olss_fast._progress import bar_options, evaluation_bar
-from olss_fast.adapters.pipeline_calls import (
+from olss_fast.adapters.diffusers.pipeline_calls import (
     Call,
     argument,
     check_calls,
     guidance_scales_of,
     with_guidance,
 )
-from olss_fast.adapters.pipeline_network import PipelineNetwork, open_pipeline
+from olss_fast.adapters.diffusers.pipeline_network import PipelineNetwork, open_pipeline
 from olss_fast.capturing import capture
 from olss_fast.compare import compare_denoiser
 from olss_fast.fitting import Float64, Task

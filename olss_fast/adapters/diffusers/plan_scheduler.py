@@ -4,7 +4,7 @@
     image = pipe("a cat", num_inference_steps=8).images[0]
 
 What a pipeline calls `latents` is the state that the plan's own scheduler would have there: row k of the plan, the
-next network input, divided by that scheduler's input scale (1 for most; see `_latents`). `scale_model_input` multiplies
+next network input, divided by that scheduler's input scale (1 for most; see `levels`). `scale_model_input` multiplies
 by it, `init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to
 begin at a timestep. Between two steps there is nothing but the history [x | f_0 … f_{k-1} | z …], in the precision of
 `Layout.dtype_of_sums`, and the number k; `step` is one copy into the history and one matrix-vector product (and a
@@ -43,18 +43,14 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from olss_fast._text import quoted
-from olss_fast.adapters._latents import latents_of, untimed_amplitude
-from olss_fast.adapters._layout import lay_out
-from olss_fast.adapters._noising import noise_levels
-from olss_fast.adapters._plan_book import PlanBook, captured_facts, is_captured, name_of, whole
-from olss_fast.adapters._run import Run
-from olss_fast.adapters._scheduler_config import network_config, plans_from, plans_to_config, visible_config
-from olss_fast.adapters._sessions import Loaded, OwnSession, Session, Sessions
-from olss_fast.adapters._stand_in import StandIn
-from olss_fast.adapters._step_arguments import step_arguments_of
-from olss_fast.adapters._timestep_places import first_index, places
-from olss_fast.adapters.pipeline_check import check_slot
+from olss_fast.adapters.diffusers.levels import latents_of, noise_levels, untimed_amplitude
+from olss_fast.adapters.diffusers.plan_book import PlanBook, captured_facts, is_captured, name_of, whole
+from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_from, plans_to_config, visible_config
+from olss_fast.adapters.diffusers.sessions import Loaded, OwnSession, Session, Sessions
+from olss_fast.adapters.diffusers.stand_in import StandIn, check_slot
+from olss_fast.adapters.diffusers.step_arguments import first_index, places, step_arguments_of
 from olss_fast.errors import InputError, NetworkError
+from olss_fast.executors.stepwise import Run, lay_out
 from olss_fast.plan import Plan
 from olss_fast.truncation import mismatch
 

@@ -1,17 +1,21 @@
-"""The calls of a pipeline: what it takes, and its guidance scales."""
+"""The calls of a pipeline: what it takes, its guidance scales, and calls for the prompts of a text file."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from olss_fast._files import read_bounded
 from olss_fast.errors import InputError
 
 Call = Mapping[str, Any]
+LARGEST_PROMPTS = 2**24  # bytes
 
 STEADY: Mapping[str, tuple[Any, ...]] = {
     "control_guidance_start": (None, 0, [0.0]),
@@ -91,3 +95,47 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return False
     return isinstance(value, (int, float, np.number)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, one prompt each; empty ones and such as begin with # are left out."""
+    try:
+        # "sig": editors of Windows begin a file with a mark.
+        text = read_bounded(Path(path), LARGEST_PROMPTS, error=InputError).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise InputError(f"{path} holds no prompts: expected one a line (lines that begin with # are comments)")
+    return prompts
+
+
+def prompt_calls(
+    pipe: Any,
+    prompts: Sequence[str],
+    samples: int,
+    *,
+    guidance_scale: float | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """`samples` images as calls of the pipeline, `batch_size` (1) a call: prompts in turn, every image its own seed."""
+    if not takes(pipe, "prompt"):
+        raise InputError(f"{type(pipe).__name__} takes no prompt: leave --prompts out")
+    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    if guidance and not takes(pipe, "guidance_scale"):
+        raise InputError(f"{type(pipe).__name__} takes no guidance_scale: leave --guidance-scale out")
+    size = batch_size or 1
+    calls = []
+    for first in range(0, samples, size):
+        numbers = range(first, min(first + size, samples))
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in numbers]
+        calls.append({"prompt": [prompts[i % len(prompts)] for i in numbers], "generator": generators, **guidance})
+    return calls
+
+
+def pipeline_images(pipe: Any, calls: Sequence[dict[str, Any]], steps: int) -> NDArray[np.float32]:
+    """(P, C, H, W) images in [-1, 1] of all calls, at `num_inference_steps` = `steps`."""
+    parts = [pipe(**call, num_inference_steps=steps, output_type="np").images for call in calls]
+    images = np.concatenate(parts).astype(np.float32)  # (P, H, W, C) in [0, 1]
+    return np.asarray(2.0 * images.transpose(0, 3, 1, 2) - 1.0, dtype=np.float32)

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from olss_fast.adapters._latents import Latents
-from olss_fast.adapters._layout import Layout
-from olss_fast.adapters._noising import NoiseLevels
-from olss_fast.adapters._plan_book import Entry
-from olss_fast.adapters._run import Run
-from olss_fast.adapters._step_arguments import StepArguments
-from olss_fast.adapters._timestep_places import places
+from olss_fast.adapters.diffusers.levels import Latents, NoiseLevels
+from olss_fast.adapters.diffusers.plan_book import Entry
+from olss_fast.adapters.diffusers.step_arguments import StepArguments, places
 from olss_fast.errors import InputError
+from olss_fast.executors.stepwise import Layout, Run
 
 
 class Loaded(NamedTuple):

@@ -22,8 +22,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from olss_fast.adapters.pipeline_slot import Slot
-from olss_fast.adapters.pipeline_trial import check_answer, questions
+from olss_fast.adapters.diffusers.pipeline_slot import Slot
+from olss_fast.adapters.diffusers.pipeline_trial import check_answer, questions
 from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.plan import Plan
 
@@ -295,7 +295,7 @@ def open_pipeline(
 
 
 def _prepared(pipe: Any, call: Mapping[str, Any], seed: int, name: str) -> dict[str, Any]:
-    from olss_fast.adapters.pipeline_calls import takes
+    from olss_fast.adapters.diffusers.pipeline_calls import takes
 
     own = [argument for argument in OWN if argument in call]
     if own:

@@ -1,10 +1,10 @@
-"""Local diffusers folders of an unconditional or class-conditional UNet2DModel pipeline (DDPM, DDIM and their kin).
+"""Local diffusers folders: the bare network of an unconditional or class-conditional UNet2DModel, and whole pipelines.
 
     model = load_pipeline("path/to/ddpm-folder")
     images = olss_fast.sample(model.network, plan, torch.randn(16, *model.shape))
 
 Only safetensors weights are read, nothing is unpickled and nothing is fetched. What a scheduler does beside its linear
-step, such as clipping the predicted image, is not applied: a Plan is linear.
+step, such as clipping the predicted image, is not applied to a bare network: a Plan is linear.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from olss_fast._device import pick_device, plain_defaults
 from olss_fast._files import read_bounded
-from olss_fast.errors import ModelError
+from olss_fast.errors import InputError, ModelError
 from olss_fast.noise_schedule import NoiseSchedule
 
 LARGEST_CONFIG = 2**24  # bytes
+DENOISERS = ("unet", "transformer")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -209,3 +211,43 @@ def weights_variant(folder: Path) -> str | None:
 def first_lines(error: Exception, most: int = 300) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= most else text[:most] + "…"
+
+
+def load_any_pipeline(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
+    """The diffusers pipeline of a local folder: safetensors only, nothing fetched, no code of the folder's is run.
+
+    `dtype` defaults to float32 on a CPU, elsewhere to float16 for a UNet and bfloat16 for a transformer. Raises
+    `ModelError` for a folder that is no pipeline, or that diffusers cannot load.
+    """
+    folder, place = Path(folder), pick_device(device)
+    index = check_index(folder)
+    parts = [name for name in DENOISERS if (folder / name).is_dir()]
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"the dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    usual = torch.float32 if place.type == "cpu" else torch.float16 if "unet" in parts else torch.bfloat16
+    variant = weights_variant(folder / parts[0]) if parts else None
+    try:
+        from diffusers import DiffusionPipeline
+
+        loader: Any = DiffusionPipeline
+        pipe = loader.from_pretrained(
+            str(folder),
+            torch_dtype=usual if dtype is None else DTYPES[dtype],
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # whatever diffusers, transformers or safetensors made of a damaged folder
+        kind = index.get("_class_name", "pipeline")
+        raise ModelError(f"the {kind} in {folder} cannot be loaded: {first_lines(error)}") from error
+    return pipe.to(place)
+
+
+def silence() -> None:
+    """No progress bars and advice of diffusers and transformers while pipelines are loaded."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast.adapters._plan_book import captured_facts, is_captured
+from olss_fast.adapters.diffusers.plan_book import captured_facts, is_captured
 from olss_fast.errors import InputError, OlssError
 from olss_fast.plan import Plan
 from olss_fast.report import plan_from_dict, plan_to_dict

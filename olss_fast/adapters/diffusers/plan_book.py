@@ -18,8 +18,8 @@ import numpy as np
 
 from olss_fast._from_diffusers import MOST_TIMESTEPS, check_config
 from olss_fast._text import quoted
-from olss_fast.adapters._layout import check_runnable
 from olss_fast.errors import InputError, OlssError, ScheduleError
+from olss_fast.executors.stepwise import check_runnable
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Plan
 from olss_fast.truncation import is_analytic, rederive, schedule_of, truncate
