@@ -124,19 +124,20 @@ def tuned_guidance(plans: Iterable[Plan], guidance_scale: float | None = None) -
 
 def solver_plan(schedule: NoiseSchedule, settings: Mapping[str, Any]) -> Plan:
     """The plan of an analytic solver: `settings` are `solver`, its name, `steps`, and what else it takes."""
-    from olss_fast import solvers
+    from olss_fast.solvers.table import TABLE
 
     settings = dict(settings)
     name = settings.pop("solver")
-    if name not in solvers.SOLVERS:
-        raise InputError(f"the solver {name!r} is unknown; choose one of {', '.join(solvers.SOLVERS)}")
+    if name not in TABLE:
+        raise InputError(f"the solver {name!r} is unknown; choose one of {', '.join(TABLE)}")
     if "steps" not in settings:
         raise InputError(f"the solver {name!r} needs steps, its number of network evaluations")
-    takes = inspect.signature(solvers.SOLVERS[name]).parameters
+    solver = TABLE[name].function
+    takes = inspect.signature(solver).parameters
     foreign = [setting for setting in settings if setting not in takes]
     if foreign:
         raise InputError(f"the solver {name!r} has no {foreign[0]}: leave it out")
-    return solvers.SOLVERS[name](schedule, **settings)
+    return solver(schedule, **settings)
 
 
 def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:

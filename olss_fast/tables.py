@@ -6,7 +6,7 @@ import io
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -15,30 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from olss_fast.report import ANALYTIC, PUBLISHED, UNIFORM, is_olss
+from olss_fast.solvers.table import family_name
 
 if TYPE_CHECKING:
     from olss_fast.report import Candidate, Report
-
-FAMILY_NAMES: Mapping[str, str] = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "heun": "Heun",
-    "dpm_solver": "DPM-Solver",
-    "dpm_solver_pp": "DPM-Solver++",
-    "dpm_solver_pp_single": "DPM-Solver++ single-step",
-    "unipc": "UniPC",
-    "deis": "DEIS",
-    "pndm": "PNDM",
-    "plms": "PLMS",
-    "ipndm": "iPNDM",
-    "captured": "diffusers' schedulers",
-}
-
-
-def family(candidate: Candidate) -> str:
-    """Name of the solver family of an analytic candidate: all its orders, variants and spacings together."""
-    method = candidate.plan.metadata.get("method", candidate.name)
-    return FAMILY_NAMES.get(method, method)
 
 
 def families(candidates: Iterable[Candidate]) -> dict[str, dict[int, Candidate]]:
@@ -50,7 +30,7 @@ def families(candidates: Iterable[Candidate]) -> dict[str, dict[int, Candidate]]
     for candidate in candidates:
         if candidate.kind != ANALYTIC:
             continue
-        members = best.setdefault(family(candidate), {})
+        members = best.setdefault(family_name(candidate.plan), {})
         current = members.get(candidate.nfe)
         if current is None or (-candidate.samples, candidate.mean) < (-current.samples, current.mean):
             members[candidate.nfe] = candidate

@@ -7,6 +7,7 @@ stands for the first network input.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,29 +21,16 @@ from olss_fast._noise_curves import FLOW_ALPHA_FLOOR
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Plan
+from olss_fast.solvers.table import TABLE
 
 Solver = Callable[..., Plan]
 
 _READERS: Mapping[str, Callable[[str], Any]] = {"order": int, "variant": str, "eta": float}
-_METHODS: Mapping[str, tuple[Solver, tuple[str, ...]]] = {
-    "ddim": (solvers.ddim, ("eta",)),
-    "euler": (solvers.euler, ()),
-    "euler_ancestral": (solvers.euler_ancestral, ("eta",)),
-    "heun": (solvers.heun, ()),
-    "dpm_solver": (partial(solvers.dpm_solver, space="noise"), ("order", "variant")),
-    "dpm_solver_pp_single": (partial(solvers.dpm_solver, space="data"), ("order", "variant")),
-    "dpm_solver_pp": (solvers.dpm_solver_pp, ("order", "variant")),
-    "unipc": (solvers.unipc, ("order", "variant")),
-    "deis": (solvers.deis, ("order",)),
-    "ipndm": (solvers.ipndm, ("order",)),
-    "pndm": (solvers.pndm, ()),
-}
-"""What metadata["method"] means, and which of its settings stand beside it."""
 
 
 def is_analytic(plan: Plan) -> bool:
     """Whether `rederive` knows the plan's method."""
-    return plan.metadata.get("method") in _METHODS
+    return plan.metadata.get("method") in TABLE
 
 
 def rederive(plan: Plan, schedule: NoiseSchedule, timesteps: npt.ArrayLike, *, unit_start: bool = False) -> Plan:
@@ -149,18 +137,19 @@ class PlanCurve:
 
 def _solver(plan: Plan, schedule: NoiseSchedule) -> Solver:
     if not is_analytic(plan):
-        raise InputError(f"the method {plan.metadata.get('method')!r} is not one of {', '.join(_METHODS)}")
+        raise InputError(f"the method {plan.metadata.get('method')!r} is not one of {', '.join(TABLE)}")
     if problem := mismatch(plan, schedule):
         raise InputError(f"{problem}; it can only be derived again on its own schedule")
-    solver, names = _METHODS[plan.metadata["method"]]
+    solver = TABLE[plan.metadata["method"]].function
+    takes, told = inspect.signature(solver).parameters, plan.metadata
     try:
-        given = {name: _READERS[name](plan.metadata[name]) for name in names if name in plan.metadata}
+        given = {name: read(told[name]) for name, read in _READERS.items() if name in takes and name in told}
     except ValueError as error:
-        raise InputError(f"the metadata of this {plan.metadata['method']} plan cannot be read: {error}") from error
-    if "eta" in names:
+        raise InputError(f"the metadata of this {told['method']} plan cannot be read: {error}") from error
+    if "eta" in takes:
         given.setdefault("eta", 0.0)
-    if plan.metadata["method"] == "pndm":
-        given["runge_kutta"] = plan.metadata.get("variant") == "runge_kutta"
+    if "runge_kutta" in takes:
+        given["runge_kutta"] = told.get("variant") == "runge_kutta"
     return partial(solver, **given)
 
 

@@ -12,7 +12,7 @@ from plan_runs import BETAS, DDIM, DPM, NOISE, SCHEDULE, learned, network, refer
 
 from olss_fast import NoiseSchedule, PlanScheduler, capture, solvers
 from olss_fast.errors import InputError
-from olss_fast.solvers.candidates import DETERMINISTIC
+from olss_fast.solvers.table import TABLE
 from olss_fast.truncation import rederive, truncate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -52,7 +52,9 @@ def test_the_start_of_order_two() -> None:
     torch.testing.assert_close(sample, expected, rtol=1e-6, atol=1e-6)  # the original's tables are float32
 
 
-@pytest.mark.parametrize(("solver", "settings"), DETERMINISTIC)
+@pytest.mark.parametrize(
+    ("solver", "settings"), [(row.function, settings) for row in TABLE.values() for settings in row.tried]
+)
 def test_truncated_analytic_plans(solver: Any, settings: dict[str, Any]) -> None:
     """Derived from metadata alone, a whole plan comes out the same, and every truncation starts at its own level."""
     plan = solver(SCHEDULE, 9, **settings)

@@ -327,11 +327,12 @@ def test_display_names(plan: Plan, name: str) -> None:
 
 def test_solvers_by_name() -> None:
     assert set(solvers.SOLVERS) == {
-        *("ddim", "euler", "euler_ancestral", "heun", "dpm_solver", "dpm_solver_pp"),
+        *("ddim", "euler", "euler_ancestral", "heun", "dpm_solver", "dpm_solver_pp", "dpm_solver_pp_single"),
         *("unipc", "deis", "pndm", "ipndm"),
     }
-    for solver in solvers.SOLVERS.values():
-        assert solver(VP, steps=5).nfe == 5
+    for name, solver in solvers.SOLVERS.items():
+        plan = solver(VP, steps=5)
+        assert (plan.nfe, plan.metadata["method"]) == (5, name)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from olss_fast.plan import Plan
-from olss_fast.solvers.candidates import candidates, display_name
 from olss_fast.solvers.ddim import ddim, euler, euler_ancestral
 from olss_fast.solvers.deis import deis
 from olss_fast.solvers.dpm_solver import dpm_solver
 from olss_fast.solvers.dpm_solver_pp import dpm_solver_pp
 from olss_fast.solvers.heun import heun
 from olss_fast.solvers.pndm import ipndm, pndm
+from olss_fast.solvers.table import TABLE, candidates, display_name
 from olss_fast.solvers.unipc import unipc
 
 __all__ = [
@@ -42,10 +42,5 @@ __all__ = [
     "unipc",
 ]
 
-SOLVERS: Mapping[str, Callable[..., Plan]] = MappingProxyType(
-    {
-        solver.__name__: solver
-        for solver in (ddim, euler, euler_ancestral, heun, dpm_solver, dpm_solver_pp, unipc, deis, pndm, ipndm)
-    }
-)
-"""Every solver by its name, for command lines."""
+SOLVERS: Mapping[str, Callable[..., Plan]] = MappingProxyType({name: row.function for name, row in TABLE.items()})
+"""Every solver by the name that `plan.metadata["method"]` has."""

@@ -116,10 +116,10 @@ class Tape:
         )
 
 
-def evaluation_times(
+def evaluation_levels(
     schedule: NoiseSchedule, steps: int | None, timesteps: npt.ArrayLike | None, spacing: str
-) -> tuple[Vector, str | None]:
-    """The times of a solver and the name of their spacing (None for times that were given).
+) -> tuple[list[Level], str | None]:
+    """The levels that a solver visits, and the name of their spacing (None for times that were given).
 
     InputError unless exactly one of `steps` and `timesteps` is given and given times are one row of finite numbers
     with strictly falling noise; ScheduleError for times outside the schedule.
@@ -128,7 +128,11 @@ def evaluation_times(
     if (steps is None) == (timesteps is None):
         raise InputError(f"got steps={steps!r} and timesteps={timesteps!r}; pass exactly one of them")
     if steps is not None:
-        return schedule.timesteps(steps, spacing), spacing
+        return levels_of(schedule, schedule.timesteps(steps, spacing)), spacing
+    return levels_of(schedule, _checked_times(schedule, timesteps)), None
+
+
+def _checked_times(schedule: NoiseSchedule, timesteps: npt.ArrayLike | None) -> Vector:
     try:
         times = np.array(timesteps, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -142,7 +146,7 @@ def evaluation_times(
         raise InputError(
             f"timesteps {i} and {i + 1} are {float(times[i])!r} and {float(times[i + 1])!r}; expected falling noise"
         )
-    return times, None
+    return times
 
 
 def check_choice(what: str, value: object, choices: tuple[object, ...]) -> None:

@@ -18,7 +18,7 @@ from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.solvers._exponential import transfer
-from olss_fast.solvers._tape import CLEAN, Level, Output, Tape, Vector, evaluation_times, levels_of
+from olss_fast.solvers._tape import CLEAN, Level, Output, Tape, Vector, evaluation_levels
 
 
 def ddim(
@@ -74,8 +74,7 @@ def _run(
 ) -> Plan:
     if not 0.0 <= checked_number("eta", eta, "a number from 0 to 1") <= 1.0:
         raise InputError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1 (ancestral)")
-    times, spacing_name = evaluation_times(schedule, steps, timesteps, spacing)
-    levels = levels_of(schedule, times)
+    levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
     tape = Tape(schedule, len(levels), noises=len(levels) - 1 if eta else 0, start=start)
     state = tape.start(levels[0])
     for level, target in zip(levels, [*levels[1:], CLEAN], strict=True):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.solvers._exponential import Space, falling_orders, lagrange_rule, multistep
-from olss_fast.solvers._tape import Tape, check_choice, evaluation_times, levels_of
+from olss_fast.solvers._tape import Tape, check_choice, evaluation_levels
 
 
 def deis(
@@ -27,8 +27,7 @@ def deis(
 ) -> Plan:
     """DEIS, `order` 1, 2 or 3."""
     check_choice("order", order, (1, 2, 3))
-    times, spacing_name = evaluation_times(schedule, steps, timesteps, spacing)
-    levels = levels_of(schedule, times)
+    levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
     tape = Tape(schedule, len(levels), start=start)
     sample = multistep(tape, levels, falling_orders(len(levels), order), lagrange_rule, Space.NOISE)
     return tape.plan(sample, method="deis", order=order, spacing=spacing_name)

@@ -32,7 +32,7 @@ from olss_fast.solvers._exponential import (
     moments,
     transfer,
 )
-from olss_fast.solvers._tape import CLEAN, Level, Tape, Vector, check_choice, evaluation_times, levels_of
+from olss_fast.solvers._tape import CLEAN, Level, Tape, Vector, check_choice, evaluation_levels
 
 _SPACES = {"noise": Space.NOISE, "data": Space.DATA}
 
@@ -52,8 +52,7 @@ def dpm_solver(
     check_choice("order", order, (2, 3))
     check_choice("variant", variant, tuple(_RULES))
     check_choice("space", space, tuple(_SPACES))
-    times, spacing_name = evaluation_times(schedule, steps, timesteps, spacing)
-    levels = levels_of(schedule, times)
+    levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
     tape = Tape(schedule, len(levels), start=start)
     sample = _singlestep(tape, levels, group_orders(len(levels), order), _RULES[variant], _SPACES[space])
     method = "dpm_solver" if space == "noise" else "dpm_solver_pp_single"

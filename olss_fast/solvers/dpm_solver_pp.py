@@ -32,7 +32,7 @@ from olss_fast.solvers._exponential import (
     moments,
     multistep,
 )
-from olss_fast.solvers._tape import Tape, Vector, check_choice, evaluation_times, levels_of
+from olss_fast.solvers._tape import Tape, Vector, check_choice, evaluation_levels
 
 
 def dpm_solver_pp(
@@ -48,8 +48,7 @@ def dpm_solver_pp(
     """DPM-Solver++ multistep, `order` 1, 2 (2M) or 3 (3M); `variant` "midpoint" (published) or "exact"."""
     check_choice("order", order, (1, 2, 3))
     check_choice("variant", variant, tuple(_RULES))
-    times, spacing_name = evaluation_times(schedule, steps, timesteps, spacing)
-    levels = levels_of(schedule, times)
+    levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
     tape = Tape(schedule, len(levels), start=start)
     sample = multistep(tape, levels, falling_orders(len(levels), order), _RULES[variant], Space.DATA)
     return tape.plan(sample, method="dpm_solver_pp", order=order, spacing=spacing_name, variant=variant)

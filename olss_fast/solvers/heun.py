@@ -19,7 +19,7 @@ from olss_fast._bounds import check_steps
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.solvers._exponential import transfer
-from olss_fast.solvers._tape import CLEAN, Level, Output, Tape, Vector, evaluation_times, levels_of
+from olss_fast.solvers._tape import CLEAN, Level, Output, Tape, Vector, evaluation_levels
 
 
 def heun(
@@ -32,8 +32,7 @@ def heun(
 ) -> Plan:
     """Heun. `steps` counts evaluations; `timesteps` are the N nodes between steps, for 2 N - 1 evaluations."""
     nodes = None if steps is None else check_steps(steps) // 2 + 1
-    times, spacing_name = evaluation_times(schedule, nodes, timesteps, spacing)
-    levels = levels_of(schedule, times)
+    levels, spacing_name = evaluation_levels(schedule, nodes, timesteps, spacing)
     nfe = 2 * len(levels) - 1 if steps is None else steps
     tape = Tape(schedule, nfe, start=start)
     sample = _trapezoids(tape, levels, euler_steps=2 * len(levels) - 1 - nfe)

@@ -27,7 +27,7 @@ from olss_fast.solvers._tape import (
     Tape,
     Vector,
     check_choice,
-    evaluation_times,
+    evaluation_levels,
     levels_of,
 )
 
@@ -53,8 +53,7 @@ def ipndm(
 ) -> Plan:
     """iPNDM, `order` 1 to 4; the first steps use as many answers as there are."""
     check_choice("order", order, (1, 2, 3, 4))
-    times, spacing_name = evaluation_times(schedule, steps, timesteps, spacing)
-    levels = levels_of(schedule, times)
+    levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
     tape = Tape(schedule, len(levels), start=start)
     sample = _adams_bashforth(tape, tape.start(levels[0]), levels, [], order)
     return tape.plan(sample, method="ipndm", order=order, spacing=spacing_name)
@@ -75,8 +74,7 @@ def pndm(
     first three are Runge-Kutta steps of 4 evaluations, N + 9 in all. InputError for counts that cannot be.
     """
     extra = 9 if runge_kutta else 1
-    times, spacing_name = evaluation_times(schedule, _nodes(steps, extra), timesteps, spacing)
-    levels = levels_of(schedule, times)
+    levels, spacing_name = evaluation_levels(schedule, _nodes(steps, extra), timesteps, spacing)
     if runge_kutta and len(levels) < _RUNGE_KUTTA_NODES:
         raise InputError(f"{len(levels)} timesteps; PNDM with Runge-Kutta starts needs at least {_RUNGE_KUTTA_NODES}")
     tape = Tape(schedule, len(levels) + (extra if len(levels) > 1 else 0), start=start)

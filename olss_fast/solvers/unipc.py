@@ -29,7 +29,7 @@ from olss_fast.solvers._exponential import (
     midpoint_rule,
     transfer,
 )
-from olss_fast.solvers._tape import CLEAN, Level, Tape, Vector, check_choice, evaluation_times, levels_of
+from olss_fast.solvers._tape import CLEAN, Level, Tape, Vector, check_choice, evaluation_levels
 
 
 def unipc(
@@ -45,8 +45,7 @@ def unipc(
     """UniPC-`order`, 1 to 3; `variant` "bh1" or "bh2". The last step is not corrected (it needs one answer more)."""
     check_choice("order", order, (1, 2, 3))
     check_choice("variant", variant, tuple(_RULES))
-    times, spacing_name = evaluation_times(schedule, steps, timesteps, spacing)
-    levels = levels_of(schedule, times)
+    levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
     tape = Tape(schedule, len(levels), start=start)
     sample = predict_and_correct(tape, [*levels, CLEAN], order, _RULES[variant])
     return tape.plan(sample, method="unipc", order=order, spacing=spacing_name, variant=variant)
