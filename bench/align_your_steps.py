@@ -16,7 +16,7 @@ from diffusers.schedulers import AysSchedules
 
 import olss_fast
 from olss_fast import demo, metrics, solvers
-from olss_fast.models import arguments, draw_noise, pick_labels
+from olss_fast.cli.model import arguments, draw_noise, pick_labels
 from olss_fast.plan import Plan
 
 OUT = Path(__file__).parent / "results" / "align_your_steps.md"

@@ -35,7 +35,8 @@ SECONDS = 20.0  # of interleaved rounds
 BUILD_DEMO = """
 import sys, time
 import olss_fast
-from olss_fast import models, solvers
+from olss_fast import solvers
+from olss_fast.cli import model as models
 model = models.load_model("demo", device="cpu")
 how = models.arguments(model, models.pick_labels(model, 4))
 begin = time.perf_counter()

@@ -1,8 +1,8 @@
 """`olss-fast`, and `python -m olss_fast`.
 
 `inspect` of an engine file takes a short way, past the parser of the commands and past numpy, which take longer to
-start than the file to read. Whatever is not exactly that goes to `olss_fast.cli`, and so does a damaged file: it has
-the messages.
+start than the file to read. Whatever is not exactly that goes to `olss_fast.cli.commands`, and so does a damaged file:
+it has the messages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
         except BrokenPipeError:  # whoever reads has seen enough
             os._exit(1)
         return
-    from olss_fast.cli import app
+    from olss_fast.cli.commands import app
 
     app()
 

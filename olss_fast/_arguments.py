@@ -61,6 +61,16 @@ def checked_schedule(schedule: Any) -> NoiseSchedule:
     )
 
 
+def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:
+    """Raise `InputError` if `plan` says that it is for networks that predict something else."""
+    told = plan.metadata.get("prediction_type", schedule.prediction_type)
+    if told != schedule.prediction_type:
+        raise InputError(
+            f"the plan is for networks that predict {told!r}, this model predicts {schedule.prediction_type!r}: "
+            "use a plan that was made for this model"
+        )
+
+
 def a(value: Any) -> str:
     """What a value is, for a message: "a str 'five.safetensors'"."""
     return "None" if value is None else f"a {type(value).__name__} {quoted(value)}"

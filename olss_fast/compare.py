@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from olss_fast import solvers
-from olss_fast._arguments import checked_count, checked_plans, checked_schedule
+from olss_fast._arguments import check_prediction, checked_count, checked_plans, checked_schedule
 from olss_fast._bounds import check_count
 from olss_fast._progress import evaluation_bar
 from olss_fast.errors import InputError
 from olss_fast.fitting import Task
-from olss_fast.models import check_prediction
 from olss_fast.network import Conditioning, Denoiser, Network, check_noise
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan

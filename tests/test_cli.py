@@ -15,10 +15,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from olss_fast import demo, solvers
-from olss_fast.cli import app, parse_numbers
-from olss_fast.demo_run import duration, run_demo
+from olss_fast.cli.commands import app, parse_numbers
+from olss_fast.cli.demo import duration, run_demo
+from olss_fast.cli.model import DEMO, arguments, load_model, pick_labels, tuned_guidance
 from olss_fast.errors import InputError
-from olss_fast.models import DEMO, arguments, load_model, pick_labels, tuned_guidance
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.report import Report
@@ -90,7 +90,9 @@ def loaded_by(code: str) -> tuple[set[str], float]:
     return set(modules), float(took)
 
 
-@pytest.mark.parametrize("code", ["import olss_fast", "import olss_fast.cli", "from olss_fast import Plan, Report"])
+@pytest.mark.parametrize(
+    "code", ["import olss_fast", "import olss_fast.cli.commands", "from olss_fast import Plan, Report"]
+)
 def test_import_loads_nothing_heavy(code: str) -> None:
     modules, seconds = loaded_by(code)
     assert not modules & {"torch", "diffusers", "triton", "matplotlib", "scipy"}
@@ -99,7 +101,7 @@ def test_import_loads_nothing_heavy(code: str) -> None:
 
 def test_inspect_loads_no_torch(plan_file: Path) -> None:
     modules, _ = loaded_by(
-        "from typer.testing import CliRunner; from olss_fast.cli import app; "
+        "from typer.testing import CliRunner; from olss_fast.cli.commands import app; "
         f"assert CliRunner().invoke(app, ['inspect', {str(plan_file)!r}]).exit_code == 0"
     )
     assert not modules & {"torch", "diffusers", "matplotlib"}

@@ -17,9 +17,10 @@ from engines import CACHE, engine_file, tiny_engine
 from typer.testing import CliRunner
 
 import olss_fast
-from olss_fast import NoiseSchedule, models, solvers
+from olss_fast import NoiseSchedule, solvers
 from olss_fast.__main__ import shown_at_once
-from olss_fast.cli import app
+from olss_fast.cli import model as models
+from olss_fast.cli.commands import app
 from olss_fast.engine import describe, machine, timing
 from olss_fast.engine.timing import Timing
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import olss_fast
 from olss_fast import _onnx_file, demo, export_onnx, onnx_export
-from olss_fast.cli import app
+from olss_fast.cli.commands import app
 from olss_fast.errors import BuildError, InputError, ModelError, NetworkError
 
 

@@ -17,9 +17,9 @@ from PIL import Image  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import olss_fast  # noqa: E402
-from olss_fast import cli  # noqa: E402
 from olss_fast.adapters.diffusers import pipeline_calls, pipeline_tuning  # noqa: E402
 from olss_fast.adapters.diffusers.pipeline_network import open_pipeline  # noqa: E402
+from olss_fast.cli import commands  # noqa: E402
 from olss_fast.errors import InputError, StoreError  # noqa: E402
 from olss_fast.report import Report  # noqa: E402
 from olss_fast.sampling import sample  # noqa: E402
@@ -343,7 +343,7 @@ def folder(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(each) for each in arguments])
+    return CliRunner().invoke(commands.app, [str(each) for each in arguments])
 
 
 def test_tune_compare_and_sample_from_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

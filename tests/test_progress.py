@@ -13,8 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import olss_fast
-from olss_fast import _progress, cli, demo_run, runs
+from olss_fast import _progress
 from olss_fast._progress import LogLines, evaluation_bar
+from olss_fast.cli import commands, jobs
+from olss_fast.cli import demo as demo_job
 
 PACKAGE = Path(olss_fast.__file__).parent
 
@@ -82,10 +84,10 @@ def test_every_bar_of_the_package_asks_where_it_is_drawn() -> None:
 
 
 COMMANDS: dict[str, tuple[Any, str, list[str]]] = {
-    "tune": (runs, "tune", ["--model", "demo"]),
-    "sample": (runs, "sample", ["--model", "demo", "--solver", "ddim", "--steps", "3"]),
-    "compare": (runs, "compare_with", ["--model", "demo"]),
-    "demo": (demo_run, "tune", []),
+    "tune": (jobs, "tune", ["--model", "demo"]),
+    "sample": (jobs, "sample", ["--model", "demo", "--solver", "ddim", "--steps", "3"]),
+    "compare": (jobs, "compare_with", ["--model", "demo"]),
+    "demo": (demo_job, "tune", []),
 }
 
 
@@ -100,7 +102,7 @@ def test_interrupting_says_a_word_and_leaves_no_empty_folder(
     home, function, words = COMMANDS[name]
     monkeypatch.setattr(home, function, interrupted)
     (tmp_path / "there").mkdir()
-    result = CliRunner().invoke(cli.app, [name, *words, "--out", str(tmp_path / out), "--quiet"])
+    result = CliRunner().invoke(commands.app, [name, *words, "--out", str(tmp_path / out), "--quiet"])
     assert result.exit_code == 130
     assert result.stderr == "Interrupted\n"
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
@@ -110,9 +112,9 @@ def test_an_interrupted_build_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "build_engine", interrupted)
+    monkeypatch.setattr(jobs, "build_engine", interrupted)
     words = ["build", "--model", "demo", "--steps", "2", "--out", str(tmp_path / "new" / "demo.olss")]
-    assert CliRunner().invoke(cli.app, words).exit_code == 130
+    assert CliRunner().invoke(commands.app, words).exit_code == 130
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,7 +129,7 @@ def test_an_interrupted_build_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_too_many_steps_are_refused_by_every_command(words: list[str], tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli.app, [*words, "--out", str(tmp_path / "out"), "--quiet"])
+    result = CliRunner().invoke(commands.app, [*words, "--out", str(tmp_path / "out"), "--quiet"])
     assert result.exit_code == 2
     assert "2000" in result.stderr
     assert list(tmp_path.iterdir()) == []

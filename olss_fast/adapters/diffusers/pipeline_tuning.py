@@ -23,7 +23,7 @@ from diffusers.utils import logging
 from tqdm import tqdm
 
 from olss_fast import solvers
-from olss_fast._arguments import checked_count, checked_plans
+from olss_fast._arguments import check_prediction, checked_count, checked_plans
 from olss_fast._bounds import check_steps
 from olss_fast._progress import bar_options, evaluation_bar
 from olss_fast.adapters.diffusers.pipeline_calls import (
@@ -37,7 +37,6 @@ from olss_fast.adapters.diffusers.pipeline_network import PipelineNetwork, open_
 from olss_fast.capturing import capture
 from olss_fast.compare import compare_denoiser
 from olss_fast.fitting import Float64, Task
-from olss_fast.models import check_prediction
 from olss_fast.network import Denoiser
 from olss_fast.plan import Plan
 from olss_fast.report import ANALYTIC, GuidanceRow, Report

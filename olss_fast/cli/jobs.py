@@ -13,8 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from olss_fast import compare, models, tuning
+from olss_fast import compare, tuning
+from olss_fast._arguments import check_prediction
 from olss_fast._progress import bar_options, can_draw
+from olss_fast.cli.model import (
+    DEMO,
+    Model,
+    arguments,
+    draw_noise,
+    load_model,
+    pick_labels,
+    sample_images,
+    solver_plan,
+    tuned_guidance,
+)
 from olss_fast.errors import InputError
 from olss_fast.plan import Plan
 from olss_fast.report import Report
@@ -47,7 +59,7 @@ class Subject:
             raise InputError(f"--guidance-scale is {scale}: expected a number of at least 0")
         if self.prompts is not None and self.null_class is not None:
             raise InputError("--null-class is for class-conditional models: leave it out with --prompts")
-        if self.prompts is not None and self.model == models.DEMO:
+        if self.prompts is not None and self.model == DEMO:
             raise InputError("the demo takes no prompts: leave --prompts out for it")
 
     def pipeline(self, samples: int, plans: Sequence[Plan] = ()) -> tuple[Any, list[dict[str, Any]]]:
@@ -66,21 +78,21 @@ class Subject:
         return pipe, calls
 
     def _scale(self, plans: Sequence[Plan]) -> float | None:
-        return models.tuned_guidance(plans, self.guidance_scale)
+        return tuned_guidance(plans, self.guidance_scale)
 
-    def load(self) -> models.Model:
+    def load(self) -> Model:
         if self.dtype is not None:
             raise InputError("--dtype belongs to --prompts: other models run in float32")
-        return models.load_model(self.model, device=self.device, null_class=self.null_class)
+        return load_model(self.model, device=self.device, null_class=self.null_class)
 
-    def arguments(self, loaded: models.Model, samples: int, plans: Sequence[Plan] = ()) -> dict[str, Any]:
+    def arguments(self, loaded: Model, samples: int, plans: Sequence[Plan] = ()) -> dict[str, Any]:
         """Noise, conditioning and guidance of `samples` samples, for `tune` and `compare`."""
         return {
-            "noise": models.draw_noise(loaded, samples, self.seed),
+            "noise": draw_noise(loaded, samples, self.seed),
             "schedule": loaded.schedule,
             "batch_size": self.batch_size,
             "progress": self.progress,
-            **models.arguments(loaded, models.pick_labels(loaded, samples), self._scale(plans)),
+            **arguments(loaded, pick_labels(loaded, samples), self._scale(plans)),
         }
 
 
@@ -155,8 +167,8 @@ def sample(
     is of: its class or prompt, else its number."""
     if subject.prompts is None:
         loaded = subject.load()
-        chosen = plan or models.solver_plan(loaded.schedule, solver)
-        images = models.sample_images(
+        chosen = plan or solver_plan(loaded.schedule, solver)
+        images = sample_images(
             chosen,
             loaded,
             count,
@@ -167,7 +179,7 @@ def sample(
             progress=subject.progress,
         )
         names = getattr(loaded, "class_names", ())
-        asked = models.pick_labels(loaded, count, classes) or range(count)
+        asked = pick_labels(loaded, count, classes) or range(count)
         return images, chosen.nfe, [names[each] if names else f"{each}" for each in asked]
     if classes:
         raise InputError("--classes are for class-conditional models: leave them out with --prompts")
@@ -176,7 +188,7 @@ def sample(
     from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
 
     pipe, calls = subject.pipeline(count, [] if plan is None else [plan])
-    chosen = plan or models.solver_plan(schedule_of(pipe.scheduler), solver)
+    chosen = plan or solver_plan(schedule_of(pipe.scheduler), solver)
     pipe.scheduler = PlanScheduler.from_pipe(pipe, chosen)
     pipe.set_progress_bar_config(**bar_options(subject.progress))
     prompts = [prompt for call in calls for prompt in call["prompt"]]
@@ -188,10 +200,10 @@ def export_onnx(subject: Subject, plan: Plan | None, solver: Mapping[str, Any], 
     from olss_fast.onnx_export import export_onnx as export
 
     loaded = subject.load()
-    chosen = plan or models.solver_plan(loaded.schedule, solver)
-    models.check_prediction(chosen, loaded.schedule)
-    scale = models.tuned_guidance([chosen], subject.guidance_scale)
-    how = models.arguments(loaded, models.pick_labels(loaded, 2), scale)
+    chosen = plan or solver_plan(loaded.schedule, solver)
+    check_prediction(chosen, loaded.schedule)
+    scale = tuned_guidance([chosen], subject.guidance_scale)
+    how = arguments(loaded, pick_labels(loaded, 2), scale)
     network: Any = loaded.network
     export(network, chosen, path, shape=(2, *loaded.shape), **how)
     return chosen
@@ -216,10 +228,10 @@ def build_engine(
 
     loaded = subject.load()
     for plan in plans:
-        models.check_prediction(plan, loaded.schedule)
-    chosen = [*plans, *(models.solver_plan(loaded.schedule, {**solver, "steps": nfe}) for nfe in steps)]
-    scale = models.tuned_guidance(chosen, subject.guidance_scale)
-    how = models.arguments(loaded, models.pick_labels(loaded, batches[1]), scale)
+        check_prediction(plan, loaded.schedule)
+    chosen = [*plans, *(solver_plan(loaded.schedule, {**solver, "steps": nfe}) for nfe in steps)]
+    scale = tuned_guidance(chosen, subject.guidance_scale)
+    how = arguments(loaded, pick_labels(loaded, batches[1]), scale)
     network: Any = loaded.network
     return build(
         network,

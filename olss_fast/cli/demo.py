@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from olss_fast import demo, metrics
-from olss_fast.models import arguments, counted, draw_noise, pick_labels
+from olss_fast.cli.model import arguments, counted, draw_noise, pick_labels
 from olss_fast.plan import Plan
 from olss_fast.plots import plot_grid
 from olss_fast.report import ANALYTIC, Candidate, Report, make_folder, try_folder

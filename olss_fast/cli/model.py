@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from olss_fast._arguments import check_prediction
 from olss_fast._progress import evaluation_bar
 from olss_fast.errors import InputError
 from olss_fast.network import Network, module_of
@@ -138,16 +139,6 @@ def solver_plan(schedule: NoiseSchedule, settings: Mapping[str, Any]) -> Plan:
     if foreign:
         raise InputError(f"the solver {name!r} has no {foreign[0]}: leave it out")
     return solver(schedule, **settings)
-
-
-def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:
-    """Raise `InputError` if `plan` says that it is for networks that predict something else."""
-    told = plan.metadata.get("prediction_type", schedule.prediction_type)
-    if told != schedule.prediction_type:
-        raise InputError(
-            f"the plan is for networks that predict {told!r}, this model predicts {schedule.prediction_type!r}: "
-            "use a plan that was made for this model"
-        )
 
 
 def sample_images(

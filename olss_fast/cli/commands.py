@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olss_fast import __version__, engine_cli
-from olss_fast._cli_options import (
+from olss_fast import __version__
+from olss_fast.cli import engine_commands
+from olss_fast.cli.options import (
     LARGEST_SEED,
     MOST_SAMPLES,
     BatchOption,
@@ -88,13 +89,13 @@ def demo(
     - `olss-fast demo --steps 5 --out quick`
     """
     wanted = parse_steps(steps)
-    from olss_fast import demo_run
+    from olss_fast.cli.demo import SAMPLES, run_demo
 
-    demo_run.run_demo(
+    run_demo(
         out,
         device=device,
         steps=wanted,
-        samples=samples or demo_run.SAMPLES,
+        samples=samples or SAMPLES,
         seed=seed,
         progress=not quiet,
         say=typer.echo,
@@ -149,12 +150,13 @@ def tune(
     scales = None if guidance_range is None else parse_scales(guidance_range)
     import time
 
-    from olss_fast import demo_run, runs
+    from olss_fast.cli import jobs
+    from olss_fast.cli.demo import time_spent, try_folders, write_result
 
     start = time.perf_counter()
-    folder = demo_run.try_folders(out)
-    result = runs.tune(
-        runs.Subject(model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet),
+    folder = try_folders(out)
+    result = jobs.tune(
+        jobs.Subject(model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet),
         wanted,
         teacher_steps,
         samples=samples,
@@ -162,9 +164,9 @@ def tune(
         light=light,
         store=store,
     )
-    demo_run.write_result(result, folder)
+    write_result(result, folder)
     typer.echo(result.report.table())
-    typer.echo(demo_run.time_spent(result.report, time.perf_counter() - start))
+    typer.echo(time_spent(result.report, time.perf_counter() - start))
     typer.echo(f"Plans, report and pictures are in {folder}")
 
 
@@ -213,15 +215,15 @@ def sample(
     if plan is not None and given:
         raise InputError(f"--{next(iter(given))} belongs to --solver: a plan has its own")
     chosen = None if plan is None else load_plan(plan)
-    from olss_fast import runs
+    from olss_fast.cli import jobs
     from olss_fast.images import save_images
     from olss_fast.report import try_folder
 
     folder = try_folder(out)
-    subject = runs.Subject(
+    subject = jobs.Subject(
         model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
     )
-    images, nfe, names = runs.sample(subject, chosen, given, count, labels)
+    images, nfe, names = jobs.sample(subject, chosen, given, count, labels)
     written = save_images(images, folder, names)
     typer.echo(f"{count} images at {nfe} NFE are in {folder}, all of them in {written[-1]}")
 
@@ -269,14 +271,14 @@ def compare(
     """
     wanted = parse_steps(steps)
     loaded_plans = [load_plan(path) for path in plans or []]
-    from olss_fast import runs
+    from olss_fast.cli import jobs
     from olss_fast.report import make_folder, try_folder
 
     try_folder(out)
-    subject = runs.Subject(
+    subject = jobs.Subject(
         model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
     )
-    report = runs.compare_with(subject, wanted, teacher_steps, samples=samples, plans=loaded_plans)
+    report = jobs.compare_with(subject, wanted, teacher_steps, samples=samples, plans=loaded_plans)
     folder = make_folder(out)
     report.to_json(folder / "report.json")
     report.plot(folder)
@@ -334,10 +336,10 @@ def export_onnx(
     if (plan is None) == (steps is None):
         raise InputError("give either --plan FILE, or --steps N of an analytic solver")
     chosen = None if plan is None else load_plan(plan)
-    from olss_fast import runs
+    from olss_fast.cli import jobs
 
-    subject = runs.Subject(model, None, device, None, null_class, guidance_scale)
-    exported = runs.export_onnx(subject, chosen, {"solver": solver, "steps": steps}, out)
+    subject = jobs.Subject(model, None, device, None, null_class, guidance_scale)
+    exported = jobs.export_onnx(subject, chosen, {"solver": solver, "steps": steps}, out)
     typer.echo(f"{exported.nfe} NFE of {exported.metadata.get('method', 'a plan')} are in {out}")
 
 
@@ -359,5 +361,5 @@ def runtime(
     typer.echo(f"The program is {build_runtime(out)}")
 
 
-for command in (engine_cli.build, engine_cli.validate, engine_cli.bench):
+for command in (engine_commands.build, engine_commands.validate, engine_commands.bench):
     app.command()(command)

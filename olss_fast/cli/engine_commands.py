@@ -1,4 +1,4 @@
-"""The commands of engine files: `olss-fast build`, `validate` and `bench`. (`inspect` shows plans too: see `cli`.)"""
+"""The commands of engine files: `olss-fast build`, `validate` and `bench`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from olss_fast._cli_options import (
+from olss_fast.cli.options import (
     BAD_INPUT,
     DeviceOption,
     GuidanceOption,
@@ -87,16 +87,16 @@ def build(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     begin = time.perf_counter()
-    from olss_fast import runs
+    from olss_fast.cli import jobs
     from olss_fast.engine import describe
     from olss_fast.plan import Plan
     from olss_fast.report import make_folder
 
     loaded = [Plan.load(path) for path in plans or []]
     _check_target(out)
-    subject = runs.Subject(model, None, device, None, null_class, guidance_scale, progress=not quiet)
+    subject = jobs.Subject(model, None, device, None, null_class, guidance_scale, progress=not quiet)
     chosen = settings if solver is not None else {**SOLVER, **settings}
-    engine = runs.build_engine(subject, loaded, nfes, chosen, batches, dtype=dtype, cache=not no_cache)
+    engine = jobs.build_engine(subject, loaded, nfes, chosen, batches, dtype=dtype, cache=not no_cache)
     make_folder(out.parent)
     engine.save(out)
     took, compiling = time.perf_counter() - begin, engine.manifest.facts["measured"]["seconds_to_compile"]
