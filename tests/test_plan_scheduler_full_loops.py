@@ -28,7 +28,6 @@ STEPS_OF = {"ConsistencyDecoderScheduler": 2}
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 COSINE_ONLY = ("UnCLIPScheduler",)
 RAISED = {"beta_start": 0.01, "set_alpha_to_one": False}
-ROUNDING = 4 * torch.finfo(torch.float32).eps  # a rounding of each of a few terms; below it both are exact
 ELEMENTS = 4 * 3 * 8 * 8
 RAMP = torch.arange(ELEMENTS, dtype=torch.float64) / ELEMENTS
 SAMPLE, NOISE = (ramp.reshape(3, 8, 8, 4).permute(3, 0, 1, 2).contiguous() for ramp in (RAMP, RAMP.flip(0)))
@@ -110,4 +109,4 @@ def test_full_loops(name: str, config: dict[str, Any], monkeypatch: pytest.Monke
             float((full_loop(scheduler, name, torch.float32, noised=noised) - truth).abs().mean())
             for scheduler in (ours, own)
         )
-        assert found <= max(2.0 * usual, ROUNDING * float(truth.abs().mean())), noised
+        assert found <= 2.0 * usual, noised

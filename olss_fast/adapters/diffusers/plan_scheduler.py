@@ -6,9 +6,9 @@
 What a pipeline calls `latents` is the state that the plan's own scheduler would have there: row k of the plan, the
 next network input, divided by that scheduler's input scale (1 for most; see `levels`). `scale_model_input` multiplies
 by it, `init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to
-begin at a timestep. Between two steps there is nothing but the history [x | f_0 … f_{k-1} | z …], in the precision of
-`Layout.dtype_of_sums`, and the number k; `step` is one copy into the history and one matrix-vector product (and a
-cast, where that is wider than the sample).
+begin at a timestep. Between two steps there is nothing but the history [f_0 z.. | … | f_{k-1} z.. | x_k], in the
+precision of `Layout.dtype_of_sums`, and the number k; `step` is one copy into the history and one matrix-vector product
+(and a cast, where that is wider than the sample).
 
 Where a run begins: `set_begin_index`, else the place of the first timestep in `timesteps` (of which pipelines hand out
 views; numbers and CPU tensors are looked up), else the beginning. Inside torch.compile only `set_begin_index` counts.
