@@ -24,7 +24,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from olss_fast.errors import InputError
-from olss_fast.report import ANALYTIC, PUBLISHED, UNIFORM
+from olss_fast.methods import ANALYTIC, with_lines
 from olss_fast.tables import families
 
 if TYPE_CHECKING:
@@ -36,10 +36,6 @@ MUTED = "#6b7785"
 FAINT = "#c9d0d8"
 ACCENT = "#d1411e"  # OLSS
 BEST = "#1f5f99"  # the best analytic solver
-FIT_STYLES: Mapping[str, tuple[str, str, str]] = {
-    UNIFORM: ("OLSS, uniform path", "#e8916f", "--"),
-    PUBLISHED: ("OLSS, as published", "#b08d57", ":"),
-}
 MARGIN = 0.1  # inches around a picture
 HEADROOM = 12.0
 MOST_NAMED = 6  # up to so many step counts there is room for the names of the best solvers
@@ -151,10 +147,11 @@ def _name_best(axes: Axes, points: Sequence[Candidate]) -> None:
 
 def _draw_fits(axes: Axes, report: Report) -> list[Label]:
     labels: list[Label] = []
-    for kind, (name, colour, dashes) in FIT_STYLES.items():
-        if points := _best(report, kind):
+    for kind, method in with_lines().items():
+        if method.line and (points := _best(report, kind)):
+            colour, dashes = method.line
             _line(axes, points, dashes, color=colour, linewidth=1.6, zorder=2)
-            labels.append((points[-1].nfe, points[-1].mean, name, colour, "normal"))
+            labels.append((points[-1].nfe, points[-1].mean, method.title, colour, "normal"))
     if points := _fits(report):
         marker = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 1.2}
         _line(axes, points, "o-", color=ACCENT, linewidth=3, zorder=4, **marker)
@@ -309,20 +306,13 @@ def _draw_levels(axes: Axes, teacher: Plan) -> None:
 
 
 def _draw_path(axes: Axes, report: Report, fit: Candidate, row: int) -> None:
-    planned, uniform = log_snr(fit.plan), _uniform_log_snr(report, fit.nfe)
+    planned = log_snr(fit.plan)
+    uniform = log_snr(report.teacher)[np.arange(fit.nfe) * report.teacher.nfe // fit.nfe]
     axes.plot(planned, np.full_like(planned, row), "-", color=ACCENT, linewidth=1.0, alpha=0.35, zorder=1)
     axes.plot(
         uniform, np.full_like(uniform, row + 0.24), "o", color=MUTED, markerfacecolor="white", markersize=4.5, zorder=2
     )
     axes.plot(planned, np.full_like(planned, row), "o", color=ACCENT, markeredgecolor="white", markersize=8.5, zorder=3)
-
-
-def _uniform_log_snr(report: Report, nfe: int) -> NDArray[np.float64]:
-    """Times evenly spread over the teacher's steps: of the uniform fit if there is one, else floor(i T / n)."""
-    uniform = report.find(nfe, UNIFORM)
-    if uniform is not None:
-        return log_snr(uniform.plan)
-    return log_snr(report.teacher)[np.arange(nfe) * report.teacher.nfe // nfe]
 
 
 def _path_axes(axes: Axes, fits: Sequence[Candidate]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olss_fast.errors import InputError
+from olss_fast.methods import ANALYTIC, is_olss
 
 if TYPE_CHECKING:
     from olss_fast.plan import Plan
@@ -28,19 +29,6 @@ FORMAT = "olss_fast.report"
 VERSION = 1
 LARGEST_FILE = 2**30  # bytes
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}  # endings that no folder is meant to have
-ANALYTIC = "analytic"
-FITTED = "olss"  # on-policy, planned path: the method itself
-UNIFORM = "olss-uniform"  # on-policy, evenly spaced path
-PUBLISHED = "olss-published"  # teacher-forced, as in the paper
-UNPOLISHED = "olss-unpolished"  # on-policy, before the polish
-SPLIT = "olss-split"  # polished, unconditional and conditional outputs weighed apart
-KIND_NAMES = {
-    FITTED: "OLSS",
-    UNIFORM: "OLSS, uniform path",
-    PUBLISHED: "OLSS, as published",
-    UNPOLISHED: "OLSS, not polished",
-    SPLIT: "OLSS, split guidance",
-}
 
 PathLike = str | Path
 
@@ -49,7 +37,7 @@ PathLike = str | Path
 class Candidate:
     """One sampler with its score.
 
-    `kind` is "analytic", "olss", "olss-uniform", "olss-published" or another kind of fit; `errors` are per-sample
+    `kind` is "analytic" or one of `methods.METHODS`; `errors` are per-sample
     RMSEs on the first `len(errors)` held-out samples (inf where the sampler diverged); `path` are the teacher's steps
     at which a fitted sampler was planned; `accepted` marks the winner among those of its NFE.
     """
@@ -194,8 +182,8 @@ class Report:
         return found[0] if found else None
 
     def olss(self, nfe: int) -> Candidate | None:
-        """The best fit of this NFE, whatever its variant, baselines (uniform path, as published) aside; or None."""
-        found = [each for each in self.at(nfe) if is_olss(each)]
+        """The best fit of this NFE, whatever its variant, methods shown beside OLSS aside; or None."""
+        found = [each for each in self.at(nfe) if is_olss(each.kind)]
         return found[0] if found else None
 
     def matching_nfe(self, error: float, kind: str = ANALYTIC) -> float:
@@ -246,7 +234,7 @@ class Report:
         """`error.png`, and `path.png` if there are fitted samplers, in `folder`, which is made."""
         folder = make_folder(folder)
         pictures = [self.plot_error(folder / "error.png")]
-        if any(is_olss(candidate) for candidate in self.candidates):
+        if any(is_olss(candidate.kind) for candidate in self.candidates):
             pictures.append(self.plot_path(folder / "path.png"))
         return pictures
 
@@ -304,11 +292,6 @@ class Report:
             return cls.from_dict(json.loads(read_bounded(path, LARGEST_FILE, error=InputError)))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"the report {path} cannot be read: {error}") from error
-
-
-def is_olss(candidate: Candidate) -> bool:
-    """Whether a candidate is a fit of the method's own, not an analytic solver and not a baseline fit."""
-    return candidate.kind.startswith(FITTED) and candidate.kind not in (UNIFORM, PUBLISHED)
 
 
 def make_folder(folder: PathLike) -> Path:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from olss_fast.report import ANALYTIC, PUBLISHED, UNIFORM, is_olss
+from olss_fast.methods import ANALYTIC, is_olss, with_lines
 from olss_fast.solvers.table import family_name
 
 if TYPE_CHECKING:
@@ -40,18 +40,9 @@ def families(candidates: Iterable[Candidate]) -> dict[str, dict[int, Candidate]]
 def summary_table(report: Report) -> Table:
     """For each NFE OLSS, the best analytic solver, their ratio, at how many NFE analytic solvers are as good."""
     table = Table(box=box.SIMPLE_HEAD, title=_title(report), title_justify="left", title_style="bold")
-    for name in (
-        "NFE",
-        "OLSS",
-        "best\nanalytic",
-        "which",
-        "ratio",
-        "analytic\nneeds",
-        "uniform\npath",
-        "as\npublished",
-    ):
+    others = [method.title.removeprefix("OLSS, ").replace(" ", "\n", 1) for method in with_lines().values()]
+    for name in ("NFE", "OLSS", "best\nanalytic", "which", "ratio", "analytic\nneeds", *others, "scored"):
         table.add_column(name, justify="left" if name == "which" else "right")
-    table.add_column("scored", justify="right")
     for nfe in report.nfes:
         if any(candidate.kind != ANALYTIC for candidate in report.at(nfe, partial=True)):
             table.add_row(*_summary_row(report, nfe))
@@ -74,8 +65,7 @@ def _summary_row(report: Report, nfe: int) -> list[str]:
         escape(analytic.name) if analytic else "-",
         "-" if math.isnan(ratio) else f"{ratio:.2f}",
         equivalent(report, fitted),
-        number(report.find(nfe, UNIFORM)),
-        number(report.find(nfe, PUBLISHED)),
+        *(number(report.find(nfe, kind)) for kind in with_lines()),
         f"{sum(each.samples == report.held_out for each in tried)}/{len(tried)}",
     ]
 
@@ -105,7 +95,7 @@ def solver_table(report: Report) -> Table:
     rows = [*families(report.candidates).items(), *_fitted_rows(report)]
     for name, members in rows:
         table.add_row(escape(name), *(_cell(members.get(nfe), report, best[nfe]) for nfe in report.nfes))
-    if any(is_olss(candidate) for candidate in report.candidates):
+    if any(is_olss(candidate.kind) for candidate in report.candidates):
         table.add_section()
         table.add_row(
             "best analytic equals OLSS at",

@@ -7,34 +7,37 @@ never worse than the best analytic one on held-out data.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from olss_fast import solvers
 from olss_fast._arguments import checked_count, checked_plan, checked_plans, checked_schedule
 from olss_fast._bounds import check_steps
 from olss_fast._text import quoted
-from olss_fast.errors import InputError
-from olss_fast.fitting import Task
+from olss_fast.clock import Clock
+from olss_fast.errors import InputError, PlanFileError, StoreError
+from olss_fast.judge import Judge, recorded
+from olss_fast.methods import METHODS, OLSS, Method
 from olss_fast.network import Conditioning, Denoiser, Network, check_noise
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
-from olss_fast.report import Report
-from olss_fast.teacher import Split, record, recording_store
-from olss_fast.tuner import Clock, Effort, Tuner
+from olss_fast.report import Candidate, Report
+from olss_fast.study import Effort, Study
+from olss_fast.teacher import Split
 
 __all__ = ["Effort", "TuneResult", "tune", "tune_denoiser"]
 
 PIXELS_PER_COEFFICIENT = 10
-LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
+VERSION = 1  # of the plans in a store; raised whenever the same effort and seed would make others
 
 
 @dataclass(frozen=True)
@@ -135,16 +138,11 @@ def tune_denoiser(
             checked_count(name, value)
     _check_teacher(checked_plan(teacher, "teacher"), checked_schedule(schedule))
     wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
-    split = split_samples(noise, wanted, held_out)
-    size = batch_size or _batch_size(teacher, noise)
-    with torch.no_grad(), ExitStack() as stack:
-        clock = Clock(denoiser, progress)
-        with clock.stage("record", f"Teacher, {teacher.nfe} steps", noise.shape[0] * teacher.nfe) as tick:
-            place = recording_store(store, teacher, denoiser, noise, schedule=schedule, split=split, batch_size=size)
-            opened = stack.enter_context(place)
-            recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=size, progress=tick)
-        task = Task(recording, denoiser, noise, schedule, fixed_start=fixed_start)
-        tuner = Tuner(task, effort or Effort(), clock, seed, tuple(rivals), admits)
+    split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
+    how: dict[str, Any] = {"store": store, "batch_size": batch_size, "fixed_start": fixed_start}
+    with recorded(teacher, noise, schedule, clock=clock, split=split, **how) as task:
+        judge = Judge(task, clock, rivals, admits, stage="accept", first=max(3, len(split.held_out) // 8))
+        tuner = Tuner(judge, effort or Effort(), seed)
         candidates = [each for n in wanted for each in tuner.candidates(n)]
     report = Report(
         candidates=tuple(candidates),
@@ -155,6 +153,60 @@ def tune_denoiser(
         seconds=dict(clock.seconds),
     )
     return TuneResult({n: report.best(n).plan for n in wanted}, report)
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """Makes the plan of each method, and has them judged. Finished plans are kept in the store of the recording."""
+
+    judge: Judge
+    effort: Effort
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was asked to do, for the report."""
+        task = self.judge.task
+        return {
+            "samples": {name: len(part) for name, part in vars(task.recording.split).items()},
+            "teacher_steps": task.recording.teacher.nfe,
+            "guidance_scale": task.denoiser.guidance_scale,
+            "schedule": task.schedule.metadata(),
+            "effort": asdict(self.effort),
+            "seed": self.seed,
+        }
+
+    def candidates(self, steps: int) -> list[Candidate]:
+        """Every method's plan and every analytic one of `steps` evaluations, scored, the winner marked."""
+        study = Study(self.judge.task, self.effort, self.judge.clock, self.seed, steps)
+        plans = [self._plan(kind, method, study) for kind, method in METHODS.items() if method.offered(study)]
+        scored = self.judge.candidates(steps, plans)
+        for i, plan in enumerate(plans):
+            path = json.loads(plan.metadata["path"]) if "path" in plan.metadata else None
+            scored[i] = replace(scored[i], spacing="fitted", path=path)
+        winner = min(range(len(scored)), key=lambda i: (-scored[i].samples, scored[i].mean))
+        scored[winner] = replace(scored[winner], accepted=True)
+        return scored
+
+    def _plan(self, kind: str, method: Method, study: Study) -> Plan:
+        """The method's plan: of an earlier run with the same store, effort and seed, or made now."""
+        task = study.task
+        key = hashlib.sha256(repr((VERSION, self.effort, self.seed, task.fixed_start)).encode()).hexdigest()[:16]
+        file = task.recording.store.path(f"fit-{study.steps:03d}-{kind}-{key}")
+        if file.exists():
+            with suppress(PlanFileError):  # damaged: making it again is cheaper than asking what to do
+                return Plan.load(file)
+        plan, teacher = method.make(study), task.recording.teacher
+        facts = {
+            "variant" if plan.metadata.get("method") == OLSS else "kind": kind,
+            "teacher": f"{teacher.metadata.get('method', 'plan')} {teacher.nfe}",
+            "guidance_scale": repr(task.denoiser.guidance_scale),
+        }
+        plan = plan.replace(metadata={**plan.metadata, **facts})
+        try:
+            plan.save(file)
+        except PlanFileError as error:
+            raise StoreError(f"{error}. {task.recording.store.advice}") from error
+        return plan
 
 
 def ddim_teacher(schedule: NoiseSchedule, steps: int) -> Plan:
@@ -212,8 +264,3 @@ def _enough(needed: int, held_out: int | None) -> int:
     """The least number of samples of which `needed` remain: from a bound that forgets the rounding, upwards."""
     least = (needed - 2) * 8 // 5 if held_out is None else (needed + held_out - 1) * 8 // 7
     return next(n for n in itertools.count(max(1, least)) if n - sum(_set_aside(n, held_out)) >= needed)
-
-
-def _batch_size(teacher: Plan, noise: Tensor) -> int:
-    """As many samples at once as keep a chunk's float64 and float32 basis below `LARGEST_CHUNK`, at most 64."""
-    return int(min(64, max(1, LARGEST_CHUNK // (12 * teacher.columns * noise[0].numel()))))

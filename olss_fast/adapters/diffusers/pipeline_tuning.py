@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ from olss_fast.adapters.diffusers.pipeline_calls import (
 )
 from olss_fast.adapters.diffusers.pipeline_network import PipelineNetwork, open_pipeline
 from olss_fast.capturing import capture
+from olss_fast.clock import Clock
 from olss_fast.compare import compare_denoiser
-from olss_fast.fitting import Float64, Task
+from olss_fast.fitting import Float64
+from olss_fast.judge import recorded
+from olss_fast.methods import ANALYTIC
 from olss_fast.network import Denoiser
 from olss_fast.plan import Plan
-from olss_fast.report import ANALYTIC, GuidanceRow, Report
+from olss_fast.report import GuidanceRow, Report
 from olss_fast.scoring import kept_scores, score
-from olss_fast.teacher import Split, record, recording_store
 from olss_fast.tuning import Effort, TuneResult, steps_to_teach, tune_denoiser
 
 SWEEP_SAMPLES = 8  # held-out samples on which other guidance scales are tried
@@ -274,12 +276,10 @@ def _errors(
     seed: int,
 ) -> tuple[list[Float64], int]:
     """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator; and evaluations."""
-    with ExitStack() as stack:
-        network, denoiser = stack.enter_context(_opened(pipe, calls, teacher_steps, seed, progress=False))
-        noise, samples, schedule = network.start, range(network.start.shape[0]), network.schedule
-        split, size = Split(range(0), range(0), samples), len(samples)
-        place = recording_store(store, teacher, denoiser, noise, schedule=schedule, split=split, batch_size=size)
-        opened = stack.enter_context(place)
-        recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=size)
-        task = Task(recording, denoiser, noise, schedule)
-        return kept_scores(opened, plans, "all", lambda: score(plans, task, samples)), network.evaluations
+    with _opened(pipe, calls, teacher_steps, seed, progress=False) as (network, denoiser):
+        clock, size = Clock(denoiser, visible=False), network.start.shape[0]
+        opened = recorded(teacher, network.start, network.schedule, clock=clock, store=store, batch_size=size)
+        with opened as task:
+            samples = task.recording.split.held_out
+            errors = kept_scores(task.recording.store, plans, "all", lambda: score(plans, task, samples))
+        return errors, network.evaluations
