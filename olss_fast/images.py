@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from olss_fast._files import write_atomically
 from olss_fast._text import clipped
 from olss_fast.errors import InputError
-from olss_fast.report import PathLike, make_folder
+from olss_fast.folders import PathLike, make_folder
 
 GAP = 2  # pixels between the images of a grid
 LEAST_WIDTH = 512  # pixels of a grid that somebody looks at

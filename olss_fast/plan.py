@@ -129,6 +129,11 @@ class Plan:
         """A copy with some fields changed, checked like any new plan: `plan.replace(metadata={...})`."""
         return Plan(**{**self._fields(), **changes})
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, which `Plan(**values)` takes."""
+        values = self._fields() | {"metadata": dict(self.metadata)}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
     def describe(self, *, width: int = 120) -> str:
         """Facts and a table of times, noise levels and coefficients, for people. Lines are at most `width` long."""
         from olss_fast.plan_text import describe

@@ -23,13 +23,16 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from olss_fast._files import write_atomically
 from olss_fast.errors import InputError
+from olss_fast.folders import PathLike
+from olss_fast.images import to_uint8
 from olss_fast.methods import ANALYTIC, with_lines
 from olss_fast.tables import families
 
 if TYPE_CHECKING:
     from olss_fast.plan import Plan
-    from olss_fast.report import Candidate, PathLike, Report
+    from olss_fast.report import Candidate, Report
 
 INK = "#1b2733"
 MUTED = "#6b7785"
@@ -66,8 +69,6 @@ STYLE: Any = {  # matplotlib types its keys one by one, in newer versions only
 @contextmanager
 def picture(path: PathLike, size: tuple[float, float], dpi: int = 160) -> Iterator[Figure]:
     """A figure of `size` inches that is written to `path` when the block ends without an error."""
-    from olss_fast._files import write_atomically
-
     path = Path(path)
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -339,7 +340,7 @@ def plot_grid(
     `rows` maps a name to images (K, C, H, W) in [-1, 1]; `errors` gives some rows their K RMSEs, written below each
     image; `titles` name the columns; the row called `accent` is highlighted.
     """
-    images = {name: _pixels(name, value) for name, value in rows.items()}
+    images = {name: to_uint8(value, name) for name, value in rows.items()}
     counts = {name: len(value) for name, value in images.items()}
     if not images or min(counts.values()) < 1 or len(set(counts.values())) > 1:
         raise InputError(f"a grid needs the same number of images in every row, at least one; got {counts}")
@@ -385,9 +386,3 @@ def _draw_row(
         fontsize=10.5,
         fontweight="bold" if accented else "normal",
     )
-
-
-def _pixels(name: str, images: ArrayLike) -> NDArray[np.uint8]:
-    from olss_fast.images import to_uint8
-
-    return to_uint8(images, name)

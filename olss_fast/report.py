@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from olss_fast._files import read_bounded, write_atomically
 from olss_fast.errors import InputError
+from olss_fast.folders import PathLike, make_folder
 from olss_fast.methods import ANALYTIC, is_olss
-
-if TYPE_CHECKING:
-    from olss_fast.plan import Plan
+from olss_fast.plan import Plan
 
 FORMAT = "olss_fast.report"
 VERSION = 1
 LARGEST_FILE = 2**30  # bytes
-PICTURES = {".png", ".jpg", ".jpeg", ".webp"}  # endings that no folder is meant to have
-
-PathLike = str | Path
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class Candidate:
             "accepted": self.accepted,
             "path": None if self.path is None else list(self.path),
             "errors": [_finite(error) for error in self.errors],
-            "plan": plan_to_dict(self.plan),
+            "plan": self.plan.to_dict(),
         }
 
     @classmethod
@@ -109,7 +104,7 @@ class Candidate:
             name=str(data["name"]),
             kind=str(data["kind"]),
             spacing=str(data["spacing"]),
-            plan=plan_from_dict(data["plan"]),
+            plan=Plan(**data["plan"]),
             errors=tuple(math.inf if error is None else float(error) for error in data["errors"]),
             path=None if data["path"] is None else tuple(data["path"]),
             accepted=bool(data["accepted"]),
@@ -167,24 +162,22 @@ class Report:
 
     def best(self, nfe: int, kind: str | None = None) -> Candidate:
         """The candidate of least mean error among those scored on all held-out samples. `InputError` if none was."""
-        found = self.at(nfe, kind)
-        if not found:
+        found = self.find(nfe, kind)
+        if found is None:
             what = "candidate" if kind is None else f"{kind!r} candidate"
             raise InputError(
                 f"no {what} of {nfe} NFE was scored on all {self.held_out} samples; "
                 f"the report has {sorted({(each.nfe, each.kind) for each in self.candidates})}"
             )
-        return found[0]
+        return found
 
     def find(self, nfe: int, kind: str | None = None) -> Candidate | None:
         """As `best`, but None where there is none."""
-        found = self.at(nfe, kind)
-        return found[0] if found else None
+        return next(iter(self.at(nfe, kind)), None)
 
     def olss(self, nfe: int) -> Candidate | None:
         """The best fit of this NFE, whatever its variant, methods shown beside OLSS aside; or None."""
-        found = [each for each in self.at(nfe) if is_olss(each.kind)]
-        return found[0] if found else None
+        return next((each for each in self.at(nfe) if is_olss(each.kind)), None)
 
     def matching_nfe(self, error: float, kind: str = ANALYTIC) -> float:
         """At how many evaluations the best of `kind` reaches `error`, log-linear between those that were scored.
@@ -249,14 +242,12 @@ class Report:
             "guidance": [
                 vars(row) | {"tuned": _finite(row.tuned), "analytic": _finite(row.analytic)} for row in self.guidance
             ],
-            "teacher": plan_to_dict(self.teacher),
+            "teacher": self.teacher.to_dict(),
             "candidates": [candidate.to_dict() for candidate in self.candidates],
         }
 
     def to_json(self, path: PathLike) -> Path:
         """Write as JSON, one candidate a line, atomically. Floats are written so that they read back the same."""
-        from olss_fast._files import write_atomically
-
         data = self.to_dict()
         candidates = ",\n".join("  " + json.dumps(each, allow_nan=False) for each in data.pop("candidates"))
         head = ",\n".join(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items())
@@ -273,7 +264,7 @@ class Report:
         try:
             return cls(
                 candidates=tuple(Candidate.from_dict(each) for each in data["candidates"]),
-                teacher=plan_from_dict(data["teacher"]),
+                teacher=Plan(**data["teacher"]),
                 held_out=int(data["held_out"]),
                 settings=dict(data["settings"]),
                 evaluations=dict(data["evaluations"]),
@@ -286,64 +277,10 @@ class Report:
     @classmethod
     def from_json(cls, path: PathLike) -> Report:
         """Raises `InputError` if the file is missing, too large or no report."""
-        from olss_fast._files import read_bounded
-
         try:
             return cls.from_dict(json.loads(read_bounded(path, LARGEST_FILE, error=InputError)))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"the report {path} cannot be read: {error}") from error
-
-
-def make_folder(folder: PathLike) -> Path:
-    """The folder, made if it is not there. `InputError` if it cannot be, or if no file can be written in it."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be made: {error.strerror or error}; name another") from error
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
-            file.write(b"0")
-            file.flush()
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be written: {error.strerror or error}; name another") from error
-    return folder
-
-
-def try_folder(folder: PathLike) -> Path:
-    """The folder, if files can be written there; `InputError` as of `make_folder`. What was made for the trial is
-    removed again: whoever stops before there is a result leaves no empty folder."""
-    folder = Path(folder)
-    if folder.suffix.lower() in PICTURES and not folder.is_dir():
-        raise InputError(f"{folder} is the name of a picture; expected a folder for the files")
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        return make_folder(folder)
-    finally:
-        for each in made:
-            with suppress(OSError):
-                each.rmdir()
-
-
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """A Plan as JSON values; `plan_from_dict` gives it back exactly."""
-    return {
-        "timesteps": plan.timesteps.tolist(),
-        "rows": plan.rows.tolist(),
-        "alphas": plan.alphas.tolist(),
-        "sigmas": plan.sigmas.tolist(),
-        "models": plan.models.tolist(),
-        "branches": int(plan.branches),
-        "metadata": dict(plan.metadata),
-    }
-
-
-def plan_from_dict(data: Mapping[str, Any]) -> Plan:
-    from olss_fast.plan import Plan
-
-    arrays = {name: np.asarray(data[name], dtype=np.float64) for name in ("timesteps", "rows", "alphas", "sigmas")}
-    models = np.asarray(data["models"], dtype=np.int64)
-    return Plan(**arrays, models=models, branches=int(data["branches"]), metadata=dict(data["metadata"]))
 
 
 def _guidance_row(data: Mapping[str, Any]) -> GuidanceRow:

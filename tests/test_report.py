@@ -14,10 +14,11 @@ from PIL import Image
 
 from olss_fast import plots
 from olss_fast.errors import InputError
+from olss_fast.folders import make_folder
 from olss_fast.images import save_images, tile, to_uint8
 from olss_fast.plan import Plan
 from olss_fast.plots import log_snr, plot_grid, spread
-from olss_fast.report import Candidate, Report, make_folder
+from olss_fast.report import Candidate, Report
 from olss_fast.tables import families
 
 HELD_OUT = 24

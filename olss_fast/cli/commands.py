@@ -216,8 +216,8 @@ def sample(
         raise InputError(f"--{next(iter(given))} belongs to --solver: a plan has its own")
     chosen = None if plan is None else load_plan(plan)
     from olss_fast.cli import jobs
+    from olss_fast.folders import try_folder
     from olss_fast.images import save_images
-    from olss_fast.report import try_folder
 
     folder = try_folder(out)
     subject = jobs.Subject(
@@ -272,7 +272,7 @@ def compare(
     wanted = parse_steps(steps)
     loaded_plans = [load_plan(path) for path in plans or []]
     from olss_fast.cli import jobs
-    from olss_fast.report import make_folder, try_folder
+    from olss_fast.folders import make_folder, try_folder
 
     try_folder(out)
     subject = jobs.Subject(
@@ -309,9 +309,8 @@ def inspect(
     if not as_json:
         typer.echo(loaded.describe())
         return
-    from olss_fast.report import plan_to_dict
 
-    typer.echo(json.dumps({"nfe": loaded.nfe, **plan_to_dict(loaded)}, indent=1))
+    typer.echo(json.dumps({"nfe": loaded.nfe, **loaded.to_dict()}, indent=1))
 
 
 @app.command("export-onnx")

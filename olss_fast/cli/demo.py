@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from olss_fast import demo, metrics
 from olss_fast.cli.model import arguments, counted, draw_noise, pick_labels
+from olss_fast.folders import make_folder, try_folder
 from olss_fast.methods import ANALYTIC
 from olss_fast.plan import Plan
 from olss_fast.plots import plot_grid
-from olss_fast.report import Candidate, Report, make_folder, try_folder
+from olss_fast.report import Candidate, Report
 from olss_fast.sampling import sample
 from olss_fast.tables import families
 from olss_fast.tuning import Effort, TuneResult, tune

@@ -89,8 +89,8 @@ def build(
     begin = time.perf_counter()
     from olss_fast.cli import jobs
     from olss_fast.engine import describe
+    from olss_fast.folders import make_folder
     from olss_fast.plan import Plan
-    from olss_fast.report import make_folder
 
     loaded = [Plan.load(path) for path in plans or []]
     _check_target(out)
@@ -117,7 +117,7 @@ def _batches(text: str) -> list[int]:
 
 def _check_target(out: Path) -> None:
     """InputError where no file can be written, before minutes are spent on what is to be in it."""
-    from olss_fast.report import try_folder
+    from olss_fast.folders import try_folder
 
     try_folder(out.parent)
     if out.is_dir():

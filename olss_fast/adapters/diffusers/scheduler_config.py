@@ -16,7 +16,6 @@ import numpy as np
 from olss_fast.adapters.diffusers.plan_book import captured_facts, is_captured
 from olss_fast.errors import InputError, OlssError
 from olss_fast.plan import Plan
-from olss_fast.report import plan_from_dict, plan_to_dict
 
 Config = dict[str, Any]
 KEPT = ("_class_name", "_use_default_values")
@@ -38,7 +37,7 @@ def plans_from(given: Any) -> tuple[Plan, ...]:
 
 
 def plans_to_config(plans: Sequence[Plan]) -> list[Config]:
-    return [plan_to_dict(plan) for plan in plans]
+    return [plan.to_dict() for plan in plans]
 
 
 def network_config(scheduler: Any, plans: Sequence[Plan]) -> Config | None:
@@ -70,7 +69,7 @@ def visible_config(network: Mapping[str, Any] | None, plans: Sequence[Plan]) -> 
 
 def _plan(data: Any) -> Plan:
     try:
-        return plan_from_dict(data)
+        return Plan(**data)
     except (OlssError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"the config holds a plan that cannot be read: {type(error).__name__}: {error}; make the PlanScheduler "
