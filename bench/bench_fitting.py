@@ -20,7 +20,6 @@ from olss_fast.teacher import merge_triangles, triangle
 
 Float64 = npt.NDArray[np.float64]
 COLUMNS, SAMPLES, CHUNK, LATENT = 11, 16, 4, (4, 32, 32)
-PIXELS = SAMPLES * math.prod(LATENT)
 RIDGE = 1e-6
 PRIOR = np.zeros(COLUMNS)
 
@@ -37,7 +36,7 @@ def fold(columns: torch.Tensor) -> Float64:
 
 
 def from_triangle(columns: torch.Tensor) -> Float64:
-    return ridge_solve(fold(columns), PIXELS, RIDGE, PRIOR)
+    return ridge_solve(fold(columns), RIDGE, PRIOR)
 
 
 def from_pixels(columns: torch.Tensor) -> Float64:
@@ -60,6 +59,4 @@ def bench_fold(versus: Callable[..., Any]) -> None:
 def bench_solve_again(versus: Callable[..., Any]) -> None:
     columns = recorded()
     r = fold(columns)
-    versus(
-        lambda: ridge_solve(r, PIXELS, RIDGE, PRIOR), lambda: np.linalg.lstsq(r[:, :-1], r[:, -1]), name="lstsq of R"
-    )
+    versus(lambda: ridge_solve(r, RIDGE, PRIOR), lambda: np.linalg.lstsq(r[:, :-1], r[:, -1]), name="lstsq of R")

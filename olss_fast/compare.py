@@ -23,7 +23,7 @@ FIRST = 8  # samples on which every candidate is scored
 
 
 def compare(
-    network: Network,
+    network: Network | Sequence[Network],
     *,
     noise: Tensor,
     schedule: NoiseSchedule,
@@ -38,8 +38,10 @@ def compare(
 ) -> Report:
     """A report of all analytic solvers at each of `steps` evaluations, and of `plans`, on all of `noise` (P, ...).
 
-    `plans` are scored at their own number of evaluations, together with the analytic solvers there. Arguments are
-    those of `tune`. Raises `InputError`, `NetworkError`, `StoreError`.
+    `plans` are scored at their own number of evaluations, together with the analytic solvers there, which ask the first
+    of several networks, as the teacher does. Arguments are those of `tune`.
+
+    Raises `InputError`, `NetworkError`, `StoreError`.
     """
     check_noise(noise)
     plans = checked_plans(plans, "plans")

@@ -12,7 +12,7 @@ the student's own rollout, row after row, and so correct the drift of the earlie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from olss_fast import solvers
 from olss_fast.errors import StoreError
-from olss_fast.executors import reference
+from olss_fast.executors.reference import Evaluate, Loop
 from olss_fast.network import Denoiser, require_finite
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
-from olss_fast.sampling import network_dtype
+from olss_fast.sampling import asking, network_dtype
 from olss_fast.teacher import Recording, merge_triangles, triangle
 
 Float64 = npt.NDArray[np.float64]
@@ -48,10 +48,9 @@ class Task:
     branches: int = 1
     fixed_start: bool = False
 
-    def ask(self, x: Tensor, timestep: float, chunk: slice) -> Tensor:
-        """Raw outputs (branches, B, ...) in float64."""
-        dtype = network_dtype(self.denoiser.networks[0], self.noise.dtype)
-        return self.denoiser(x.to(dtype), timestep, chunk, branches=self.branches).to(torch.float64)
+    def asking(self, chunk: slice) -> Evaluate:
+        """How a loop over the samples `chunk` asks the network."""
+        return asking(self.denoiser, chunk, network_dtype(self.denoiser.networks[0], self.noise.dtype))
 
     def with_branches(self, branches: int) -> Task:
         return replace(self, branches=branches)
@@ -71,6 +70,11 @@ class Student:
     @property
     def branches(self) -> int:
         return int(self.rows.shape[1] - 1) // self.nfe
+
+    @property
+    def models(self) -> list[int]:
+        """A student asks one network."""
+        return [0] * self.nfe
 
     def known(self, evaluation: int) -> int:
         """How many columns exist when row `evaluation` is formed."""
@@ -98,7 +102,16 @@ def analytic_student(task: Task, timesteps: Float64) -> Student:
     return Student(rows, np.asarray(timesteps, dtype=np.float64))
 
 
-def ridge_solve(r: Float64, pixels: int, ridge: float, prior: Float64) -> Float64:
+def begun_student(task: Task, path: Sequence[int]) -> tuple[Student, Student]:
+    """The analytic student at a path's times, and one to be fitted, of which row 0 is the teacher's."""
+    teacher = task.recording.teacher
+    prior = analytic_student(task, teacher.timesteps[list(path)])
+    student = Student(np.zeros_like(prior.rows), prior.timesteps)
+    student.rows[0, 0] = teacher.rows[0, 0]
+    return prior, student
+
+
+def ridge_solve(r: Float64, ridge: float, prior: Float64) -> Float64:
     """The row w (C,) from the triangle (C+1, C+1) of the columns [A | target]; see the module's equation."""
     a, target = r[:, :-1], r[:, -1]
     shrink = np.diag(np.sqrt(ridge) * np.linalg.norm(a, axis=0))
@@ -108,18 +121,26 @@ def ridge_solve(r: Float64, pixels: int, ridge: float, prior: Float64) -> Float6
     return prior + correction
 
 
+def fitted_row(
+    recording: Recording, chunks: Sequence[slice], columns: Iterable[Tensor], target: int, ridge: float, prior: Float64
+) -> Float64:
+    """The row that forms the teacher's state `target` of `columns`, one tensor a chunk, shrunk toward `prior`."""
+    triangles = [
+        triangle(torch.cat([each, recording.state(chunk, target).to(each)[None]]))
+        for chunk, each in zip(chunks, columns, strict=True)
+    ]
+    return ridge_solve(merge_triangles(triangles), ridge, prior)
+
+
 def teacher_forced(task: Task, path: Sequence[int], ridge: float) -> Student:
     """All rows from the triangle alone, on the teacher's own outputs (as originally published). No network calls."""
-    recording = task.recording
-    r, teacher = recording.r, recording.teacher
-    prior = analytic_student(task, teacher.timesteps[list(path)])
-    rows = np.zeros_like(prior.rows)
-    rows[0, 0] = teacher.rows[0, 0]
+    r, teacher = task.recording.r, task.recording.teacher
+    prior, student = begun_student(task, path)
     for k, target in enumerate([*path[1:], teacher.nfe]):
         columns = [0, *(1 + i for i in path[: k + 1])]
         both = np.concatenate([r[:, columns], (r @ teacher.rows[target])[:, None]], axis=1)
-        rows[k + 1, : k + 2] = ridge_solve(both, recording.pixels, ridge, prior.rows[k + 1, : k + 2])
-    return Student(rows, prior.timesteps)
+        student.rows[k + 1, : k + 2] = ridge_solve(both, ridge, prior.rows[k + 1, : k + 2])
+    return student
 
 
 def on_policy(
@@ -135,31 +156,23 @@ def on_policy(
     Costs len(path) evaluations a sample. The rollout's history lives on disk, so memory does not grow with samples.
     """
     recording = task.recording
-    samples = samples or recording.split.fit
-    student = analytic_student(task, recording.teacher.timesteps[list(path)])
-    prior, rows = student.rows, np.zeros_like(student.rows)
-    rows[0, 0] = recording.teacher.rows[0, 0]
-    pixels = len(samples) * task.noise[0].numel()
+    chunks = recording.chunks(samples or recording.split.fit)
+    prior, student = begun_student(task, path)
     with recording.store.scratch() as folder:
-        history = History(folder, task, samples)
-        for k, target in enumerate([*path[1:], recording.teacher.nfe]):
-            triangles = []
-            for chunk in recording.chunks(samples):
-                columns = history.advance(chunk, rows[k], float(student.timesteps[k]), k)
-                wanted = recording.state(chunk, target).to(columns.device)
-                triangles.append(triangle(torch.cat([columns, wanted[None]])))
-                progress(chunk.stop - chunk.start)
-            known = student.known(k + 1)
-            rows[k + 1, :known] = ridge_solve(merge_triangles(triangles), pixels, ridge, prior[k + 1, :known])
-    return Student(rows, student.timesteps)
+        history = History(folder, task, chunks, progress)
+        for k, target in enumerate([*path[1:], recording.teacher.nfe], start=1):
+            columns = (history.advance(chunk, student) for chunk in chunks)
+            known = student.known(k)
+            student.rows[k, :known] = fitted_row(recording, chunks, columns, target, ridge, prior.rows[k, :known])
+    return student
 
 
 class History:
     """The columns [x_T | f_0 ..] of a student's rollout, one file a chunk, so that only one chunk is in memory."""
 
-    def __init__(self, folder: Path, task: Task, samples: range) -> None:
-        self.folder, self.task = folder, task
-        for chunk in task.recording.chunks(samples):
+    def __init__(self, folder: Path, task: Task, chunks: Sequence[slice], progress: Callable[[int], object]) -> None:
+        self.folder, self.task, self.progress = folder, task, progress
+        for chunk in chunks:
             self._append(chunk, task.noise[chunk][None])
 
     def _file(self, chunk: slice) -> Path:
@@ -174,17 +187,17 @@ class History:
             raise StoreError(f"cannot write a rollout to {self.folder}: {error}. Free some space. {advice}") from error
 
     def read(self, chunk: slice) -> Tensor:
-        """(columns so far, B, ...) in float64, on the noise's device."""
+        """(columns so far, B, ...) in float32, on the noise's device."""
         noise = self.task.noise
         flat = np.fromfile(self._file(chunk), dtype=np.float32)
         shape = (-1, chunk.stop - chunk.start, *noise.shape[1:])
-        return torch.from_numpy(flat).reshape(shape).to(noise.device).to(torch.float64)
+        return torch.from_numpy(flat).reshape(shape).to(noise.device)
 
-    def advance(self, chunk: slice, row: Float64, timestep: float, evaluation: int) -> Tensor:
-        """Ask the network at row . columns, keep the outputs, and return all columns including them."""
-        columns = self.read(chunk)
-        x = reference.combine(torch.as_tensor(row[: len(columns)], device=columns.device), columns)
-        outputs = self.task.ask(x, timestep, chunk)
-        require_finite(outputs, step=evaluation, first_sample=chunk.start)
+    def advance(self, chunk: slice, student: Student) -> Tensor:
+        """Make the student's next evaluation, keep the outputs, and return all columns including them, in float64."""
+        loop = Loop(student, self.read(chunk))
+        outputs = loop.ask(self.task.asking(chunk))
+        require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
         self._append(chunk, outputs)
-        return torch.cat([columns, outputs])
+        self.progress(chunk.stop - chunk.start)
+        return loop.columns

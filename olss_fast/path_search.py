@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import NetworkError
-from olss_fast.executors import reference
-from olss_fast.fitting import Float64, Task, analytic_student, ridge_solve
-from olss_fast.teacher import merge_triangles, triangle
+from olss_fast.executors.reference import Loop
+from olss_fast.fitting import Float64, Task, begun_student, fitted_row
 
 Path = tuple[int, ...]
 RIDGE = 1e-5
@@ -57,47 +56,32 @@ class PathSearch:
         self.task, self.progress = task, progress
         self.fit_chunks = task.recording.chunks(split.fit[:samples])
         self.chunks = self.fit_chunks + task.recording.chunks(split.validation[:samples])
-        self.pixels = sum(c.stop - c.start for c in self.fit_chunks) * task.noise[0].numel()
 
     def trial(self, path: Path, *, base: Trial | None = None, changed: int = 0) -> Trial:
-        """Fit and score `path`; with `base`, a trial that agrees with it before node `changed`."""
+        """Fit and score `path`; with `base`, a trial that agrees with it before node `changed` (1 or later)."""
         task, n = self.task, len(path)
-        student = analytic_student(task, task.recording.teacher.timesteps[list(path)])
-        rows = np.zeros_like(student.rows)
-        rows[0, 0] = task.recording.teacher.rows[0, 0]
-        columns = [task.noise[chunk][None].to(torch.float64) for chunk in self.chunks]
-        if base is not None and changed > 0:
-            rows[:changed] = base.rows[:changed]
+        prior, student = begun_student(task, path)
+        columns = [task.noise[chunk][None] for chunk in self.chunks]
+        if base is not None:
+            student.rows[:changed] = base.rows[:changed]
             columns = [whole[: student.known(changed)] for whole in base.columns]
-            self._fit_row(rows, changed, columns, path[changed], student.rows)
-        for k in range(changed, n):
-            timestep = float(student.timesteps[k])
-            columns = [self._ask(c, rows[k], timestep, where) for c, where in zip(columns, self.chunks, strict=True)]
-            if not all(bool(torch.isfinite(c[-1]).all()) for c in columns):
-                return Trial(path, rows, tuple(columns), float("inf"))
-            self._fit_row(rows, k + 1, columns, path[k + 1] if k + 1 < n else task.recording.teacher.nfe, student.rows)
-        return Trial(path, rows, tuple(columns), self._error(rows[n], columns))
-
-    def _ask(self, columns: Tensor, row: Float64, timestep: float, chunk: slice) -> Tensor:
-        x = reference.combine(torch.as_tensor(row[: len(columns)], device=columns.device), columns)
-        self.progress(x.shape[0])
-        return torch.cat([columns, self.task.ask(x, timestep, chunk)])
-
-    def _fit_row(self, rows: Float64, k: int, columns: Sequence[Tensor], target: int, prior: Float64) -> None:
-        triangles = [
-            triangle(torch.cat([c, self.task.recording.state(chunk, target).to(c)[None]]))
-            for c, chunk in zip(columns, self.fit_chunks, strict=False)
-        ]
-        known = len(columns[0])
-        rows[k, :known] = ridge_solve(merge_triangles(triangles), self.pixels, RIDGE, prior[k, :known])
-
-    def _error(self, row: Float64, columns: Sequence[Tensor]) -> float:
-        errors = []
-        for c, chunk in zip(columns, self.chunks, strict=True):
-            result = reference.combine(torch.as_tensor(row, device=c.device), c)
-            errors.append((result - self.task.recording.result(chunk).to(result)).flatten(1).square().mean(1).sqrt())
+        loops = [Loop(student, each) for each in columns]
+        for k, target in list(enumerate([*path, task.recording.teacher.nfe]))[changed:]:
+            if k > 0:
+                some, known = [loop.columns for loop in loops[: len(self.fit_chunks)]], student.known(k)
+                row = fitted_row(task.recording, self.fit_chunks, some, target, RIDGE, prior.rows[k, :known])
+                student.rows[k, :known] = row
+            for loop, chunk in zip(loops, self.chunks, strict=True):
+                loop.follow(student)
+                if k < n:
+                    loop.ask(task.asking(chunk))
+                    self.progress(chunk.stop - chunk.start)
+            if not all(bool(torch.isfinite(loop.columns[-1]).all()) for loop in loops):
+                return Trial(path, student.rows, (), float("inf"))
+        errors = [task.recording.distance(loop.x, chunk) for loop, chunk in zip(loops, self.chunks, strict=True)]
         error = float(torch.cat(errors).mean())
-        return error if np.isfinite(error) else float("inf")
+        known_columns = tuple(loop.columns for loop in loops)
+        return Trial(path, student.rows, known_columns, error if np.isfinite(error) else float("inf"))
 
     def best(self, paths: Sequence[Path], scales: Sequence[int]) -> Path:
         """The best of `paths`, its nodes then moved by +-`scales` as long as that helps."""

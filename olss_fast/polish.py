@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import NetworkError
-from olss_fast.executors import reference
+from olss_fast.executors.reference import combine
 from olss_fast.fitting import Float64, Student, Task
 from olss_fast.rollout import columns_of, huber, roll
 from olss_fast.teacher import triangle
@@ -192,7 +192,7 @@ def _normal_equations(task: Task, student: Student, samples: range, objective: O
     for chunk in task.recording.chunks(samples):
         columns = columns_of(task, student, chunk)
         row = torch.as_tensor(student.rows[-1], device=columns.device)
-        result = reference.combine(row, columns)
+        result = combine(row, columns)
         residual = (result - task.recording.result(chunk).to(result)).flatten(1)
         weights = torch.as_tensor(
             objective.weights(residual.square().mean(1).sqrt().cpu().numpy()), device=columns.device
@@ -235,5 +235,5 @@ def _difference(
         step = -step  # at the end of the schedule: look the other way
         changed = direction.apply(student, step, task)
     known = columns[: student.known(direction.evaluation)]
-    again = columns_of(task, changed, chunk, start=known, at=direction.evaluation)
-    return (reference.combine(row, again) - result) / step
+    again = columns_of(task, changed, chunk, start=known)
+    return (combine(row, again) - result) / step

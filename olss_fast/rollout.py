@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from olss_fast.executors import reference
+from olss_fast.executors.reference import Loop
 from olss_fast.fitting import Float64, Student, Task
 
 Progress = Callable[[int], object]
@@ -54,20 +54,10 @@ def roll(task: Task, student: Student, samples: range, progress: Progress = lamb
     return Rollout(np.concatenate(grams), task.noise[0].numel())
 
 
-def columns_of(task: Task, student: Student, chunk: slice, *, start: Tensor | None = None, at: int = 0) -> Tensor:
-    """All columns (1 + n branches, B, ...) of the student's rollout, in float64.
-
-    With `start`, the columns known before evaluation `at`, only the evaluations from `at` on are run.
-    """
-    noise = task.noise[chunk]
-    columns = torch.empty((student.rows.shape[1], *noise.shape), dtype=torch.float64, device=noise.device)
-    columns[: student.known(at)] = noise[None] if start is None else start
-    rows = torch.as_tensor(student.rows, device=noise.device)
-    for k in range(at, student.nfe):
-        known = student.known(k)
-        x = reference.combine(rows[k, :known], columns[:known])
-        columns[known : student.known(k + 1)] = task.ask(x, float(student.timesteps[k]), chunk)
-    return columns
+def columns_of(task: Task, student: Student, chunk: slice, *, start: Tensor | None = None) -> Tensor:
+    """All columns (1 + n branches, B, ...) of the student's rollout, in float64; `start`: those that are known."""
+    begun = Loop(student, task.noise[chunk][None] if start is None else start)
+    return begun.finish(task.asking(chunk)).columns
 
 
 def huber(errors: npt.NDArray[np.float64], threshold: float) -> float:

@@ -16,8 +16,7 @@ from olss_fast._progress import bar_options
 from olss_fast._starts import begun
 from olss_fast._text import quoted
 from olss_fast.errors import InputError
-from olss_fast.executors import reference
-from olss_fast.executors.reference import OnStep
+from olss_fast.executors.reference import Evaluate, Loop, OnStep
 from olss_fast.network import (
     Conditioning,
     Denoiser,
@@ -160,6 +159,11 @@ def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
     return next((each.dtype for each in parameters if each.is_floating_point()), default)
 
 
+def asking(denoiser: Denoiser, samples: slice, dtype: torch.dtype) -> Evaluate:
+    """How a loop asks the networks about `samples`: with an x of its own, of the networks' `dtype`."""
+    return lambda x, timestep, **how: denoiser(x.to(dtype, copy=True), timestep, samples, **how)
+
+
 def network_device(networks: Sequence[Network]) -> torch.device | None:
     """Where the networks' parameters lie; None if they have none to show."""
     modules = [module for module in map(module_of, networks) if module is not None]
@@ -176,17 +180,14 @@ def draw_step_noise(plan: Plan, noise: Tensor, streams: Streams | None) -> Tenso
 def _sample_batch(
     plan: Plan, denoiser: Denoiser, noise: Tensor, samples: slice, step_noise: Tensor | None, on_step: OnStep | None
 ) -> Tensor:
-    outputs: list[Tensor] = []
-    result = reference.run(
-        plan,
-        lambda x, timestep, **how: denoiser(x, timestep, samples, **how),
-        noise[samples],
-        dtype=network_dtype(denoiser.networks[0], noise.dtype),
-        step_noise=None if step_noise is None else step_noise[:, samples],
-        on_output=lambda i, output: outputs.append(output),
-        on_step=on_step,
-    )
-    if not bool(torch.isfinite(result).all()):  # one look at the end keeps host syncs out of the loop
-        for i, output in enumerate(outputs):
-            require_finite(output, step=i, first_sample=samples.start)
-    return result.to(noise.dtype)
+    dtype = network_dtype(denoiser.networks[0], noise.dtype)
+    loop = Loop(plan, noise[samples][None], step_noise=None if step_noise is None else step_noise[:, samples])
+    evaluate = asking(denoiser, samples, dtype)
+    while not loop.done:
+        loop.ask(evaluate)
+        if on_step is not None:
+            on_step(loop.evaluation - 1, loop.x if loop.done else loop.x.to(dtype))
+    if not bool(torch.isfinite(loop.x).all()):  # one look at the end keeps host syncs out of the loop
+        for i in range(plan.nfe):
+            require_finite(loop.columns[plan.output_slice(i)], step=i, first_sample=samples.start)
+    return loop.x.to(noise.dtype)

@@ -7,13 +7,13 @@ samples, and only those that could still win go on to more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast.executors import reference
+from olss_fast.executors.reference import Evaluate, Loop
 from olss_fast.fitting import Float64, Task
 from olss_fast.identity import digest
 from olss_fast.plan import Plan
@@ -29,10 +29,9 @@ def score(
     """Per-sample root mean square error (P,) of each plan to the teacher's samples, inf where a plan diverges."""
     errors = np.empty((len(plans), len(samples)))
     for chunk in task.recording.chunks(samples):
-        target = task.recording.result(chunk).to(torch.float64)
         place = slice(chunk.start - samples.start, chunk.stop - samples.start)
         for index, result in final_samples(plans, task, chunk, progress):
-            errors[index, place] = (result.cpu() - target).square().flatten(1).mean(1).sqrt().numpy()
+            errors[index, place] = task.recording.distance(result, chunk).cpu().numpy()
     return list(np.nan_to_num(errors, nan=np.inf))
 
 
@@ -53,45 +52,31 @@ def final_samples(
     plans: Sequence[Plan], task: Task, chunk: slice, progress: Progress = lambda evaluations: None
 ) -> Iterator[tuple[int, Tensor]]:
     """(index of the plan, its samples (B, ...) in float64), shared evaluations made once, in no particular order."""
-    for branches in sorted({plan.branches for plan in plans}):
-        group = [i for i, plan in enumerate(plans) if plan.branches == branches]
-        yield from _descend(
-            plans, group, task.with_branches(branches), chunk, task.noise[chunk][None].double(), 0, progress
-        )
+    begun = Loop(max(plans, key=lambda plan: plan.columns), task.noise[chunk][None])
+    yield from _descend(plans, range(len(plans)), begun, task.asking(chunk), progress)
 
 
 def _descend(
-    plans: Sequence[Plan],
-    group: Sequence[int],
-    task: Task,
-    chunk: slice,
-    columns: Tensor,
-    depth: int,
-    progress: Progress,
+    plans: Sequence[Plan], group: Sequence[int], loop: Loop, evaluate: Evaluate, progress: Progress
 ) -> Iterator[tuple[int, Tensor]]:
-    """All plans of `group` asked the same questions so far; `columns` holds the answers."""
-    for members in _same_question(plans, group, depth).values():
-        plan = plans[members[0]]
-        row = torch.tensor(plan.rows[depth, : columns.shape[0]], device=columns.device)
-        x = reference.combine(row, columns)
-        finished = [i for i in members if plans[i].nfe == depth]
-        yield from ((i, x) for i in finished)
-        if len(finished) < len(members):
-            outputs = task.ask(x, float(plan.timesteps[depth]), chunk)
-            progress(x.shape[0])
-            rest = [i for i in members if plans[i].nfe > depth]
-            yield from _descend(plans, rest, task, chunk, torch.cat([columns, outputs]), depth + 1, progress)
+    """All plans of `group` asked the same questions so far; `loop` holds the answers."""
+    for members in _same_question(plans, group, loop.evaluation):
+        branch = loop.fork(plans[members[0]])
+        if branch.done:
+            yield from ((i, branch.x) for i in members)
+        else:
+            progress(branch.ask(evaluate).shape[1])
+            yield from _descend(plans, members, branch, evaluate, progress)
 
 
-def _same_question(plans: Sequence[Plan], group: Sequence[int], depth: int) -> Mapping[bytes, list[int]]:
-    """Members of `group` by the network input and timestep of evaluation `depth` (or by their last row)."""
-    questions: dict[bytes, list[int]] = {}
+def _same_question(plans: Sequence[Plan], group: Sequence[int], depth: int) -> Iterable[list[int]]:
+    """Members of `group` together that ask the same network the same at evaluation `depth`, or have the same sample."""
+    questions: dict[Hashable, list[int]] = {}
     for index in group:
         plan = plans[index]
-        key = plan.rows[depth, : 1 + depth * plan.branches].tobytes()
-        key += plan.timesteps[depth].tobytes() if depth < plan.nfe else b"sample"
-        questions.setdefault(key, []).append(index)
-    return questions
+        asked = (plan.branches, plan.models[depth], plan.timesteps[depth]) if depth < plan.nfe else "sample"
+        questions.setdefault((plan.rows[depth, : 1 + depth * plan.branches].tobytes(), asked), []).append(index)
+    return questions.values()
 
 
 def expected_evaluations(plans: Sequence[Plan], samples: int, first: int) -> int:

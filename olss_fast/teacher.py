@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import StoreError
-from olss_fast.executors import reference
+from olss_fast.executors.reference import Loop
 from olss_fast.identity import identity
 from olss_fast.network import Denoiser, require_finite
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
-from olss_fast.sampling import batches, network_dtype
+from olss_fast.sampling import asking, batches, network_dtype
 from olss_fast.store import Store, open_store
 
 PROBED = 4  # samples, of which a network is asked whether it is the one that a store belongs to
@@ -94,6 +94,10 @@ class Recording:
         name, place = self._place(chunk)
         return self.store.read(name, "result", place)
 
+    def distance(self, samples: Tensor, chunk: slice) -> Tensor:
+        """Root mean square distance (B,) of `samples` (B, ...) from the teacher's."""
+        return (samples - self.result(chunk).to(samples)).flatten(1).square().mean(1).sqrt()
+
     def state(self, chunk: slice, index: int) -> Tensor:
         """The teacher's state `index` (its network input there, T: its sample) of a fit chunk, (B, ...) float64."""
         if index == self.teacher.nfe:
@@ -154,47 +158,18 @@ def _run_chunk(
     keep: bool,
     progress: Callable[[int], object],
 ) -> dict[str, Tensor]:
-    x = noise[chunk]
-    dtype = network_dtype(denoiser.networks[0], noise.dtype)
-    basis = torch.empty((teacher.columns, *x.shape), dtype=torch.float64, device=x.device)
-    states = torch.empty((teacher.nfe, *x.shape), dtype=torch.float32, device=x.device)
-    basis[0] = x
-    steps = one_step_coefficients(teacher)
-    state = _row(teacher, 0, basis)
-    for i in range(teacher.nfe):
-        states[i] = state
-        outputs = denoiser(state.to(dtype, copy=True), float(teacher.timesteps[i]), chunk, model=int(teacher.models[i]))
-        require_finite(outputs, step=i, first_sample=chunk.start)
-        basis[1 + i] = outputs[0]
-        state = _row(teacher, i + 1, basis) if steps is None else steps[i, 0] * state + steps[i, 1] * basis[1 + i]
-        progress(x.shape[0])
-    tensors = {"result": state.to(torch.float32)}
+    loop, states = Loop(teacher, noise[chunk][None]), []
+    evaluate = asking(denoiser, chunk, network_dtype(denoiser.networks[0], noise.dtype))
+    while not loop.done:
+        if keep:
+            states.append(loop.x.to(torch.float32))
+        outputs = loop.ask(evaluate)
+        require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
+        progress(chunk.stop - chunk.start)
+    tensors = {"result": loop.x.to(torch.float32)}
     if keep:
-        tensors |= {"states": states, "r": torch.from_numpy(triangle(basis))}
+        tensors |= {"states": torch.stack(states), "r": torch.from_numpy(triangle(loop.columns))}
     return tensors
-
-
-def _row(plan: Plan, index: int, basis: Tensor) -> Tensor:
-    known = 1 + index
-    return reference.combine(torch.tensor(plan.rows[index, :known], device=basis.device), basis[:known])
-
-
-def one_step_coefficients(plan: Plan) -> Float64 | None:
-    """(a_i, b_i) with row i+1 = a_i row i + b_i f_i, shape (S, 2), or None if the plan looks further back.
-
-    DDIM and Euler do not. Their states then cost two columns instead of i, which over T = 100 steps in float64 is the
-    difference between reading the whole basis T / 2 times and once.
-    """
-    rows = plan.rows
-    found = np.array(
-        [(rows[i + 1, 0] / rows[i, 0] if rows[i, 0] else 0.0, rows[i + 1, 1 + i]) for i in range(plan.nfe)]
-    )
-    for i, (a, b) in enumerate(found):
-        expected = a * rows[i]
-        expected[1 + i] = b
-        if not np.allclose(rows[i + 1], expected, rtol=1e-12, atol=1e-12 * np.abs(rows[i + 1]).max()):
-            return None
-    return found
 
 
 def probe(teacher: Plan, denoiser: Denoiser, noise: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def teacher_basis(task: Task, samples: range) -> torch.Tensor:
     basis = [task.noise[chunk]]
     for i in range(TEACHER.nfe):
         x = sum(w * column for w, column in zip(TEACHER.rows[i], basis, strict=False))
-        basis.append(task.ask(x, float(TEACHER.timesteps[i]), chunk)[0])
+        basis.append(task.asking(chunk)(x, float(TEACHER.timesteps[i]))[0])
     return torch.stack(basis)
 
 
@@ -85,10 +85,10 @@ def test_ridge_solve_is_the_regularised_least_squares_solution() -> None:
     rng = np.random.default_rng(0)
     a, y, prior, ridge = rng.normal(size=(50, 3)) * [1, 5, 0.1], rng.normal(size=50), rng.normal(size=3), 0.3
     r = np.linalg.qr(np.column_stack([a, y]), mode="r")
-    w = ridge_solve(r, 50, ridge, prior)
+    w = ridge_solve(r, ridge, prior)
     gradient = a.T @ (a @ w - y) + ridge * (a**2).sum(0) * (w - prior)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-10)
-    np.testing.assert_allclose(ridge_solve(r, 50, 1e12, prior), prior, atol=1e-9)
+    np.testing.assert_allclose(ridge_solve(r, 1e12, prior), prior, atol=1e-9)
 
 
 def test_teacher_forced_rows_are_least_squares_on_the_teachers_tensors(task: Task) -> None:
