@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,73 +93,65 @@ def plot_error(report: Report, path: PathLike) -> Path:
         raise InputError("the report has no candidates to draw")
     with picture(path, (8.2, 5.2)) as figure:
         axes = figure.subplots()
-        labels = _draw_families(axes, report)
-        labels += _draw_best(axes, report)
-        labels += _draw_fits(axes, report)
+        lines = [line for line in _lines(report) if line.points]
+        for line in lines:
+            _draw(axes, line)
+        _dot_others(axes, report)
+        if len(report.nfes) <= MOST_NAMED:
+            _name_best(axes, report)
         _error_axes(axes, report)
-        _label_ends(axes, labels)
+        _label_ends(axes, lines)
         _legend(axes, report)
     return Path(path)
 
 
-Label = tuple[float, float, str, str, str]  # x, y, text, colour, weight
+@dataclass(frozen=True)
+class Line:
+    """Some candidates, one an NFE; `main` lines have a band and a bold name at their end."""
+
+    name: str
+    points: Sequence[Candidate]
+    colour: str
+    style: Mapping[str, Any]
+    main: bool = False
 
 
-def _draw_families(axes: Axes, report: Report) -> list[Label]:
-    labels: list[Label] = []
+def _lines(report: Report) -> Iterator[Line]:
     for name, members in families(report.candidates).items():
         points = [members[nfe] for nfe in sorted(members) if math.isfinite(members[nfe].mean)]
-        if not points:
-            continue
-        full = [each for each in points if each.samples == report.held_out]
-        _line(axes, points, "-", color=FAINT, linewidth=1.2, zorder=1)
-        _line(axes, full, "o", color=FAINT, markersize=3.5, zorder=1)
-        labels.append((points[-1].nfe, points[-1].mean, name, MUTED, "normal"))
-    return labels
+        full = [each.samples == report.held_out for each in points]
+        marks = {"marker": "o", "markersize": 3.5, "markevery": full}
+        yield Line(name, points, MUTED, {"color": FAINT, "linewidth": 1.2, "zorder": 1, **marks})
+    thick = {"marker": "o", "linewidth": 1.8, "markersize": 5, "zorder": 3}
+    yield Line("best analytic", _best(report, ANALYTIC), BEST, thick, main=True)
+    for kind, method in with_lines().items():
+        if method.line:
+            colour, dashes = method.line
+            yield Line(method.title, _best(report, kind), colour, {"linestyle": dashes, "linewidth": 1.6, "zorder": 2})
+    edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
+    yield Line("OLSS", _fits(report), ACCENT, thick | {"linewidth": 3, "markersize": 8, "zorder": 4, **edge}, main=True)
 
 
-def _draw_best(axes: Axes, report: Report) -> list[Label]:
+def _draw(axes: Axes, line: Line) -> None:
+    nfes = [each.nfe for each in line.points]
+    axes.plot(nfes, [each.mean for each in line.points], **{"color": line.colour, **line.style})
+    if line.main:
+        low, high = np.transpose([each.interval() for each in line.points])
+        axes.fill_between(nfes, low, high, color=line.colour, alpha=0.13, linewidth=0, zorder=2)
+
+
+def _dot_others(axes: Axes, report: Report) -> None:
+    """What is behind the best analytic solver."""
     others = [each for nfe in report.nfes for each in report.at(nfe, ANALYTIC)[1:] if math.isfinite(each.mean)]
     axes.plot([each.nfe for each in others], [each.mean for each in others], ".", color=FAINT, markersize=3, zorder=1)
-    points = _best(report, ANALYTIC)
-    if not points:
-        return []
-    _line(axes, points, "o-", color=BEST, linewidth=1.8, markersize=5, zorder=3)
-    _band(axes, points, BEST)
-    if len(report.nfes) <= MOST_NAMED:
-        _name_best(axes, points)
-    return [(points[-1].nfe, points[-1].mean, "best analytic", BEST, "bold")]
 
 
-def _name_best(axes: Axes, points: Sequence[Candidate]) -> None:
+def _name_best(axes: Axes, report: Report) -> None:
     """Which solver was the best analytic one, below each NFE."""
-    for each in points:
-        axes.annotate(
-            each.name.replace(" (", "\n("),
-            (each.nfe, 0.0),
-            (0, -24),
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=8,
-            color=BEST,
-        )
-
-
-def _draw_fits(axes: Axes, report: Report) -> list[Label]:
-    labels: list[Label] = []
-    for kind, method in with_lines().items():
-        if method.line and (points := _best(report, kind)):
-            colour, dashes = method.line
-            _line(axes, points, dashes, color=colour, linewidth=1.6, zorder=2)
-            labels.append((points[-1].nfe, points[-1].mean, method.title, colour, "normal"))
-    if points := _fits(report):
-        marker = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 1.2}
-        _line(axes, points, "o-", color=ACCENT, linewidth=3, zorder=4, **marker)
-        _band(axes, points, ACCENT)
-        labels.append((points[-1].nfe, points[-1].mean, "OLSS", ACCENT, "bold"))
-    return labels
+    place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
+    for each in _best(report, ANALYTIC):
+        name = each.name.replace(" (", "\n(")
+        axes.annotate(name, (each.nfe, 0.0), (0, -24), fontsize=8, color=BEST, va="top", **place)
 
 
 def _best(report: Report, kind: str) -> list[Candidate]:
@@ -168,15 +161,6 @@ def _best(report: Report, kind: str) -> list[Candidate]:
 
 def _fits(report: Report) -> list[Candidate]:
     return [best for nfe in report.nfes if (best := report.olss(nfe)) and math.isfinite(best.mean)]
-
-
-def _line(axes: Axes, points: Sequence[Candidate], form: str, **style: Any) -> None:
-    axes.plot([each.nfe for each in points], [each.mean for each in points], form, **style)
-
-
-def _band(axes: Axes, points: Sequence[Candidate], colour: str) -> None:
-    low, high = np.transpose([each.interval() for each in points])
-    axes.fill_between([each.nfe for each in points], low, high, color=colour, alpha=0.13, linewidth=0, zorder=2)
 
 
 def _error_axes(axes: Axes, report: Report) -> None:
@@ -223,28 +207,18 @@ def _legend(axes: Axes, report: Report) -> None:
     axes.legend(handles=handles, loc="lower left", fontsize=9, frameon=False, labelcolor=MUTED, borderaxespad=0.2)
 
 
-def _label_ends(axes: Axes, labels: Sequence[Label]) -> None:
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
     """Names to the right of the last points, moved apart so that none covers another."""
-    labels = [label for label in labels if label[1] <= axes.get_ylim()[1]]
-    if not labels:
-        return
-    ordered = sorted(labels, key=lambda label: label[1])
-    low, high = (math.log(bound) for bound in axes.get_ylim())
-    heights = spread([(math.log(label[1]) - low) / (high - low) for label in ordered], gap=0.046)
+    low, high = axes.get_ylim()
+    ordered = sorted((line for line in lines if line.points[-1].mean <= high), key=lambda line: line.points[-1].mean)
+    span = math.log(high / low)
+    heights = spread([math.log(line.points[-1].mean / low) / span for line in ordered], gap=0.046)
     leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4, "relpos": (0.0, 0.5)}
-    for (x, y, text, colour, weight), height in zip(ordered, heights, strict=True):
-        axes.annotate(
-            text,
-            (x, y),
-            (1.02, math.exp(low + height * (high - low))),
-            textcoords=axes.get_yaxis_transform(),
-            color=colour,
-            fontweight=weight,
-            fontsize=10,
-            va="center",
-            annotation_clip=False,
-            arrowprops=leader,
-        )
+    place: dict[str, Any] = {"textcoords": axes.get_yaxis_transform(), "va": "center", "annotation_clip": False}
+    for line, height in zip(ordered, heights, strict=True):
+        weight, end = "bold" if line.main else "normal", line.points[-1]
+        where = (end.nfe, end.mean), (1.02, low * math.exp(height * span))
+        axes.annotate(line.name, *where, color=line.colour, fontweight=weight, fontsize=10, arrowprops=leader, **place)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -287,16 +261,8 @@ def _draw_levels(axes: Axes, teacher: Plan) -> None:
     for values, colour, name, end in ((teacher.sigmas, BEST, "noise σ", 0), (teacher.alphas, INK, "signal α", -1)):
         share = values[:-1] / total
         axes.plot(lam, share, color=colour, linewidth=1.8)
-        axes.annotate(
-            name,
-            (lam[end], share[end]),
-            (0, 4),
-            textcoords="offset points",
-            ha="left" if end == 0 else "right",
-            va="bottom",
-            color=colour,
-            fontsize=10,
-        )
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "left" if end == 0 else "right", "va": "bottom"}
+        axes.annotate(name, (lam[end], share[end]), (0, 4), color=colour, fontsize=10, **place)
     axes.plot(lam, np.zeros_like(lam), "|", color=MUTED, markersize=6, alpha=0.6, clip_on=False)
     axes.text(lam[0], -0.09, f"ticks: the teacher's {teacher.nfe} steps", color=MUTED, fontsize=9, va="top")
     axes.set_ylim(0.0, 1.12)
@@ -376,13 +342,6 @@ def _draw_row(
             spine.set(visible=accented, color=colour, linewidth=1.4)
         if errors is not None:
             axes.set_xlabel(f"{errors[i]:.3f}", fontsize=9, color=colour if accented else MUTED, labelpad=2)
-    cells[0].set_ylabel(
-        name,
-        rotation=0,
-        ha="right",
-        va="center",
-        labelpad=10,
-        color=colour,
-        fontsize=10.5,
-        fontweight="bold" if accented else "normal",
-    )
+    weight = "bold" if accented else "normal"
+    label = cells[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=10)
+    label.set(color=colour, fontsize=10.5, fontweight=weight)

@@ -6,13 +6,13 @@ import io
 import math
 import shutil
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from olss_fast.methods import ANALYTIC, is_olss, with_lines
 from olss_fast.solvers.table import family_name
@@ -39,19 +39,24 @@ def families(candidates: Iterable[Candidate]) -> dict[str, dict[int, Candidate]]
 
 def summary_table(report: Report) -> Table:
     """For each NFE OLSS, the best analytic solver, their ratio, at how many NFE analytic solvers are as good."""
-    table = Table(box=box.SIMPLE_HEAD, title=_title(report), title_justify="left", title_style="bold")
     others = [method.title.removeprefix("OLSS, ").replace(" ", "\n", 1) for method in with_lines().values()]
-    for name in ("NFE", "OLSS", "best\nanalytic", "which", "ratio", "analytic\nneeds", *others, "scored"):
-        table.add_column(name, justify="left" if name == "which" else "right")
-    for nfe in report.nfes:
-        if any(candidate.kind != ANALYTIC for candidate in report.at(nfe, partial=True)):
-            table.add_row(*_summary_row(report, nfe))
-    table.caption = (
+    columns = ["NFE", "OLSS", "best\nanalytic", "which", "ratio", "analytic\nneeds", *others, "scored"]
+    caption = (
         f"analytic needs: NFE at which the best analytic solver equals OLSS. scored: on all {report.held_out} "
         "samples, of those tried; the others were dropped after a few."
     )
-    table.caption_justify = "left"
+    table = _table(_title(report), columns, caption, words="which")
+    for nfe in report.nfes:
+        if any(candidate.kind != ANALYTIC for candidate in report.at(nfe, partial=True)):
+            table.add_row(*_summary_row(report, nfe))
     return table
+
+
+def _table(title: str, columns: Sequence[str], caption: str, *, words: str = "") -> Table:
+    """Columns of figures; the one called `words` is of words."""
+    headings = [Column(name, justify="left" if name == words else "right") for name in columns]
+    left: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
+    return Table(*headings, box=box.SIMPLE_HEAD, title=title, title_style="bold", caption=caption or None, **left)
 
 
 def _summary_row(report: Report, nfe: int) -> list[str]:
@@ -72,13 +77,10 @@ def _summary_row(report: Report, nfe: int) -> list[str]:
 
 def guidance_table(report: Report) -> Table:
     """Guidance scales down; for each NFE the error of the accepted plan and its ratio to the best analytic one's."""
-    table = Table(box=box.SIMPLE_HEAD, title="RMSE at guidance scales", title_justify="left", title_style="bold")
-    table.add_column("guidance", justify="right")
-    table.caption, table.caption_justify = "(ratio to the best analytic plan)", "left"
     rows = {(row.scale, row.nfe): row for row in report.guidance}
     nfes = sorted({row.nfe for row in report.guidance})
-    for nfe in nfes:
-        table.add_column(f"{nfe} NFE", justify="right")
+    columns = ["guidance", *(f"{nfe} NFE" for nfe in nfes)]
+    table = _table("RMSE at guidance scales", columns, "(ratio to the best analytic plan)")
     for scale in sorted({row.scale for row in report.guidance}):
         cells = [rows.get((scale, nfe)) for nfe in nfes]
         table.add_row(f"{scale:g}", *(f"{c.tuned:.4f} ({c.tuned / c.analytic:.2f})" if c else "-" for c in cells))
@@ -87,23 +89,16 @@ def guidance_table(report: Report) -> Table:
 
 def solver_table(report: Report) -> Table:
     """Solver families down, NFE across, each at its best order and spacing; the best of a column in bold."""
-    table = Table(box=box.SIMPLE_HEAD, title=_title(report), title_justify="left", title_style="bold")
-    table.add_column("solver (best order and spacing)")
-    for nfe in report.nfes:
-        table.add_column(f"{nfe} NFE", justify="right")
+    words = "solver (best order and spacing)"
+    dropped = any(candidate.samples < report.held_out for candidate in report.candidates)
+    caption = f"~ dropped after a few samples; all others are on {report.held_out}." if dropped else ""
+    table = _table(_title(report), [words, *(f"{nfe} NFE" for nfe in report.nfes)], caption, words=words)
     best = {nfe: min(each.mean for each in report.at(nfe, partial=True)) for nfe in report.nfes}
-    rows = [*families(report.candidates).items(), *_fitted_rows(report)]
-    for name, members in rows:
+    for name, members in [*families(report.candidates).items(), *_fitted_rows(report)]:
         table.add_row(escape(name), *(_cell(members.get(nfe), report, best[nfe]) for nfe in report.nfes))
     if any(is_olss(candidate.kind) for candidate in report.candidates):
         table.add_section()
-        table.add_row(
-            "best analytic equals OLSS at",
-            *(equivalent(report, report.olss(nfe)) for nfe in report.nfes),
-        )
-    if any(candidate.samples < report.held_out for candidate in report.candidates):
-        table.caption = f"~ dropped after a few samples; all others are on {report.held_out}."
-        table.caption_justify = "left"
+        table.add_row("best analytic equals OLSS at", *(equivalent(report, report.olss(nfe)) for nfe in report.nfes))
     return table
 
 
@@ -145,14 +140,8 @@ def render(table: Table, *, width: int | None = None) -> str:
     """As text: with colours where standard output is a terminal, else plain. `width` defaults to the terminal's."""
     terminal = sys.stdout.isatty()
     width = width or max(80, shutil.get_terminal_size((110, 24)).columns)
-    console = Console(
-        file=io.StringIO(),
-        width=width,
-        force_terminal=terminal,
-        no_color=not terminal,
-        highlight=False,
-        legacy_windows=False,
-    )
+    how: dict[str, Any] = {"force_terminal": terminal, "no_color": not terminal, "highlight": False}
+    console = Console(file=io.StringIO(), width=width, legacy_windows=False, **how)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
