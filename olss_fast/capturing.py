@@ -11,7 +11,6 @@ unused ones before it keep their column, so that a generator's stream falls on t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +22,11 @@ from olss_fast._capture_arguments import GRIDS, checked_arguments, config_of
 from olss_fast._capture_levels import check_falling, levels_of, noising, with_final_levels
 from olss_fast._capture_refusals import check_protocol, linear_advice, refuse_known
 from olss_fast._capture_run import Driver, Trace
+from olss_fast._captured_facts import CapturedFacts, captured_facts, scheduler_class
 from olss_fast._device import plain_defaults
-from olss_fast.errors import InputError, ScheduleError
+from olss_fast._from_diffusers import MOST_TIMESTEPS, check_config
+from olss_fast._text import quoted
+from olss_fast.errors import InputError, OlssError, ScheduleError
 from olss_fast.plan import Floats, Plan
 
 LINEARITY = 1e-9
@@ -82,10 +84,18 @@ def capture(
         sigmas=[*levels.sigmas, 0.0],
     )
     plan = with_final_levels(plan, levels, driver.name, begun=driver.begin > 0)
-    record = _record(driver, scheduler, steps, arguments, stepping, noising(driver, trace.scales, plan))
-    return plan.replace(
-        metadata={"method": "captured", "title": _title(scheduler), "scheduler": record, **levels.metadata}
+    facts = CapturedFacts(
+        class_name=driver.name,
+        config={key: value for key, value in config_of(scheduler).items() if not key.startswith("_")},
+        steps=steps,
+        arguments=arguments,
+        step_arguments=stepping,
+        begin=driver.begin,
+        order=driver.order,
+        **noising(driver, trace.scales, plan),
     )
+    named = {"method": "captured", "title": _title(scheduler), "scheduler": facts.to_json()}
+    return plan.replace(metadata={**named, **levels.metadata})
 
 
 @plain_defaults()
@@ -99,21 +109,48 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
         InputError: the plan was not captured, diffusers has no such class, or the class makes another plan of the
             stored config, because the scheduler was altered by hand or diffusers is another version.
     """
-    facts = _facts(plan)
-    scheduler, step_arguments = _scheduler(facts), facts["step_arguments"]
-    stored = {"begin": facts["begin"], "steps": facts["steps"], **facts["arguments"]}
-    again = capture(scheduler, step_arguments=step_arguments, **stored)
+    facts = captured_facts(plan)
+    if facts is None:
+        raise InputError(
+            f"this plan's method is {plan.metadata.get('method')!r}; only captured plans can be derived again: capture "
+            "the scheduler, or make the analytic plan anew"
+        )
+    changes = {name: value for name, value in {"begin": begin, "steps": steps}.items() if value is not None}
+    changes |= changed_arguments
+    what = "".join(f", with {name}={quoted(value)}" for name, value in changes.items())
+    kind = scheduler_class(facts.class_name)
+    if kind is None:
+        raise InputError(
+            f"this plan was captured from {facts.class_name}, and only classes of diffusers can be derived again "
+            f"(diffusers has no scheduler {facts.class_name}); for this run capture the scheduler itself{what}"
+        )
+    check_config(facts.config)
+    for name, value in {**facts.config, **facts.arguments}.items():
+        if isinstance(value, int) and abs(value) > MOST_TIMESTEPS:  # lists that long would be made
+            raise InputError(f"{name} of this captured plan is {quoted(value)}; expected at most {MOST_TIMESTEPS}")
+    try:
+        return _captured_again(plan, kind.from_config(facts.config), facts, changes)
+    except InputError:
+        raise
+    except Exception as error:  # of diffusers' own, from a config that somebody may have altered
+        detail = str(error) if isinstance(error, OlssError) else f"{type(error).__name__}: {quoted(str(error), 200)}"
+        raise InputError(f"this plan of {facts.class_name} cannot be derived again{what}: {detail}") from error
+
+
+def _captured_again(plan: Plan, scheduler: Any, facts: CapturedFacts, changes: dict[str, Any]) -> Plan:
+    """With `changes` of the arguments of `capture`, once the plan itself has come out again."""
+    stored = {"begin": facts.begin, "steps": facts.steps, **facts.arguments}
+    again = capture(scheduler, step_arguments=facts.step_arguments, **stored)
     if again.rows.shape != plan.rows.shape or not np.allclose(again.rows, plan.rows, rtol=1e-6, atol=1e-6):
         raise InputError(
-            f"{facts['class']} with the config of this plan makes other rows than the plan has; capture the scheduler "
-            "itself again"
+            f"{facts.class_name} with the config of this plan makes other rows than the plan has; capture the "
+            "scheduler itself again"
         )
-    if steps is not None:
-        stored = {key: value for key, value in stored.items() if key not in GRIDS} | {"steps": steps}
-    elif set(GRIDS) & set(changed_arguments):
+    if "steps" in changes:
+        stored = {key: value for key, value in stored.items() if key not in GRIDS}
+    elif set(GRIDS) & set(changes):
         stored["steps"] = None
-    starts = {} if begin is None else {"begin": begin}
-    return capture(scheduler, step_arguments=step_arguments, **{**stored, **starts, **changed_arguments})
+    return capture(scheduler, step_arguments=facts.step_arguments, **{**stored, **changes})
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -206,66 +243,3 @@ def _title(scheduler: Any) -> str:
     notes += [kind for kind in kinds if config.get(f"use_{kind}_sigmas")]
     notes += ["lu"] if config.get("use_lu_lambdas") else []
     return type(scheduler).__name__ + (f" ({', '.join(notes)})" if notes else "")
-
-
-def _record(
-    driver: Driver,
-    scheduler: Any,
-    steps: int | None,
-    arguments: Mapping[str, Any],
-    stepping: Mapping[str, Any],
-    states: Mapping[str, Any],
-) -> str:
-    config = {key: value for key, value in config_of(scheduler).items() if not key.startswith("_")}
-    facts = {
-        "class": driver.name,
-        "config": config,
-        "steps": steps,
-        "arguments": arguments,
-        "step_arguments": stepping,
-        "begin": driver.begin,
-        "order": driver.order,
-        **states,
-    }
-    try:
-        return json.dumps(facts, default=_plain, separators=(",", ":"))
-    except (TypeError, ValueError) as cause:
-        raise InputError(
-            f"{driver.name} cannot be written down: {cause}; expected numbers, text and lists of them in its config "
-            "and arguments"
-        ) from cause
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    raise TypeError(f"there is a {type(value).__name__} among config and arguments")
-
-
-def _facts(plan: Plan) -> dict[str, Any]:
-    if plan.metadata.get("method") != "captured" or "scheduler" not in plan.metadata:
-        raise InputError(
-            f"this plan's method is {plan.metadata.get('method')!r}; only captured plans can be derived again: capture "
-            "the scheduler, or make the analytic plan anew"
-        )
-    try:
-        facts = json.loads(plan.metadata["scheduler"])
-        expected = {"class": str, "config": dict, "arguments": dict, "step_arguments": dict, "begin": int}
-        for key, kind in expected.items():
-            if not isinstance(facts[key], kind):
-                raise TypeError(f"{key} is {facts[key]!r}")
-        facts["steps"]
-    except (ValueError, TypeError, KeyError) as cause:
-        raise InputError(f"metadata['scheduler'] of this plan is not what capture writes: {cause!r}") from cause
-    return dict(facts)
-
-
-def _scheduler(facts: Mapping[str, Any]) -> Any:
-    import diffusers
-
-    kind = getattr(diffusers.schedulers, facts["class"], None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise InputError(
-            f"diffusers {diffusers.__version__} has no scheduler {facts['class']}; capture the scheduler itself"
-        )
-    return kind.from_config(facts["config"])  # type: ignore[no-untyped-call]

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast._captured_facts import CapturedFacts, captured_facts, scheduler_class
 from olss_fast._from_diffusers import check_config
 from olss_fast._text import quoted
-from olss_fast.adapters.diffusers.plan_book import Entry, captured_facts, is_captured, name_of, scheduler_class
+from olss_fast.adapters.diffusers.plan_book import Entry, name_of
 from olss_fast.errors import InputError
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Integers, Plan
@@ -59,8 +60,8 @@ class Latents:
 
 def latents_of(plan: Plan, network: Mapping[str, Any] | None) -> Latents:
     """Of a plan in the slot of a scheduler with the config `network`. InputError for facts that cannot be read."""
-    if is_captured(plan):
-        return _captured(plan)
+    if facts := captured_facts(plan):
+        return _captured(plan, facts)
     scaling = network is not None and network.get("_class_name") in SCALING
     scales = np.maximum(plan.alphas[:-1], LEAST_SIGNAL) if scaling else np.ones(plan.nfe)
     return _scaled(plan, scales)
@@ -71,29 +72,26 @@ def untimed_amplitude(plan: Plan) -> float | None:
 
     None where the plan was not captured, diffusers has no such class, or this one says nothing of the kind.
     """
-    if not is_captured(plan):
-        return None
     facts = captured_facts(plan)
-    kind = scheduler_class(facts["class"])
-    if kind is None:
+    kind = None if facts is None else scheduler_class(facts.class_name)
+    if facts is None or kind is None:
         return None
-    check_config(facts["config"])
+    check_config(facts.config)
     try:
-        value = getattr(kind.from_config(facts["config"]), "init_noise_sigma", None)
+        value = getattr(kind.from_config(facts.config), "init_noise_sigma", None)
     except Exception as error:  # of diffusers' own, from a config that somebody may have altered
-        raise InputError(f"no {facts['class']} can be made of the config in {name_of(plan)}: {error}") from error
+        raise InputError(f"no {facts.class_name} can be made of the config in {name_of(plan)}: {error}") from error
     return None if value is None else float(value)
 
 
-def _captured(plan: Plan) -> Latents:
-    facts = captured_facts(plan)
-    scales = _numbers(plan, facts, "scales", (plan.nfe,))
+def _captured(plan: Plan, facts: CapturedFacts) -> Latents:
+    scales = _numbers(plan, "scales", facts.scales, (plan.nfe,))
     if scales is not None and not np.all(scales > 0.0):
-        raise InputError(f"the scales of {name_of(plan)} are {quoted(facts['scales'])}; expected positive numbers")
+        raise InputError(f"the scales of {name_of(plan)} are {quoted(facts.scales)}; expected positive numbers")
     latents = _scaled(plan, np.ones(plan.nfe) if scales is None else scales)
-    noised = _numbers(plan, facts, "noised", (plan.nfe + 1, 2))
+    noised = _numbers(plan, "noised", facts.noised, (plan.nfe + 1, 2))
     alphas, sigmas = (latents.alphas, latents.sigmas) if noised is None else noised.T
-    return Latents(latents.scales, alphas, sigmas, bool(facts.get("noised_by_index")))
+    return Latents(latents.scales, alphas, sigmas, bool(facts.noised_by_index))
 
 
 def _scaled(plan: Plan, scales: Floats) -> Latents:
@@ -102,8 +100,7 @@ def _scaled(plan: Plan, scales: Floats) -> Latents:
     return Latents(scales, plan.alphas / ends, plan.sigmas / ends)
 
 
-def _numbers(plan: Plan, facts: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Floats | None:
-    value = facts.get(name)
+def _numbers(plan: Plan, name: str, value: Any, shape: tuple[int, ...]) -> Floats | None:
     if value is None:
         return None
     try:

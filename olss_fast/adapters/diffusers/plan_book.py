@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast._from_diffusers import MOST_TIMESTEPS, check_config
+from olss_fast._captured_facts import MOST_STEPS, CapturedFacts, captured_facts, scheduler_class
+from olss_fast._from_diffusers import check_config
 from olss_fast._text import quoted
-from olss_fast.errors import InputError, OlssError, ScheduleError
+from olss_fast.capturing import recapture
+from olss_fast.errors import InputError, ScheduleError
 from olss_fast.executors.stepwise import check_runnable
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Floats, Plan
@@ -26,7 +28,6 @@ from olss_fast.truncation import is_analytic, rederive, schedule_of, truncate
 
 REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
 SHOWN, WIDTH = 8, 120  # plans and characters a line of a summary
-MOST_STEPS = 10_000  # that metadata may speak of; far beyond every sampler
 GRIDS = ("timesteps", "sigmas")
 
 
@@ -106,8 +107,8 @@ class PlanBook:
             raise InputError(problem)
         if begin == entry.begin:
             return plan
-        if is_captured(plan):
-            return self._remember(f"{_key(plan)} {begin}", lambda: recaptured(plan, begin=begin))
+        if captured_facts(plan):
+            return self._remember(f"{_key(plan)} {begin}", lambda: recapture(plan, begin=begin))
         if entry.begin == 0 and is_analytic(plan):
             schedule = self.schedule or schedule_of(plan)
             return self._remember(f"{_key(plan)} {begin}", lambda: truncate(plan, schedule, begin))
@@ -119,8 +120,8 @@ class PlanBook:
 
     def _grid(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
         """The plan on the timesteps, sigmas or mu that are asked for."""
-        if is_captured(plan):
-            return self._captured(plan, steps, asked)
+        if facts := captured_facts(plan):
+            return self._captured(plan, facts, steps, asked)
         unknown = sorted(set(asked) - {"timesteps", "sigmas", "mu"})
         if unknown or not _is_plain(asked.get("sigmas"), steps):
             what = ", ".join(unknown) or "sigmas"
@@ -139,14 +140,13 @@ class PlanBook:
         schedule = self._known_schedule(plan)
         return self._remember(f"{_key(plan)} {np.asarray(times).tolist()}", lambda: rederive(plan, schedule, times))
 
-    def _captured(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
-        facts = captured_facts(plan)
+    def _captured(self, plan: Plan, facts: CapturedFacts, steps: int, asked: Mapping[str, Any]) -> Plan:
         changed = {name: value for name, value in asked.items() if not _is_met(name, value, steps, facts)}
         _check_shifted(plan, facts, asked, changed)
-        if not changed and (not facts["begin"] or scheduler_class(facts["class"]) is None):
+        if not changed and (not facts.begin or scheduler_class(facts.class_name) is None):
             return plan
         key = f"{_key(plan)} {json.dumps(changed, sort_keys=True, default=str)}"
-        return self._remember(key, lambda: recaptured(plan, begin=0, **changed))
+        return self._remember(key, lambda: recapture(plan, begin=0, **changed))
 
     def _entry(self, plan: Plan, steps: int) -> Entry:
         begin = begin_of(plan)
@@ -154,8 +154,8 @@ class PlanBook:
         first, second = plan.timesteps[0], plan.timesteps[min(1, plan.nfe - 1)]
         noisiest = schedule.first if schedule is not None else first + (begin * (first - second) or begin)
         fillers = np.linspace(noisiest, first, begin + 1)[:-1]
-        order = captured_facts(plan)["order"] if is_captured(plan) else 1
-        return Entry(plan, steps, begin, order, np.concatenate([fillers, plan.timesteps]))
+        facts = captured_facts(plan)
+        return Entry(plan, steps, begin, facts.order if facts else 1, np.concatenate([fillers, plan.timesteps]))
 
     def _known_schedule(self, plan: Plan) -> NoiseSchedule:
         schedule = self.schedule
@@ -184,85 +184,26 @@ def training_schedule(network: Mapping[str, Any]) -> NoiseSchedule | None:
         return None
 
 
-def is_captured(plan: Plan) -> bool:
-    return plan.metadata.get("method") == "captured" and "scheduler" in plan.metadata
-
-
-def captured_facts(plan: Plan) -> dict[str, Any]:
-    """What `capture` noted of its scheduler. InputError if it cannot be read."""
-    try:
-        facts: dict[str, Any] = {"step_arguments": {}, "order": 1, "config": {}} | dict(
-            json.loads(plan.metadata["scheduler"])
-        )
-        kinds = {"class": str, "config": dict, "arguments": dict, "step_arguments": dict, "begin": int, "order": int}
-        for name, kind in kinds.items():
-            if not isinstance(facts[name], kind):
-                raise TypeError(f"{name} is {quoted(facts[name])}")
-        steps = facts["steps"] if facts["steps"] is not None else 1
-        if not (0 <= facts["begin"] < MOST_STEPS and 1 <= facts["order"] <= MOST_STEPS and 1 <= steps <= MOST_STEPS):
-            raise ValueError(f"begin {facts['begin']}, order {facts['order']} and {steps} steps cannot be")
-        return facts
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"metadata['scheduler'] of a captured plan cannot be read: {quoted(str(error), 200)}; capture the "
-            "scheduler again"
-        ) from error
-
-
-def scheduler_class(name: str) -> Any:
-    """The scheduler class of diffusers with this name; None where there is none."""
-    import diffusers
-
-    kind = getattr(diffusers.schedulers, name, None)
-    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "step")
-    return kind if known else None
-
-
-def recaptured(plan: Plan, **changes: Any) -> Plan:
-    """`olss_fast.capturing.recapture`, with InputError for whatever a config or an argument makes impossible."""
-    from olss_fast.capturing import recapture
-
-    facts = captured_facts(plan)
-    what = ", ".join(f"{name}={quoted(value)}" for name, value in changes.items())
-    if scheduler_class(facts["class"]) is None:
-        raise InputError(
-            f"this plan was captured from {facts['class']}, and only classes of diffusers can be derived again; for "
-            f"this run capture the scheduler itself with {what}"
-        )
-    check_config(facts["config"])
-    for name, value in {**facts["config"], **facts["arguments"]}.items():
-        if isinstance(value, int) and abs(value) > MOST_TIMESTEPS:  # lists that long would be made
-            raise InputError(f"{name} of this captured plan is {quoted(value)}; expected at most {MOST_TIMESTEPS}")
-    try:
-        return recapture(plan, **changes)
-    except InputError:
-        raise
-    except Exception as error:  # of diffusers' own, from a config that somebody may have altered
-        detail = str(error) if isinstance(error, OlssError) else f"{type(error).__name__}: {quoted(str(error), 200)}"
-        raise InputError(f"{name_of(plan)} cannot be derived again with {what}: {detail}") from error
-
-
 def steps_of(plan: Plan) -> int:
     """The `num_inference_steps` that a plan answers to: metadata, what it was captured at, or its evaluations."""
-    begin = begin_of(plan)
+    begin, facts = begin_of(plan), captured_facts(plan)
     if "num_inference_steps" in plan.metadata:
         steps = _metadata_number(plan, "num_inference_steps")
-        if begin and not is_captured(plan) and steps - begin != plan.nfe:
+        if begin and not facts and steps - begin != plan.nfe:
             raise InputError(
                 f"the metadata of {name_of(plan)} says that it begins at step {begin} of {steps}, which leaves "
                 f"{steps - begin} evaluations; correct them with plan.replace(metadata=…)"
             )
         return steps
-    if is_captured(plan):
-        facts = captured_facts(plan)
-        return int(facts["steps"] or (begin + plan.nfe + facts["order"] - 1) // facts["order"])
+    if facts:
+        return facts.steps or (begin + plan.nfe + facts.order - 1) // facts.order
     return plan.nfe
 
 
 def begin_of(plan: Plan) -> int:
     """The index of the timestep where the plan's first evaluation stands."""
-    if is_captured(plan):
-        return int(captured_facts(plan)["begin"])
+    if facts := captured_facts(plan):
+        return facts.begin
     return _metadata_number(plan, "begin") if "begin" in plan.metadata else 0
 
 
@@ -315,9 +256,9 @@ def _count(asked: Mapping[str, Any]) -> int | None:
     return None if sigmas is None else len(sigmas) - int(float(sigmas[-1]) == 0.0)
 
 
-def _is_met(name: str, value: Any, steps: int, facts: Mapping[str, Any]) -> bool:
+def _is_met(name: str, value: Any, steps: int, facts: CapturedFacts) -> bool:
     """Whether a captured plan already has an argument: the same, or the plain grid where it was captured on its own."""
-    arguments = facts["arguments"]
+    arguments = facts.arguments
     if name in arguments:
         return _equal(value, arguments[name]) or (name == "sigmas" and _is_plain(value, steps))
     return name == "sigmas" and "timesteps" in arguments and _is_plain(value, steps)
@@ -328,12 +269,12 @@ def _is_plain(sigmas: Any, steps: int) -> bool:
     return sigmas is None or _equal(sigmas, np.linspace(1.0, 1.0 / steps, steps))
 
 
-def _check_shifted(plan: Plan, facts: Mapping[str, Any], asked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+def _check_shifted(plan: Plan, facts: CapturedFacts, asked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
     """InputError for another grid without the mu that its scheduler would ask for as well."""
     grids = [name for name in GRIDS if name in changed]
-    if grids and facts["config"].get("use_dynamic_shifting") and "mu" not in asked:
+    if grids and facts.config.get("use_dynamic_shifting") and "mu" not in asked:
         raise InputError(
-            f"set_timesteps was asked for {grids[0]} without mu, and the {facts['class']} that {name_of(plan)} was "
+            f"set_timesteps was asked for {grids[0]} without mu, and the {facts.class_name} that {name_of(plan)} was "
             "captured from shifts them by the size of the image (use_dynamic_shifting): pass mu as well"
         )
 

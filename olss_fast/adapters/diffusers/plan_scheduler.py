@@ -42,9 +42,10 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from olss_fast._captured_facts import captured_facts
 from olss_fast._text import quoted
 from olss_fast.adapters.diffusers.levels import latents_of, noise_levels, untimed_amplitude
-from olss_fast.adapters.diffusers.plan_book import PlanBook, captured_facts, is_captured, name_of, whole
+from olss_fast.adapters.diffusers.plan_book import PlanBook, name_of, whole
 from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_from, plans_to_config, visible_config
 from olss_fast.adapters.diffusers.sessions import Loaded, OwnSession, Session, Sessions
 from olss_fast.adapters.diffusers.stand_in import StandIn, check_slot
@@ -341,16 +342,14 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         layout = lay_out(plan, latents.scales)
         for dtype in (torch.float16, torch.float32):
             layout.weights_on(device, layout.dtype_of_sums(dtype, device))
-        noise_of = captured_facts(plan)["class"] if plan.noises and is_captured(plan) else ""
-        return Loaded(layout, latents, noise_of)
+        facts = captured_facts(plan) if plan.noises else None
+        return Loaded(layout, latents, facts.class_name if facts else "")
 
     def _stands_for(self) -> Mapping[str, Any] | None:
         """The config of the scheduler that the plan was captured from, else of the network's."""
         plan = self.plans[0] if (entry := self._session.entry) is None else entry.plan
-        if not is_captured(plan):
-            return self._book.network
         facts = captured_facts(plan)
-        return {**facts["config"], "_class_name": facts["class"]}
+        return facts.network_config if facts else self._book.network
 
     def _check_arguments(self, eta: float | None, other: Mapping[str, Any]) -> None:
         """InputError for an argument of `step` that asks for what the plan does not do."""
@@ -372,7 +371,8 @@ def _noise_dtype(kind: str, sample: Any) -> torch.dtype | None:
 
 
 def _closing(plan: Plan) -> list[float]:
-    return [0.0] if is_captured(plan) and captured_facts(plan)["class"] in ENDS_AT_CLEAN else []
+    facts = captured_facts(plan)
+    return [0.0] if facts and facts.class_name in ENDS_AT_CLEAN else []
 
 
 def _shape(tensor: Any) -> Any:

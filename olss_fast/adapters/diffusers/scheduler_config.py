@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast.adapters.diffusers.plan_book import captured_facts, is_captured
+from olss_fast._captured_facts import captured_facts
 from olss_fast.errors import InputError, OlssError
 from olss_fast.plan import Plan
 
@@ -44,8 +44,7 @@ def network_config(scheduler: Any, plans: Sequence[Plan]) -> Config | None:
     """The config of the network's scheduler: given, that of another PlanScheduler, or of what a plan was captured "
     "from."""
     if scheduler is None:
-        facts = next((captured_facts(plan) for plan in plans if is_captured(plan)), None)
-        return None if facts is None else {**facts.get("config", {}), "_class_name": facts.get("class")}
+        return next((facts.network_config for plan in plans if (facts := captured_facts(plan))), None)
     config = scheduler if isinstance(scheduler, Mapping) else getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
         raise InputError(

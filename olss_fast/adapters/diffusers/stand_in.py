@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from olss_fast.adapters.diffusers.plan_book import scheduler_class
+from olss_fast._captured_facts import scheduler_class
 from olss_fast.errors import InputError
 
 OFFERED = ["model_output", "timestep", "sample"]
@@ -65,8 +65,6 @@ def _check_combined(pipe: Any) -> None:
 
 def _pipelines_within(pipe: Any) -> Iterator[str]:
     """Names of the attributes that are pipelines with a scheduler."""
-    from diffusers import DiffusionPipeline
-
     for name, part in vars(pipe).items():
         if isinstance(part, DiffusionPipeline) and getattr(part, "scheduler", None) is not None:
             yield name

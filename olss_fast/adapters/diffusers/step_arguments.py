@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from olss_fast._captured_facts import captured_facts, scheduler_class
 from olss_fast._text import quoted
-from olss_fast.adapters.diffusers.plan_book import captured_facts, is_captured, name_of, scheduler_class
+from olss_fast.adapters.diffusers.plan_book import name_of
 from olss_fast.errors import InputError
 from olss_fast.plan import Floats, Plan
 
@@ -83,13 +84,12 @@ class StepArguments:
 
 def step_arguments_of(plan: Plan) -> StepArguments:
     """InputError for a captured plan whose facts cannot be read."""
-    if not is_captured(plan):
+    if (facts := captured_facts(plan)) is None:
         return StepArguments(name_of(plan), {}, ORDER)
-    facts = captured_facts(plan)
-    optional = _optional(facts["class"])
+    optional = _optional(facts.class_name)
     defaults = {name: value for name, value in optional.items() if name not in OURS}
     dropped = SOMETIMES - optional.keys() if optional else frozenset[str]()
-    return StepArguments(name_of(plan), {**defaults, **facts["step_arguments"]}, (*optional,) or ORDER, dropped)
+    return StepArguments(name_of(plan), {**defaults, **facts.step_arguments}, (*optional,) or ORDER, dropped)
 
 
 @cache
