@@ -28,10 +28,11 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        ("version", 2, "written in version 2 of the format; .* reads version 1: build the engine again"),
+        ("version", 1, "written in version 1 of the format; .* reads version 2: build the engine again"),
+        ("version", 3, "written in version 3 of the format; .* reads version 2: build the engine again"),
         ("version", True, "written in version True"),
-        ("version", "1", "written in version '1'"),
-        ("version", 1.0, "version is 1.0; expected int"),
+        ("version", "2", "written in version '2'"),
+        ("version", 2.0, "version is 2.0; expected int"),
         ("format", "olss_fast.plan", "its format is 'olss_fast.plan'; expected 'olss_fast.engine'"),
         ("notice", 3, "notice is 3; expected str"),
         ("built_with.torch", None, "built_with.torch is None; expected str"),
@@ -105,7 +106,29 @@ def test_manifests_that_say_what_cannot_be(hostile: Path, where: str, value: Any
     parts = light()
     *above, last = (int(each) if each.isdigit() else each for each in where.split("."))
     functools.reduce(lambda tree, key: tree[key], above, parts.manifest)[last] = value
-    refuses(hostile, parts.file(), message)
+    refuses(hostile, (parts.bound() if where.startswith(("inputs", "doubled")) else parts).file(), message)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("dtype", "float64"),
+        ("profile.max", [8, 2, 16, 24]),
+        ("profile.multiple", [1, 1, 2, 2]),
+        ("doubled", False),
+        ("inputs.0.dtype", "int32"),
+        ("inputs.0.shape", ["batch", 1]),
+        ("inputs.0.shape", [1]),
+        ("inputs", []),
+        ("machine.device", "cuda"),
+    ],
+)
+def test_manifests_that_the_code_was_not_compiled_for(hostile: Path, where: str, value: Any) -> None:
+    parts = light()
+    *above, last = (int(each) if each.isdigit() else each for each in where.split("."))
+    functools.reduce(lambda tree, key: tree[key], above, parts.manifest)[last] = value
+    name = where.removeprefix("machine.").partition(".")[0]
+    refuses(hostile, parts.hashed().file(), f"its {name} is .* and its code was compiled for .*: build it again")
 
 
 @pytest.mark.parametrize("member", list(EngineBytes().manifest))
@@ -131,7 +154,7 @@ def test_other_machines_and_versions(hostile: Path, where: str, value: Any, mess
     parts = light()
     holder, last = where.split(".")
     parts.manifest[holder][last] = value
-    refuses(hostile, parts.file(), message, MachineError)
+    refuses(hostile, parts.bound().file(), message, MachineError)
 
 
 def test_all_that_does_not_fit_a_machine_is_named_at_once(hostile: Path) -> None:
@@ -173,11 +196,11 @@ def with_text(old: str, new: str) -> bytes:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 1', '"version": NaN', "NaN is not JSON"),
+        ('"version": 2', '"version": NaN', "NaN is not JSON"),
         ('"guidance_scale": 1.5', '"guidance_scale": Infinity', "Infinity is not JSON"),
         ('"guidance_scale": 1.5', '"guidance_scale": 1e999', "the number '1e999' is out of range"),
         ('"guidance_scale": 1.5', '"guidance_scale": ' + "9" * 5000, "is not valid JSON"),
-        ('"version": 1', '"version": 1, "version": 1', "a name occurs twice"),
+        ('"version": 2', '"version": 2, "version": 2', "a name occurs twice"),
         ('"unused": [', '"unused": [' + "[" * 100000, "is not valid JSON"),
         ('"unused": [', '"unused": [' + '{"a":' * 900, "is not valid JSON"),
         ('"network": "', '"network": "\\ud800', "is not valid JSON .*ud800"),
@@ -273,7 +296,7 @@ def renamed(old: str, new: str) -> EngineBytes:
         ("code/network.so", "", "it holds the tensor ''|expected a name that can be printed"),
         ("plans/two", "plans/../two", "it holds the plans .*'../two'.* and names"),
         ("plans/two", "plans/other", "it holds the plans"),
-        ("plans/two", "weights/two", "it holds the plans"),
+        ("plans/two", "weights/two", "its weight .two. is .* compiled for none"),
         ("unconditional/labels", "unconditional/y", "unconditional argument 'y' is none of its inputs"),
         ("weights/time.bias", "weights/a\x00b", "named 'weights/a.x00b'; expected a name that can be printed"),
         ("weights/time.bias", "weights/a\nb", "expected a name that can be printed"),
@@ -320,7 +343,8 @@ def test_tensors_that_do_not_fit(hostile: Path, name: str, tensor: Any, message:
 def with_layout(name: str, entry: dict[str, Any], tensor: tuple[str, list[Any], bytes]) -> bytes:
     """Another weight, and the layout that fits it."""
     parts = light()
-    layout = json.loads(parts.tensors["code/weights.json"][2]) | {name: entry}
+    layout = json.loads(parts.tensors["code/weights.json"][2])
+    layout["weights"][name] = entry
     text = json.dumps(layout).encode()
     parts.tensors |= {"code/weights.json": ("U8", [len(text)], text), f"weights/{name}": tensor}
     if entry["strides"] is not None:
@@ -376,4 +400,4 @@ def test_a_branched_plan_in_an_engine_without_guidance(hostile: Path) -> None:
     parts = light()
     parts.manifest |= {"doubled": False, "guidance_scale": 1.0}
     parts.tensors.pop("unconditional/labels")
-    refuses(hostile, parts.hashed().file(), "plan 'split' needs .* guidance that the engine has not")
+    refuses(hostile, parts.bound().file(), "plan 'split' needs .* guidance that the engine has not")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -122,6 +123,36 @@ def test_format_has_not_moved() -> None:
     plan = Plan(timesteps=[999], rows=[[1, 0], [2, -1]], alphas=[0.5, 1], sigmas=[0.75, 0], metadata={"method": "ddim"})
     assert_same(plan_from_bytes(written), plan)
     # The order of the tensors is the safetensors library's; a release that changes it is worth knowing about.
+    assert plan_to_bytes(plan) == written
+
+
+def test_files_of_earlier_releases_are_read_and_written_again_to_the_bit() -> None:
+    """The golden file was written at commit e2964f2, by the safetensors library."""
+    golden = Path(__file__).parent / "golden" / "plan_v1.safetensors"
+    plan = load_plan(golden)
+    assert (plan.nfe, plan.columns, plan.branches, plan.noises) == (4, 12, 2, 3)
+    assert plan.timesteps.tolist() == [901.5, 600, 310.25, 1 / 3]
+    assert plan.models.tolist() == [0, 1, 1, 0]
+    assert plan.rows[2, 0] == 5e-324
+    assert plan.metadata == {"method": "golden", "note": '𝛼→∞ "quoted" \\ \x7f\n', "sha256": "0" * 64}
+    assert plan_to_bytes(plan) == golden.read_bytes()
+
+
+@pytest.mark.parametrize("steps", [600, 1000])  # 2.8 and 7.7 MiB
+def test_large_files_of_earlier_releases_are_read_and_written_again_to_the_bit(steps: int) -> None:
+    """As that release wrote them: by the safetensors library, one SHA-256 of all with 64 zeros in its place."""
+    plan = make_plan(steps=steps)
+    entry = {
+        "sha256": "0" * 64,
+        "branches": 1,
+        "format": "olss_fast.plan",
+        "metadata": dict(plan.metadata),
+        "version": 1,
+    }
+    arrays = {name: np.array(getattr(plan, name)) for name in ("timesteps", "rows", "alphas", "sigmas", "models")}
+    blank = safetensors.numpy.save(arrays, metadata={"olss_fast.plan": json.dumps(entry, separators=(",", ":"))})
+    written = blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1)
+    assert_same(plan_from_bytes(written), plan)
     assert plan_to_bytes(plan) == written
 
 

@@ -319,7 +319,7 @@ def altered(path: Path, out: Path, **changes: Any) -> Path:
     assert isinstance(engine.manifest, dict)
     for member, change in changes.items():
         engine.manifest[member].update(change)
-    out.write_bytes(engine.file())
+    out.write_bytes(engine.bound().file())
     return out
 
 

@@ -16,7 +16,7 @@ constexpr auto kind = Error::Kind::file;
 constexpr std::size_t most_header = std::size_t{16} << 20, piece = std::size_t{4} << 20, most_dimensions = 16;
 constexpr std::int64_t most_bytes = std::int64_t{1} << 40;  // of a file
 constexpr const char* entry_name = "olss_fast.engine";
-constexpr std::int64_t newest_version = 1;
+constexpr std::int64_t newest_version = 2;
 constexpr const char* again = "; copy or build the file again";
 
 struct Dtype {
@@ -121,6 +121,9 @@ void check_version(const Json& manifest) {
         fail(Error::Kind::version, "it was written in version ", *number,
              " of the format, by a newer olss_fast; this runtime reads version ", newest_version,
              "; build the runtime of that olss_fast, or build the engine again with this one");
+    if (*number < newest_version)
+        fail(Error::Kind::version, "it was written in version ", *number, " of the format, by an older olss_fast; this "
+             "runtime reads version ", newest_version, ": build the engine again");
 }
 
 const std::string& claimed_digest(const Json& manifest) {

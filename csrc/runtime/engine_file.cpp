@@ -128,7 +128,7 @@ EngineFile::EngineFile(const std::string& path, const std::optional<std::string>
         check_hash("weights", hash_of_weights(weights), description);
         check_hash("code", hash_of_code(code), description);
         check_code(code);
-        check_layout(*named(code, "weights.json"), weights, description.strides);
+        check_compiled_for(*named(code, "weights.json"), container_->manifest(), weights, description.strides);
         check_truths(weights), check_truths(unconditional);
         if (plan_files.size() != description.plans.size())
             fail(kind, "it holds ", plan_files.size(), " plans and names ", description.plans.size());

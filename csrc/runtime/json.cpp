@@ -1,5 +1,6 @@
 #include "json.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <unordered_set>
@@ -201,9 +202,27 @@ std::string Json::summary() const {
     if (const std::int64_t* integer = as<std::int64_t>()) return concat(*integer);
     if (const double* number = as<double>()) return concat(*number);
     if (const std::string* text = as<std::string>()) return quote(*text);
-    if (const Array* items = as<Array>()) return concat("a list of ", items->size());
-    if (const Object* members = as<Object>()) return concat("an object of ", members->size());
+    std::vector<std::string> parts;
+    const std::size_t most = 8;
+    if (const Array* items = as<Array>()) {
+        for (std::size_t i = 0; i < std::min(most, items->size()); ++i) parts.push_back((*items)[i].summary());
+        return concat("[", listed(parts), items->size() > most ? ", …]" : "]");
+    }
+    if (const Object* members = as<Object>()) {
+        for (std::size_t i = 0; i < std::min(most, members->size()); ++i)
+            parts.push_back(concat(quote((*members)[i].first), ": ", (*members)[i].second.summary()));
+        return concat("{", listed(parts), members->size() > most ? ", …}" : "}");
+    }
     return "null";
+}
+
+bool Json::operator==(const Json& other) const {
+    const Object *members = as<Object>(), *others = other.as<Object>();
+    if (!members || !others) return value == other.value;
+    return members->size() == others->size() && std::all_of(members->begin(), members->end(), [&](const auto& each) {
+               const Json* there = other.find(each.first);
+               return there && each.second == *there;
+           });
 }
 
 Json parse_json(std::string_view text, const std::string& what) { return Parser(text, what).document(); }

@@ -25,6 +25,8 @@ struct Json {
     const Json* find(std::string_view name) const;
     // For error messages: the value in a few words.
     std::string summary() const;
+    // Of the same types and values; the members of objects in any order.
+    bool operator==(const Json& other) const;
 };
 
 // The value that `text` holds, and nothing beside it but white space. Throws Error(file); `what` names the text.

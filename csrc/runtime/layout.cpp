@@ -41,12 +41,29 @@ Entry entry_of(const std::string& name, const Json& json) {
     return {*dtype->as<std::string>(), *shape, numbers(strides)};
 }
 
-Layout expected_of(const TensorView& file) {
+Json read(const TensorView& file) {
     if (file.size > most_bytes) fail(kind, "weights.json has ", file.size, " bytes; expected at most ", most_bytes);
-    const Json json = parse_json({reinterpret_cast<const char*>(file.data), file.size}, "weights.json");
-    if (!json.as<Json::Object>()) fail(kind, "weights.json is ", json.summary(), "; expected an object");
+    return parse_json({reinterpret_cast<const char*>(file.data), file.size}, "weights.json");
+}
+
+void check_manifest(const Json& compiled_for, const Json& manifest) {
+    const Json::Object* members = compiled_for.as<Json::Object>();
+    for (const char* name : {"device", "dtype", "profile", "doubled", "inputs"}) {
+        const Json* here = std::string_view(name) == "device" ? manifest.find("machine")->find(name) : manifest.find(name);
+        const Json* there = compiled_for.find(name);
+        if (!there || !(*here == *there))
+            fail(kind, "its ", name, " is ", here->summary(), " and its code was compiled for ",
+                 there ? there->summary() : "none", ": build it again");
+    }
+    if (members->size() != 6) fail(kind, "weights.json is ", compiled_for.summary(), "; expected one of 6 members");
+}
+
+Layout expected_of(const Json& compiled_for) {
+    const Json* weights = compiled_for.find("weights");
+    if (!weights || !weights->as<Json::Object>())
+        fail(kind, "weights.json is ", compiled_for.summary(), "; expected an object with one of the weights");
     Layout result;
-    for (const auto& [name, each] : *json.as<Json::Object>()) result[name] = entry_of(name, each);
+    for (const auto& [name, each] : *weights->as<Json::Object>()) result[name] = entry_of(name, each);
     return result;
 }
 
@@ -84,9 +101,11 @@ bool dense(const Shape& shape, const Shape& strides) {
 
 }  // namespace
 
-void check_layout(const TensorView& layout, const std::vector<TensorView>& weights,
-                  const std::map<std::string, Shape>& strides) {
-    const Layout expected = expected_of(layout), found = found_in(weights, strides);
+void check_compiled_for(const TensorView& layout, const Json& manifest, const std::vector<TensorView>& weights,
+                        const std::map<std::string, Shape>& strides) {
+    const Json compiled_for = read(layout);
+    const Layout expected = expected_of(compiled_for), found = found_in(weights, strides);
+    check_manifest(compiled_for, manifest);
     Layout all = expected;
     all.insert(found.begin(), found.end());
     for (const auto& [name, each] : all) {

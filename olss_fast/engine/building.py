@@ -27,7 +27,7 @@ from olss_fast.engine.request import Request, checked_request, is_per_sample, na
 from olss_fast.engine.shapes import Profile
 from olss_fast.engine.structure import structure_key
 from olss_fast.engine.verifying import plan_facts
-from olss_fast.engine.weights import LAYOUT, hash_weights, strides_of, to_blob
+from olss_fast.engine.weights import hash_weights, strides_of, to_blob
 from olss_fast.errors import BuildError, EngineFileError, InputError
 from olss_fast.network import Conditioning
 from olss_fast.plan import Plan
@@ -39,6 +39,8 @@ SLACK = 10.0  # what code from the cache may be further from its network than it
 TINY = 1e-30
 CHECKED_TIMES = 8  # of the first plan, at most, at which both are asked
 TIMED_CALLS = 5
+
+Facts = dict[str, Any]  # a manifest, as in a file
 
 
 @takes_old_forms
@@ -87,26 +89,27 @@ def build(
     folder = code_cache.default_folder() if cache is True else Path(cache) if cache else None
     with _stages(progress) as stage:
         stage("look for compiled code")
-        structure = _structure(request, settings)
-        known = _by_structure(request, plans, folder, structure)
+        facts = _facts(request, plans)
+        structure = _structure(request, facts, settings)
+        known = _by_structure(request, plans, facts, folder, structure)
         if known is not None:
             return known
         stage("export")
         exported = export(request.flat, request.inputs(2), request.per_sample, request.profile, request.doubled)
         stage("compile")
-        key, code, seconds = _by_graph(request, exported, settings, folder)
+        key, code, seconds = _by_graph(request, facts, exported, settings, folder)
         stage("check")
         constants = {**exported.state_dict, **exported.constants}
         bound = TOLERANCE[str(request.dtype).removeprefix("torch.")]
-        engine = _checked(_engine(request, plans, code, constants, seconds), request, bound)
+        engine = _checked(_engine(request, plans, facts, code, constants, seconds), request, bound)
         measured = engine.manifest.facts["measured"]
-        for name in {structure, _structure(request, settings)} if folder is not None else ():
+        for name in {structure, _structure(request, facts, settings)} if folder is not None else ():
             code_cache.point(folder, name, key, measured["largest_difference"] / max(measured["largest_output"], TINY))
         return engine
 
 
 def _by_structure(
-    request: Request, plans: Mapping[str, Plan], folder: Path | None, structure: str | None
+    request: Request, plans: Mapping[str, Plan], facts: Facts, folder: Path | None, structure: str | None
 ) -> Engine | None:
     """The engine from code that was compiled of a network of this structure: without tracing it. None if there is none,
     or if it turns out that it is not this network's."""
@@ -118,56 +121,47 @@ def _by_structure(
     code, seconds, difference = found
     bound = SLACK * (difference + torch.finfo(request.dtype).eps)
     try:
-        return _checked(_engine(request, plans, code, tensors, seconds), request, bound)
+        return _checked(_engine(request, plans, facts, code, tensors, seconds), request, bound)
     except (BuildError, EngineFileError):
         return None
 
 
 def _by_graph(
-    request: Request, exported: torch.export.ExportedProgram, settings: dict[str, Any], folder: Path | None
+    request: Request,
+    facts: Facts,
+    exported: torch.export.ExportedProgram,
+    settings: dict[str, Any],
+    folder: Path | None,
 ) -> tuple[str, dict[str, bytes], float]:
     """The graph's key, its code, and the seconds that this took to compile; from the cache where it is there."""
-    key = _key(request, settings, {"graph": graph_text(exported), "strides": strides_of(exported.state_dict)})
+    graph = {"graph": graph_text(exported), "strides": strides_of(exported.state_dict)}
+    key = _key(request, facts, settings, graph)
     found = code_cache.load(folder, key)
     if found is not None:
         return key, *found
     begin = time.perf_counter()
-    code = with_layout(compile_code(exported, settings), exported)
+    code = with_layout(compile_code(exported, settings), exported, manifest.compiled_for(facts))
     seconds = time.perf_counter() - begin
     code_cache.store(folder, key, code, seconds)
     return key, code, seconds
 
 
-def _structure(request: Request, settings: dict[str, Any]) -> str | None:
+def _structure(request: Request, facts: Facts, settings: dict[str, Any]) -> str | None:
     key = structure_key(request.flat)
-    facts = {"structure": key, "profile": request.profile.to_dict(), "fixed": request.fixed, "doubled": request.doubled}
-    return None if key is None else _key(request, settings, facts)
+    return None if key is None else _key(request, facts, settings, {"structure": key, "fixed": request.fixed})
 
 
-def _key(request: Request, settings: dict[str, Any], facts: Mapping[str, object]) -> str:
-    """Of the facts, and of whatever else code depends on."""
-    inputs = [[str(each.dtype), list(each.shape), list(each.stride())] for each in request.inputs()]
-    about = {
-        "versions": machine.versions(),
-        "machine": machine.describe(str(request.device)),
-        "format": [VERSION, LAYOUT],
-    }
-    return code_cache.key_of(
-        {**facts, **about, "inputs": inputs, "settings": repr(sorted({**settings, **SETTINGS}.items()))}
-    )
+def _key(request: Request, facts: Facts, settings: dict[str, Any], about: Mapping[str, object]) -> str:
+    """Of what is told `about` the network, and of whatever else code depends on."""
+    example = [[str(each.dtype), list(each.shape), list(each.stride())] for each in request.inputs()]
+    relied_on = {name: facts[name] for name in ("version", "built_with", "machine")}
+    relied_on |= {"compiled_for": manifest.compiled_for(facts), "example": example}
+    return code_cache.key_of({**about, **relied_on, "settings": repr(sorted({**settings, **SETTINGS}.items()))})
 
 
-def _engine(
-    request: Request,
-    plans: Mapping[str, Plan],
-    code: dict[str, bytes],
-    tensors: Mapping[str, Any],
-    seconds: float,
-) -> Engine:
-    """The engine with a manifest that says all but what running it will tell. tensors: weights as exported code names
-    them; the engine has copies of its own."""
-    weights = {weight_name(name): each.detach().clone() for name, each in tensors.items() if isinstance(each, Tensor)}
-    facts: dict[str, Any] = {
+def _facts(request: Request, plans: Mapping[str, Plan]) -> Facts:
+    """The manifest as far as it is known before there is code."""
+    return {
         "sha256": "0" * 64,
         "format": FORMAT,
         "version": VERSION,
@@ -185,9 +179,22 @@ def _engine(
         "strides": {},
         "unused": [],
         "tied": {},
-        "hashes": {"weights": "", "code": hash_code(code)},
-        "measured": {"seconds_to_compile": seconds},
     }
+
+
+def _engine(
+    request: Request,
+    plans: Mapping[str, Plan],
+    facts: Facts,
+    code: dict[str, bytes],
+    tensors: Mapping[str, Any],
+    seconds: float,
+) -> Engine:
+    """The engine with a manifest that says all but what running it will tell. tensors: weights as exported code names
+    them; the engine has copies of its own."""
+    weights = {weight_name(name): each.detach().clone() for name, each in tensors.items() if isinstance(each, Tensor)}
+    hashes = {"weights": "", "code": hash_code(code)}
+    facts = {**facts, "hashes": hashes, "measured": {"seconds_to_compile": seconds}}
     engine = Engine(manifest.parse(facts), plans, code, weights, request.unconditional, request.device)
     facts["tied"] = _tied(request.flat.network.state_dict(), list(engine.weights))
     facts["unused"] = sorted(set(request.flat.network.state_dict()) - set(engine.weights) - set(facts["tied"]))

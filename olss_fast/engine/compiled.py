@@ -25,7 +25,7 @@ from torch import Tensor
 from olss_fast._files import reason
 from olss_fast.engine.container import Refused
 from olss_fast.engine.manifest import CODE_FILE
-from olss_fast.engine.weights import LAYOUT, check_layout, layout_of, read_layout
+from olss_fast.engine.weights import LAYOUT, check_layout, layout_of, read_compiled_for
 from olss_fast.errors import BuildError, EngineFileError, OlssError
 
 LIBRARY = "network.so"
@@ -53,8 +53,10 @@ def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, 
         return _unpacked(package)
 
 
-def with_layout(code: Mapping[str, bytes], exported: torch.export.ExportedProgram) -> dict[str, bytes]:
-    """Code that was compiled of this, with LAYOUT beside it, which says what weights it reads. Raises BuildError."""
+def with_layout(
+    code: Mapping[str, bytes], exported: torch.export.ExportedProgram, compiled_for: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Code that was compiled of this, with LAYOUT beside it, which says for what. Raises BuildError."""
     constants, device = {**exported.state_dict, **exported.constants}, exported.example_inputs[0][0].device
     with _temporary(BuildError) as folder:
         try:
@@ -62,7 +64,7 @@ def with_layout(code: Mapping[str, bytes], exported: torch.export.ExportedProgra
         except RuntimeError as cause:
             raise BuildError(f"the compiled network cannot be loaded: {shortened(cause)}") from cause
     read = {weight_name(name): each.detach().clone() for name, each in constants.items() if name in names}
-    return {**code, LAYOUT: json.dumps(layout_of(read)).encode()}
+    return {**code, LAYOUT: json.dumps({**compiled_for, "weights": layout_of(read)}).encode()}
 
 
 @contextmanager
@@ -136,7 +138,7 @@ class LoadedCode:
             raise EngineFileError(f"the engine's code reads weights that are not there: {', '.join(missing[:8])}")
         self.weights = {name: weights[name] for name in names.values()}
         try:
-            check_layout(read_layout(code[LAYOUT]), layout_of(self.weights))
+            check_layout(read_compiled_for(code[LAYOUT])[1], layout_of(self.weights))
         except Refused as cause:
             raise EngineFileError(f"the engine's code cannot be run: {cause}") from cause
         taken = {fqn: weights[name] for fqn, name in names.items()}

@@ -37,7 +37,7 @@ from olss_fast._json import strict_object
 from olss_fast._text import quoted
 from olss_fast.errors import EngineFileError
 
-VERSION = 1
+VERSION = 2  # 2: what code was compiled for stands beside it
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**40
 PIECE = 4 * 2**20

@@ -106,6 +106,12 @@ class Manifest:
         return ", ".join(f"{each.name} {each.dtype}[{', '.join(map(str, each.shape))}]" for each in self.inputs)
 
 
+def compiled_for(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a manifest compiled code relies on. It also stands beside the code (`weights`), and must be the same."""
+    relied_on = {name: facts[name] for name in ("dtype", "profile", "doubled", "inputs")}
+    return {"device": facts["machine"]["device"], **relied_on}
+
+
 def read(path: AnyPath) -> Manifest:
     """The manifest of an engine file, from its header alone; the rest is not read. Raises EngineFileError."""
     facts, _ = container.read_header(path, FORMAT)

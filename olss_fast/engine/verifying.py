@@ -19,7 +19,7 @@ from olss_fast.engine import container, inputs, manifest
 from olss_fast.engine.compiled import LIBRARY, hash_code
 from olss_fast.engine.container import Blob, refuse
 from olss_fast.engine.manifest import FORMAT, Manifest
-from olss_fast.engine.weights import LAYOUT, check_layout, hash_weights, read_layout
+from olss_fast.engine.weights import LAYOUT, check_compiled_for, check_layout, hash_weights, read_compiled_for
 from olss_fast.errors import EngineFileError, InputError, PlanFileError
 from olss_fast.plan import Plan
 from olss_fast.plan_io import plan_from_bytes
@@ -41,10 +41,9 @@ def verified(path: AnyPath, sha256: str | None) -> tuple[Manifest, dict[str, Pla
     found = manifest.parse(facts)
     parts = _parts(blobs)
     _check_hashes(found, parts)
-    plans = _plans(found, parts["plans"])
     _check_code(parts["code"])
-    _check_weights(found, parts)
-    return found, plans, parts
+    _check_compiled_for(found, parts)
+    return found, _plans(found, parts["plans"]), parts
 
 
 def _digits(sha256: object) -> str:
@@ -111,14 +110,15 @@ def _is_bytes(blob: Blob) -> bool:
     return blob.dtype == "U8" and len(blob.shape) == 1
 
 
-def _check_weights(found: Manifest, parts: Parts) -> None:
-    """Names, dtypes, shapes and memory order of the weights are those that the code was compiled for."""
+def _check_compiled_for(found: Manifest, parts: Parts) -> None:
+    """Device, inputs and weights, with their dtypes, shapes and memory order, are those of the code."""
     strides, weights = found.facts["strides"], parts["weights"]
     if not set(strides) <= set(weights):
         refuse(f"it has strides of {quoted(sorted(strides), 200)}; expected names of its weights")
-    expected = read_layout(bytes(parts["code"][LAYOUT].data))
+    told, layout = read_compiled_for(bytes(parts["code"][LAYOUT].data))
+    check_compiled_for(told, manifest.compiled_for(found.facts))
     check_layout(
-        expected,
+        layout,
         {
             name: {"dtype": blob.dtype, "shape": list(blob.shape), "strides": strides.get(name)}
             for name, blob in weights.items()

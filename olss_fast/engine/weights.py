@@ -1,14 +1,19 @@
-"""An engine's tensors between memory and file, and the layout of weights that compiled code relies on.
+"""An engine's tensors between memory and file, and what compiled code relies on.
 
-Code takes its weights as memory, and looks at nothing: of another shape they would be read wrongly, or beyond their
-end. So a file lies beside the code, `weights.json`, and says what the code was compiled for: a JSON object, for each
-weight that the code reads {"dtype": as safetensors names it, "shape": …, "strides": null in C order, else those of
-dense memory}. Weights that differ from it in anything are refused.
+Code takes its inputs and weights as memory, and looks at nothing: of another shape they would be read wrongly, or
+beyond their end. So a file lies beside the code, `weights.json`, and says what the code was compiled for:
+
+    device, dtype, profile, doubled, inputs    as in the manifest, where the device is the machine's
+    weights    for each weight that the code reads {"dtype": as safetensors names it, "shape": …, "strides": null in C
+               order, else those of dense memory}
+
+A manifest or weights that differ from it in anything are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor
 
 from olss_fast._json import strict_object
-from olss_fast._text import quoted
+from olss_fast._text import printable, quoted
 from olss_fast.engine import container
 from olss_fast.engine.container import Blob, refuse
 
@@ -71,18 +76,21 @@ def layout_of(weights: Mapping[str, Tensor]) -> Layout:
     }
 
 
-def read_layout(text: bytes) -> Layout:
-    """The content of `weights.json`. Raises `Refused`."""
+def read_compiled_for(text: bytes) -> tuple[dict[str, Any], Layout]:
+    """The content of `weights.json`: what is also in the manifest, and the weights. Raises `Refused`."""
     try:
         if len(text) > container.MAX_HEADER_BYTES:
             raise ValueError(f"has {len(text)} bytes; expected at most {container.MAX_HEADER_BYTES}")
         found = strict_object(text)
     except ValueError as cause:
         refuse(f"the file {LAYOUT} beside its code {cause}; build it again")
-    for name, each in found.items():
+    weights = found.pop("weights", None)
+    if not isinstance(weights, dict):
+        refuse(f"{LAYOUT} says of the weights {quoted(weights)}; expected an object")
+    for name, each in weights.items():
         if not _is_entry(each):
             refuse(f"{LAYOUT} says of {quoted(name)} {quoted(each)}; expected dtype, shape and strides")
-    return found
+    return found, weights
 
 
 def _is_entry(each: object) -> bool:
@@ -93,6 +101,17 @@ def _is_entry(each: object) -> bool:
         and container.naturals(each["shape"])
         and (each["strides"] is None or container.naturals(each["strides"]))
     )
+
+
+def check_compiled_for(compiled_for: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises `Refused` unless a manifest says what was `found` of what the code was `compiled_for`."""
+    for name in sorted({*compiled_for, *found}):
+        here, there = found.get(name), compiled_for.get(name)
+        if json.dumps(here, sort_keys=True) != json.dumps(there, sort_keys=True):  # `==` would take 1 for true
+            refuse(
+                f"its {printable(name)} is {quoted(here, 200)} and its code was compiled for {quoted(there, 200)}: "
+                "build it again"
+            )
 
 
 def check_layout(expected: Layout, found: Layout) -> None:

@@ -38,7 +38,7 @@ def framed(header: bytes, data: bytes) -> bytes:
 MANIFEST: dict[str, Any] = {
     "sha256": BLANK,
     "format": "olss_fast.engine",
-    "version": 1,
+    "version": 2,
     "notice": "This file contains machine code.",
     "built_with": {"olss_fast": "0.1.0", "torch": "2.13.0+cpu", "triton": None, "cuda": None, "driver": None},
     "machine": {
@@ -73,7 +73,16 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-LAYOUT = json.dumps({"conv.weight": {"dtype": "F32", "shape": [1, 1, 3, 3], "strides": [9, 1, 3, 1]}}).encode()
+WEIGHTS = {"conv.weight": {"dtype": "F32", "shape": [1, 1, 3, 3], "strides": [9, 1, 3, 1]}}
+
+
+def compiled_for(manifest: Mapping[str, Any], weights: object = WEIGHTS) -> bytes:
+    """What lies beside code that was compiled for all that the manifest says, and for these weights."""
+    facts = {name: manifest[name] for name in ("dtype", "profile", "doubled", "inputs")}
+    return json.dumps({"device": manifest["machine"]["device"], **facts, "weights": weights}).encode()
+
+
+LAYOUT = compiled_for(MANIFEST)
 
 
 @dataclass
@@ -103,6 +112,13 @@ class EngineBytes:
             for name, row in header.items()
         }
         return cls({**manifest, "sha256": BLANK}, tensors)
+
+    def bound(self) -> EngineBytes:
+        """With code that was compiled for what its manifest says."""
+        assert isinstance(self.manifest, dict)
+        layout = compiled_for(self.manifest, json.loads(self.tensors["code/weights.json"][2])["weights"])
+        self.tensors["code/weights.json"] = ("U8", [len(layout)], layout)
+        return self.hashed()
 
     def hashed(self) -> EngineBytes:
         """With the hashes of its code and weights right again."""

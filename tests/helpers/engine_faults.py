@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from engine_bytes import BLANK, MANIFEST, PLAN, PLAN_BYTES, EngineBytes, framed, signed
+from engine_bytes import BLANK, LAYOUT, MANIFEST, PLAN, PLAN_BYTES, EngineBytes, compiled_for, framed, signed
 
 SOUND = EngineBytes().file()
 HEADER = int.from_bytes(SOUND[:8], "little")
@@ -68,14 +68,21 @@ def without(name: str) -> bytes:
 
 def with_tensor(name: str, dtype: str, shape: list[int], content: bytes, **changes: Any) -> bytes:
     """One tensor more, or another one; all hashes are right. changes: of the manifest."""
-    engine = EngineBytes({**MANIFEST, **changes})
+    engine = EngineBytes({**MANIFEST, **changes}).bound()
     engine.tensors[name] = (dtype, shape, content)
     return engine.hashed().file()
 
 
-def with_layout(layout: Any, **changes: Any) -> bytes:
-    text = layout if isinstance(layout, bytes) else json.dumps(layout).encode()
+def with_layout(weights: Any, **changes: Any) -> bytes:
+    """Code that was compiled for these weights, or bytes in place of all that it says."""
+    text = weights if isinstance(weights, bytes) else compiled_for(MANIFEST, weights)
     return with_tensor("code/weights.json", "U8", [len(text)], text, **changes)
+
+
+def compiled_for_other(**facts: Any) -> bytes:
+    """Code that was compiled for something else than the manifest says; a fact that is None is left out."""
+    told = json.loads(LAYOUT) | facts
+    return with_layout(json.dumps({name: each for name, each in told.items() if each is not None}).encode())
 
 
 def with_content(name: str, content: bytes) -> bytes:
@@ -98,6 +105,7 @@ SPREAD_STRIDES = {"conv.weight": [0, 0, 0, 2**40]}
 SPREAD = {**WEIGHT, "strides": SPREAD_STRIDES["conv.weight"]}
 TRUTH_OF_7 = with_tensor(LABELS, "BOOL", [1], b"\x07", inputs=[{"name": "labels", "dtype": "bool", "shape": ["batch"]}])
 REVERSED = dict(reversed(EngineBytes().table().items()))
+LABEL = MANIFEST["inputs"][0]
 LATE_BATCH = {"name": "a", "dtype": "bool", "shape": [1, "batch"]}
 PLAN_ARRAYS = safetensors.numpy.load(PLAN_BYTES)
 
@@ -117,7 +125,7 @@ ENGINE_FAULTS: dict[str, tuple[str, bytes]] = {
     "Infinity": ("not valid JSON", in_manifest("1.5e-06", "Infinity")),
     "1e999": ("out of range", in_manifest("1.5e-06", "1e999")),
     "2^63": ("out of range", in_manifest('"seconds_to_compile": 1', f'"seconds_to_compile": {2**63}')),
-    "01": ("begins with 0", in_manifest('"version": 1', '"version": 01')),
+    "01": ("begins with 0", in_manifest('"version": 2', '"version": 02')),
     "half a surrogate pair": ("surrogate", in_manifest("Some processor", "\\ud800 processor")),
     "a repeated tensor": ("occurs twice", in_text('"plans/three"', '"code/network.so"')),
     "a repeated member": ("occurs twice", in_manifest('"fixed"', '"notice"')),
@@ -125,7 +133,8 @@ ENGINE_FAULTS: dict[str, tuple[str, bytes]] = {
     "deep header": ("nested more than", in_text('{"dtype"', '{"a":' * 100_000 + '{"dtype"')),
     "too many parts": ("more than 262144 parts", in_manifest('{"return_dict": "False"}', str([0] * 2**18))),
     "two metadata entries": ("single entry", in_text('{"olss_fast.engine"', '{"a": "b", "olss_fast.engine"')),
-    "version 2": ("newer olss_fast", altered(version=2)),
+    "version 3": ("newer olss_fast", altered(version=3)),
+    "version 1": ("older olss_fast", altered(version=1)),
     "version 0": ("positive integer", altered(version=0)),
     "version true": ("positive integer", altered(version=True)),
     "no version": ("positive integer", altered(version=None)),
@@ -183,10 +192,27 @@ ENGINE_FAULTS: dict[str, tuple[str, bytes]] = {
     "a weight less": ("is none and its code was compiled for 'F32'", without(LAST)),
     "no layout": ("holds no code/weights.json", without("code/weights.json")),
     "a layout that is no JSON": ("weights.json is not valid JSON", with_layout(b"{")),
-    "a layout that is a list": ("expected an object", with_layout([])),
+    "a layout that is a list": ("expected an object", with_layout(b"[]")),
+    "weights that are a list": ("expected an object", with_layout([])),
     "a layout of numbers": ("expected dtype, shape and strides", with_layout({"conv.weight": 1})),
     "a layout of true sizes": ("dtype, shape and strides", with_layout({"conv.weight": {**WEIGHT, "shape": [True]}})),
     "a layout without strides": ("expected dtype", with_layout({"conv.weight": {"dtype": "F32", "shape": [9]}})),
+    "code for a GPU": ("compiled for 'cuda'", compiled_for_other(device="cuda")),
+    "code of another dtype": ("its dtype is 'float32' and its code", compiled_for_other(dtype="float16")),
+    "another dtype than the code's": ("its dtype is 'float64' and its code", altered(dtype="float64")),
+    "a device less": ("compiled for none", compiled_for_other(device=None)),
+    "a wider profile than the code's": ("its profile is", within("profile", max=[8, 1, 8, 8])),
+    "a finer profile than the code's": ("its profile is", within("profile", multiple=[1, 1, 4, 8])),
+    "a pair, and code for one": ("its doubled is true and its code", compiled_for_other(doubled=False)),
+    "1 for true": ("its doubled is true and its code", compiled_for_other(doubled=1)),
+    "one, and code for a pair": ("its doubled is false and its code", altered(doubled=False)),
+    "an input of another dtype": ("its inputs is", altered(inputs=[{**LABEL, "dtype": "int32"}])),
+    "an input of another shape": ("its inputs is", altered(inputs=[{**LABEL, "shape": ["batch", 7]}])),
+    "an input of no sample": ("its inputs is", altered(inputs=[{**LABEL, "shape": [1]}])),
+    "an input more": ("its inputs is", altered(inputs=[LABEL, {**LABEL, "name": "more"}])),
+    "an input less": ("its inputs is", altered(inputs=[])),
+    "an input under another name": ("its inputs is", altered(inputs=[{**LABEL, "name": "other"}])),
+    "code that was compiled for more": ("expected one of 6 members", compiled_for_other(more=1)),
     "strides that overlap": ("expected those of dense", with_layout({"conv.weight": SPREAD}, strides=SPREAD_STRIDES)),
     "a default argument that is no input": ("none of the engine's inputs", renamed(LABELS, "unconditional/more")),
     "a default argument of two rows": ("of another dtype or shape", with_tensor(LABELS, "I64", [2], bytes(16))),
@@ -207,7 +233,7 @@ ENGINE_FAULTS: dict[str, tuple[str, bytes]] = {
     "a plan that is not there": ("holds 0 plans", without("plans/three")),
     "a plan of another name": ("holds no such bytes", renamed("plans/three", "plans/four")),
     "a plan that is not named": ("holds 2 plans", renamed("unconditional/labels", "plans/four")),
-    "arguments without guidance": ("has no guidance", altered(doubled=False)),
+    "arguments without guidance": ("has no guidance", EngineBytes({**MANIFEST, "doubled": False}).bound().file()),
     "another plan than named": ("is another", altered(plans=[{**MANIFEST["plans"][0], "sha256": BLANK}])),
     "other figures of a plan": ("the manifest says", altered(plans=[{**MANIFEST["plans"][0], "nfe": 4}])),
 }  # fmt: skip

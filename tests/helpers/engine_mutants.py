@@ -128,6 +128,16 @@ def _kinds(random_: random.Random) -> bytes:
     return engine.hashed().file()
 
 
+def _bound(random_: random.Random) -> bytes:
+    """Another manifest, and code that was compiled for it; every checksum is right."""
+    engine = EngineBytes()
+    altered(engine.manifest, random_)
+    try:
+        return engine.bound().file()
+    except (KeyError, TypeError, ValueError):  # a manifest that says not enough
+        return engine.file()
+
+
 def _layout(random_: random.Random) -> bytes:
     engine = EngineBytes()
     dtype, _, content = engine.tensors["code/weights.json"]
@@ -138,8 +148,9 @@ def _layout(random_: random.Random) -> bytes:
     except (TypeError, ValueError):
         text = b"{}"
     engine.tensors["code/weights.json"] = (dtype, [len(text)], text)
-    if random_.random() < 0.5 and isinstance(tree.get("conv.weight"), dict):
-        engine.manifest["strides"] = {"conv.weight": tree["conv.weight"].get("strides")}  # type: ignore[index]
+    weights = tree.get("weights")
+    if random_.random() < 0.5 and isinstance(weights, dict) and isinstance(weights.get("conv.weight"), dict):
+        engine.manifest["strides"] = {"conv.weight": weights["conv.weight"].get("strides")}  # type: ignore[index]
     return engine.hashed().file()
 
 
@@ -159,7 +170,7 @@ def _plan(random_: random.Random) -> bytes:
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "U8": 1, "BOOL": 1}
 KINDS: list[Callable[[random.Random], bytes]] = [
-    _blind, _header, _header, _manifest, _manifest, _table, _content, _content, _kinds, _layout, _plan, _plan
+    _blind, _header, _header, _manifest, _manifest, _table, _content, _content, _kinds, _layout, _bound, _plan
 ]  # fmt: skip
 
 
