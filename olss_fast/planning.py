@@ -9,8 +9,8 @@ A path is 0 = s_1 < … < s_n < T. Its k-th stride leads from s_k to s_{k+1} (s_
     err(j | s_1 … s_k) = min_w ‖[x_{s_k}, e_{s_1} … e_{s_k}] w − x_j‖ / √M,   j = s_{k+1}.
 
 `plan_path` takes, from every prefix, the farthest next state whose error is at most D, for the least D that lets n
-strides reach T. `refine` then looks near a path for a smaller *deployed* error: that of the sample, formed as a student
-forms it,
+strides reach T. `refine_all` then looks near a path for a smaller *deployed* error: that of the sample, formed as a
+student forms it,
 
     min_w ‖[x_0, e_{s_1} … e_{s_n}] w − x_T‖ / √M.
 
@@ -29,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from olss_fast import _C
+from olss_fast._arguments import checked_count
 from olss_fast.errors import InputError
 
-__all__ = ["PathPlan", "measure_path", "plan_path", "refine", "refine_all", "uniform_path"]
+__all__ = ["PathPlan", "measure_path", "plan_path", "refine_all", "uniform_path"]
 
 Matrix = npt.NDArray[np.float64]
 
@@ -47,13 +48,12 @@ PROOF_VISITS = 10_000
 class PathPlan:
     """A path and its errors, all root mean squares over the recorded values.
 
-    Attributes:
-        path: (n,) indices of teacher evaluations, strictly increasing, the first one 0.
-        stride_errors: (n,) error of every stride.
-        deployed_error: error of the sample formed from the initial noise and all n outputs.
-        threshold: the least feasible D of `plan_path`; None for other paths.
-        proven: whether every smaller D was excluded. Otherwise only those just below are, and feasibility is
-            taken to be monotone, as it is on smooth trajectories.
+    path            (n,) indices of teacher evaluations, strictly increasing, the first one 0
+    stride_errors   (n,) error of every stride
+    deployed_error  error of the sample formed from the initial noise and all n outputs
+    threshold       the least feasible D of `plan_path`; None for other paths
+    proven          whether every smaller D was excluded. Otherwise only those just below are, and feasibility is taken
+                    to be monotone, as it is on smooth trajectories
     """
 
     path: tuple[int, ...]
@@ -61,11 +61,6 @@ class PathPlan:
     deployed_error: float
     threshold: float | None = None
     proven: bool = False
-
-    @property
-    def steps(self) -> int:
-        """Number of network evaluations n."""
-        return len(self.path)
 
     @property
     def max_stride_error(self) -> float:
@@ -113,7 +108,7 @@ def plan_path(
     _checked_steps(steps, teacher_steps)
     if proof_visits is None:
         proof_visits = PROOF_VISITS if teacher_steps <= PROVEN_STEPS else 0
-    visits = _checked_count(proof_visits, "proof_visits", least=0)
+    visits = checked_count("proof_visits", proof_visits, least=0)
     scale = _scale(samples_count)
     measured, threshold, proven = _C.plan(r, rows, operator.index(steps), visits)
     return _path_plan(measured, scale, threshold * scale, proven)
@@ -123,19 +118,6 @@ def measure_path(r: npt.ArrayLike, rows: npt.ArrayLike, path: Sequence[int], *, 
     """The errors of a given path; arguments and errors raised as in `plan_path`."""
     r, rows = _checked_arrays(r, rows)
     return _path_plan(_C.measure(r, rows, _checked_path(path, len(r) - 1)), _scale(samples_count))
-
-
-def refine(
-    r: npt.ArrayLike,
-    rows: npt.ArrayLike,
-    path: Sequence[int],
-    *,
-    samples_count: int = 1,
-    beam: int = 8,
-    slack: float = 2.0,
-) -> PathPlan:
-    """The best path that `refine_all` finds: never worse than `path` in deployed error."""
-    return refine_all(r, rows, path, samples_count=samples_count, beam=beam, slack=slack, keep=1)[0]
 
 
 def refine_all(
@@ -166,7 +148,7 @@ def refine_all(
     """
     r, rows = _checked_arrays(r, rows)
     start, scale = _checked_path(path, len(r) - 1), _scale(samples_count)
-    width, most = _checked_count(beam, "beam", least=0), _checked_count(keep, "keep", least=1)
+    width, most = checked_count("beam", beam, least=0), checked_count("keep", keep, least=1)
     if not slack >= 1:
         raise InputError(f"slack is {slack!r}, expected at least 1: the path to start from must be within the bound")
     bound = float(slack) * max(_C.measure(r, rows, start)[1])
@@ -181,28 +163,18 @@ def _path_plan(
 
 
 def _scale(samples_count: int) -> float:
-    return float(1 / np.sqrt(_checked_count(samples_count, "samples_count", least=1)))
-
-
-def _checked_count(value: object, name: str, *, least: int) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise InputError(f"{name} is {value!r}, expected an integer of at least {least}")
-    return number
+    return float(1 / np.sqrt(checked_count("samples_count", samples_count, least=1)))
 
 
 def _checked_steps(steps: int, teacher_steps: int) -> None:
-    if _checked_count(steps, "steps", least=1) > _checked_count(teacher_steps, "teacher_steps", least=1):
+    if checked_count("steps", steps, least=1) > checked_count("teacher_steps", teacher_steps, least=1):
         raise InputError(
             f"steps is {steps}, expected at most {teacher_steps}, the teacher's: ask for fewer, or record more"
         )
 
 
 def _checked_path(path: Sequence[int], teacher_steps: int) -> tuple[int, ...]:
-    nodes = tuple(_checked_count(node, "a node of the path", least=0) for node in path)
+    nodes = tuple(checked_count("a node of the path", node, least=0) for node in path)
     rising = all(a < b for a, b in itertools.pairwise(nodes))
     if not nodes or nodes[0] != 0 or nodes[-1] >= teacher_steps or not rising:
         raise InputError(

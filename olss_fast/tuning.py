@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from olss_fast import solvers
-from olss_fast._arguments import checked_count, checked_plan, checked_plans, checked_schedule
+from olss_fast._arguments import check_prediction, checked_count, checked_plan, checked_plans, checked_schedule
 from olss_fast._bounds import check_steps
 from olss_fast._text import quoted
 from olss_fast.clock import Clock
@@ -216,9 +216,7 @@ def ddim_teacher(schedule: NoiseSchedule, steps: int) -> Plan:
 def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
     if teacher.noises or teacher.branches != 1 or teacher.models.any():
         raise InputError("a teacher must be a deterministic plan of one network with guidance inside its outputs")
-    told = teacher.metadata.get("prediction_type", schedule.prediction_type)
-    if told != schedule.prediction_type:
-        raise InputError(f"the teacher is for prediction_type={told!r}, the schedule says {schedule.prediction_type!r}")
+    check_prediction(teacher, schedule)
 
 
 def whole_steps(steps: int | Sequence[int]) -> list[int]:

@@ -207,14 +207,14 @@ def test_refined_paths_are_better_and_within_the_bound(family: Family, seed: int
     for each in found:
         assert each.max_stride_error <= 1.5 * plan.max_stride_error * (1 + 1e-12)
         assert each == planning.measure_path(r, rows, each.path, samples_count=count)
-    assert planning.refine(r, rows, plan.path, samples_count=count, slack=1.5) == found[0]
+    assert planning.refine_all(r, rows, plan.path, samples_count=count, slack=1.5, keep=1) == found[:1]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_move_of_one_node_improves_a_refined_path(seed: int) -> None:
     r, rows, count = mixture(30, seed)
     start = planning.plan_path(r, rows, 5, samples_count=count)
-    path = planning.refine(r, rows, start.path, samples_count=count, slack=2.0, beam=0)
+    path = planning.refine_all(r, rows, start.path, samples_count=count, slack=2.0, beam=0)[0]
     twin = Twin(r, rows, count)
     for k in range(1, 5):
         for node in range(path.path[k - 1] + 1, (*path.path, 30)[k + 1]):
@@ -228,7 +228,7 @@ def test_a_beam_finds_at_least_what_moves_find() -> None:
     for seed in range(6):
         r, rows, count = mixture(60, seed)
         start = planning.plan_path(r, rows, 7, samples_count=count).path
-        alone, beam = (planning.refine(r, rows, start, samples_count=count, beam=width) for width in (0, 8))
+        alone, beam = (planning.refine_all(r, rows, start, samples_count=count, beam=width)[0] for width in (0, 8))
         gains.append(beam.deployed_error / alone.deployed_error)
     assert max(gains) <= 1
     assert min(gains) < 1
@@ -282,7 +282,7 @@ def test_any_layout_of_numbers_is_accepted() -> None:
 def test_arguments_are_not_written_to() -> None:
     r, rows, _ = smooth(12, 0)
     r.flags.writeable = rows.flags.writeable = False
-    planning.refine(r, rows, planning.plan_path(r, rows, 4).path)
+    planning.refine_all(r, rows, planning.plan_path(r, rows, 4).path)
 
 
 def with_value(array: Array, index: tuple[int, int], value: float) -> Array:
@@ -307,10 +307,10 @@ R, ROWS, _ = smooth(6, 0)
         (with_value(R, (0, 0), 1e200), ROWS, 3, r"r has values up to 1e\+200"),
         (with_value(R, (4, 1), 1.0), ROWS, 3, r"r has values below its diagonal.*numpy.triu"),
         (R, with_value(ROWS, (2, 3), 0.5), 3, r"rows\[2, 3\] is 0.5, expected 0: state 2 cannot use output 2"),
-        (R, ROWS, 0, "steps is 0, expected an integer of at least 1"),
+        (R, ROWS, 0, "steps is 0; expected a whole number of at least 1"),
         (R, ROWS, 7, "steps is 7, expected at most 6"),
-        (R, ROWS, 2.5, "steps is 2.5, expected an integer"),
-        (R, ROWS, True, "steps is True, expected an integer"),
+        (R, ROWS, 2.5, "steps is 2.5; expected a whole number"),
+        (R, ROWS, True, "steps is True; expected a whole number"),
     ],
 )
 def test_unusable_input_is_named(r: Array, rows: Array, steps: int, message: str) -> None:
