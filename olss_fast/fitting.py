@@ -52,6 +52,10 @@ class Task:
         """How a loop over the samples `chunk` asks the network."""
         return asking(self.denoiser, chunk, network_dtype(self.denoiser.networks[0], self.noise.dtype))
 
+    def rollout(self, student: Student, chunk: slice, known: Tensor | None = None) -> Loop:
+        """The student's run on the samples `chunk`, made to its end; `known`: the columns that it begins with."""
+        return Loop(student, self.noise[chunk][None] if known is None else known).finish(self.asking(chunk))
+
     def with_branches(self, branches: int) -> Task:
         return replace(self, branches=branches)
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import NetworkError
-from olss_fast.executors.reference import combine
+from olss_fast.executors.reference import Loop
 from olss_fast.fitting import Float64, Student, Task
-from olss_fast.rollout import columns_of, huber, roll
+from olss_fast.rollout import huber, roll
 from olss_fast.teacher import triangle
 
 EXACT = 1e-7  # root mean square errors below this are rounding of the float32 teacher
@@ -190,16 +190,13 @@ def _normal_equations(task: Task, student: Student, samples: range, objective: O
     size = len(directions) + student.rows.shape[1]
     hessian, gradient, mass = np.zeros((size, size)), np.zeros(size), 0.0
     for chunk in task.recording.chunks(samples):
-        columns = columns_of(task, student, chunk)
-        row = torch.as_tensor(student.rows[-1], device=columns.device)
-        result = combine(row, columns)
-        residual = (result - task.recording.result(chunk).to(result)).flatten(1)
-        weights = torch.as_tensor(
-            objective.weights(residual.square().mean(1).sqrt().cpu().numpy()), device=columns.device
-        )
-        moved = [_difference(task, student, each, columns, row, result, chunk) for each in directions]
+        run = task.rollout(student, chunk)
+        residual = (run.x - task.recording.result(chunk).to(run.x)).flatten(1)
+        errors = residual.square().mean(1).sqrt().cpu().numpy()
+        weights = torch.as_tensor(objective.weights(errors), device=residual.device)
+        moved = [_difference(task, student, each, run, chunk) for each in directions]
         objective.progress(evaluations_of_jacobian(student.nfe, task.branches) * (chunk.stop - chunk.start))
-        jacobian = torch.cat([torch.stack(moved), columns]).flatten(2)
+        jacobian = torch.cat([torch.stack(moved), run.columns]).flatten(2)
         weighted = (jacobian * weights[:, None]).flatten(1)
         hessian += (weighted @ jacobian.flatten(1).T).cpu().numpy()
         gradient += (weighted @ residual.flatten()).cpu().numpy()
@@ -212,7 +209,7 @@ def _normal_equations(task: Task, student: Student, samples: range, objective: O
 def _directions(task: Task, student: Student, samples: range) -> Iterator[Direction]:
     """For each evaluation its rows' orthonormal directions and its time, in the order of the evaluations."""
     first = task.recording.chunks(samples)[0]
-    columns = columns_of(task, student, first)
+    columns = task.rollout(student, first).columns
     pixels = columns[0].numel()
     for k in range(1 if task.fixed_start else 0, student.nfe):
         known = student.known(k)
@@ -225,15 +222,12 @@ def _directions(task: Task, student: Student, samples: range) -> Iterator[Direct
         yield Direction(k, None)
 
 
-def _difference(
-    task: Task, student: Student, direction: Direction, columns: Tensor, row: Tensor, result: Tensor, chunk: slice
-) -> Tensor:
-    """Forward difference of the sample along `direction`: only the evaluations from the changed one on run again."""
+def _difference(task: Task, student: Student, direction: Direction, run: Loop, chunk: slice) -> Tensor:
+    """Forward difference of the sample of `run` along `direction`: only the evaluations from the changed one on run."""
     step = LOG_SNR_STEP if direction.row is None else STATE_STEP
     changed = direction.apply(student, step, task)
     if direction.row is None and changed.timesteps[direction.evaluation] == student.timesteps[direction.evaluation]:
         step = -step  # at the end of the schedule: look the other way
         changed = direction.apply(student, step, task)
-    known = columns[: student.known(direction.evaluation)]
-    again = columns_of(task, changed, chunk, start=known)
-    return (combine(row, again) - result) / step
+    known = run.columns[: student.known(direction.evaluation)]
+    return (task.rollout(changed, chunk, known).x - run.x) / step

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from olss_fast.executors.reference import Loop
 from olss_fast.fitting import Float64, Student, Task
 
 Progress = Callable[[int], object]
@@ -46,18 +44,12 @@ def roll(task: Task, student: Student, samples: range, progress: Progress = lamb
     """Run the student on `samples` (n evaluations each)."""
     grams = []
     for chunk in task.recording.chunks(samples):
-        columns = columns_of(task, student, chunk)
+        columns = task.rollout(student, chunk).columns
         target = task.recording.result(chunk).to(columns)
         both = torch.cat([columns, target[None]]).flatten(2).transpose(0, 1)
         grams.append((both @ both.transpose(1, 2)).cpu().numpy())
         progress(student.nfe * (chunk.stop - chunk.start))
     return Rollout(np.concatenate(grams), task.noise[0].numel())
-
-
-def columns_of(task: Task, student: Student, chunk: slice, *, start: Tensor | None = None) -> Tensor:
-    """All columns (1 + n branches, B, ...) of the student's rollout, in float64; `start`: those that are known."""
-    begun = Loop(student, task.noise[chunk][None] if start is None else start)
-    return begun.finish(task.asking(chunk)).columns
 
 
 def huber(errors: npt.NDArray[np.float64], threshold: float) -> float:

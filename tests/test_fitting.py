@@ -14,7 +14,7 @@ from olss_fast.fitting import Student, Task, analytic_student, on_policy, ridge_
 from olss_fast.network import Denoiser
 from olss_fast.path_search import PathSearch, bent_paths
 from olss_fast.polish import Direction, _difference, _directions, evaluations_of_jacobian, polish
-from olss_fast.rollout import columns_of, huber, roll
+from olss_fast.rollout import huber, roll
 from olss_fast.scoring import score, tournament
 from olss_fast.store import Store
 from olss_fast.teacher import Split, merge_triangles, record, triangle
@@ -105,7 +105,7 @@ def test_on_policy_rows_are_least_squares_on_the_students_own_rollout(task: Task
     fit = task.recording.split.fit
     basis = teacher_basis(task, fit)
     student = on_policy(task, PATH, 1e-12)
-    own = columns_of(task, student, slice(fit.start, fit.stop))
+    own = task.rollout(student, slice(fit.start, fit.stop)).columns
     for k, target in enumerate([*PATH[1:], TEACHER.nfe]):
         y = torch.tensordot(torch.tensor(TEACHER.rows[target]), basis, 1).flatten().numpy()
         expected = np.linalg.lstsq(own[: k + 2].flatten(1).T.numpy(), y, rcond=None)[0]
@@ -153,7 +153,7 @@ def test_best_row_has_no_better_neighbour(task: Task) -> None:
 def test_directions_change_the_input_by_one_root_mean_square(task: Task) -> None:
     student = on_policy(task, PATH, 1e-6)
     chunk = task.recording.chunks(task.recording.split.fit)[0]
-    columns = columns_of(task, student, chunk)
+    columns = task.rollout(student, chunk).columns
     directions = list(_directions(task, student, task.recording.split.fit))
     assert len(directions) == sum(2 + k for k in range(student.nfe))
     for direction in directions:
@@ -165,15 +165,10 @@ def test_directions_change_the_input_by_one_root_mean_square(task: Task) -> None
 def test_forward_difference_is_the_derivative(task: Task) -> None:
     student = on_policy(task, PATH, 1e-6)
     chunk = task.recording.chunks(task.recording.split.fit)[0]
-    columns = columns_of(task, student, chunk)
-    row = torch.tensor(student.rows[-1])
-    result = torch.tensordot(row, columns, 1)
+    run = task.rollout(student, chunk)
     for direction in (Direction(1, np.array([1.0, 0.0])), Direction(1, None)):
-        found = _difference(task, student, direction, columns, row, result, chunk)
-        both = [
-            torch.tensordot(row, columns_of(task, direction.apply(student, step, task), chunk), 1)
-            for step in (1e-3, -1e-3)
-        ]
+        found = _difference(task, student, direction, run, chunk)
+        both = [task.rollout(direction.apply(student, step, task), chunk).x for step in (1e-3, -1e-3)]
         central = (both[0] - both[1]) / 2e-3
         # first-order difference of step 1e-2 against second-order one
         assert float((found - central).norm()) < 0.05 * float(central.norm())
@@ -183,10 +178,10 @@ def test_evaluations_of_a_jacobian_are_counted_right(task: Task) -> None:
     student = on_policy(task, PATH, 1e-6)
     chunk = task.recording.chunks(task.recording.split.fit)[0]
     before = task.denoiser.evaluations
-    columns = columns_of(task, student, chunk)
+    run = task.rollout(student, chunk)
     for k in range(student.nfe):
         for direction in [Direction(k, np.eye(1 + k)[j]) for j in range(1 + k)] + [Direction(k, None)]:
-            _difference(task, student, direction, columns, torch.tensor(student.rows[-1]), columns[0], chunk)
+            _difference(task, student, direction, run, chunk)
     asked = task.denoiser.evaluations - before
     assert asked == evaluations_of_jacobian(student.nfe) * (chunk.stop - chunk.start)
 
