@@ -143,18 +143,16 @@ def _input_levels(driver: Driver, schedule: NoiseSchedule | None, index: int, sc
     state = None if _noises_otherwise(driver) else _noised(driver, index)
     if state is None and driver.name in _LEVELS_OF_CLASS:
         state = _LEVELS_OF_CLASS[driver.name](driver.scheduler, index)
-    if state is not None:
-        return scale * state[0], scale * state[1]
-    if schedule is not None:
+    if state is None and schedule is not None:
         return _scheduled(schedule, timestep)
-    state = _from_tables(driver, index)
-    if state is None:
+    if (state := state or _from_tables(driver, index)) is None:
         raise ScheduleError(
             f"the noise levels of {driver.name} are not known: it has none of add_noise, scale_noise, alphas_cumprod "
             "for its timesteps and falling sigmas for its steps, and its config has no betas or sigmas that are "
             "understood; give it add_noise(original_samples, noise, timesteps)"
         )
-    return scale * state[0], scale * state[1]
+    alpha, sigma = state
+    return scale * alpha, scale * sigma
 
 
 def _scheduled(schedule: NoiseSchedule, timestep: float) -> Pair:

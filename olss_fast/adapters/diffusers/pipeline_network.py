@@ -16,7 +16,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -136,6 +136,13 @@ def _copies(generator: Any) -> Any:
     return copied
 
 
+class Place(NamedTuple):
+    """Where a sample is: number of the call, and its row there."""
+
+    call: int
+    row: int
+
+
 class PipelineNetwork:
     """`network(x, timestep, sample=...) -> output` over all calls of a pipeline; `sample` (B,) says which samples.
 
@@ -151,7 +158,7 @@ class PipelineNetwork:
         self.sessions = sessions
         self._check_alike()
         sizes = [session.start.shape[0] for session in sessions]
-        self.places = [(k, row) for k, size in enumerate(sizes) for row in range(size)]
+        self.places = [Place(k, row) for k, size in enumerate(sizes) for row in range(size)]
         first = sessions[0].slot
         self.begin = first.begin
         assert first.schedule is not None
@@ -233,8 +240,8 @@ class PipelineNetwork:
         t = float(timestep[0])
         wanted = sample.tolist()
         output = torch.empty_like(x)
-        for k in dict.fromkeys(self.places[i][0] for i in wanted):
-            rows = {position: self.places[i][1] for position, i in enumerate(wanted) if self.places[i][0] == k}
+        for k in dict.fromkeys(self.places[i].call for i in wanted):
+            rows = {position: self.places[i].row for position, i in enumerate(wanted) if self.places[i].call == k}
             positions, within = list(rows), list(rows.values())
             output[positions] = self._ask(self.sessions[k], x[positions], t, within).to(x.dtype)
         return output if self.kept is None else output * self.kept[sample].to(output)

@@ -106,7 +106,7 @@ def tune_pipeline(
             progress=progress,
         )
         result = _labelled(result, pipe, calls, network)
-        places = [network.places[i][0] for i in range(len(network.places))[-result.report.held_out :]]
+        places = [place.call for place in network.places[-result.report.held_out :]]
     judges = sorted(set(places))[-SWEEP_SAMPLES:]
     start = time.perf_counter()
     rows, asked = sweep_guidance(

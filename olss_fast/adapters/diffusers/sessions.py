@@ -70,8 +70,11 @@ class Session:
         return replace(self, loaded=self.whole, offset=begin, run=None, returned=None)
 
 
-Held = tuple[Session, Tensor]
-"""A session and its `timesteps`."""
+class Held(NamedTuple):
+    """A session and its `timesteps`."""
+
+    session: Session
+    timesteps: Tensor
 
 
 class Sessions:
@@ -80,7 +83,7 @@ class Sessions:
     def __init__(self, session: Session, timesteps: Tensor) -> None:
         self._local, self._lock = threading.local(), threading.Lock()
         self._of_timesteps: Any = WeakIdKeyDictionary()
-        self._last: Held = session, timesteps
+        self._last = Held(session, timesteps)
 
     def __getstate__(self) -> Held:
         """A copy has the calling thread's session alone."""
@@ -103,26 +106,25 @@ class Sessions:
     def own(self) -> Session:
         """This thread's, to be written to."""
         if not hasattr(self._local, "held"):
-            session, timesteps = self._last
-            self._take(session.afresh(), timesteps)
-        return self.held[0]
+            self._take(self._last.session.afresh(), self._last.timesteps)
+        return self.held.session
 
     def at(self, timestep: Any, sample: Any) -> Session:
         """The session that a step belongs to; this thread's from now on. InputError where that cannot be known."""
         mine: Held | None = getattr(self._local, "held", None)
         if torch.compiler.is_compiling():
-            return self.held[0]
+            return self.held.session
         base = timestep._base if isinstance(timestep, Tensor) else None
-        if mine and mine[1] is base and (not mine[0].going or mine[0].returned is sample):
-            return mine[0]
+        if mine and mine.timesteps is base and (not mine.session.going or mine.session.returned is sample):
+            return mine.session
         with self._lock:
-            grid = base if base is not None and base in self._of_timesteps else self._last[1]
-            sessions: list[Session] = list(self._of_timesteps.get(grid, ())) or [self._last[0]]
+            grid = base if base is not None and base in self._of_timesteps else self._last.timesteps
+            sessions: list[Session] = list(self._of_timesteps.get(grid, ())) or [self._last.session]
         for session in sessions:
             if session.going and session.returned is sample:
-                return self._take(session, grid)[0]
-        if mine and (mine[1] is base or grid is not base):
-            return mine[0]
+                return self._take(session, grid).session
+        if mine and (mine.timesteps is base or grid is not base):
+            return mine.session
         return self._take_up(sessions, timestep, grid)
 
     def _take_up(self, sessions: list[Session], timestep: Any, timesteps: Tensor) -> Session:
@@ -134,7 +136,7 @@ class Sessions:
         found = places(timestep, timesteps, first.entry.timesteps)
         begin = first.entry.begin if first.begin_index is None else first.begin_index
         if not going or (found is not None and begin in found):
-            return self._take(first.afresh(), timesteps)[0]
+            return self._take(first.afresh(), timesteps).session
         following = [session for session in going if found is not None and session.next in found]
         if len(following) != 1:
             raise InputError(
@@ -142,15 +144,15 @@ class Sessions:
                 "under way, and cannot tell whether it begins another or goes on with one: call set_timesteps in the "
                 "thread of the run, and hand step the entries of `timesteps`"
             )
-        return self._take(following[0], timesteps)[0]
+        return self._take(following[0], timesteps).session
 
     def _take(self, session: Session, timesteps: Tensor) -> Held:
         with self._lock:
             known = self._of_timesteps.get(timesteps, [])
             if session not in known:  # those whose runs are over go, lest they pile up with the threads
                 self._of_timesteps[timesteps] = [*known[:1], *(each for each in known[1:] if each.going), session]
-        self._local.held = session, timesteps
-        return session, timesteps
+        self._local.held = held = Held(session, timesteps)
+        return held
 
 
 class OwnSession:
@@ -172,7 +174,7 @@ class OwnSession:
     @property
     def timesteps(self) -> Tensor:
         """Those that this thread has set, else those that were set last."""
-        return self._sessions.held[1]
+        return self._sessions.held.timesteps
 
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
@@ -194,7 +196,7 @@ class OwnSession:
 
     @property
     def _session(self) -> Session:
-        return self._sessions.held[0]
+        return self._sessions.held.session
 
     def _chosen(self) -> Entry:
         if (entry := self._session.entry) is None:
