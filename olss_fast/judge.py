@@ -36,10 +36,10 @@ def recorded(
     batch_size: int | None = None,
     fixed_start: bool = False,
 ) -> Iterator[Task]:
-    """The teacher's run on all of `noise` by the clock's network, which `store`, or a folder for the time being, holds.
+    """Runs the teacher on all of `noise`, and yields what fits and scores need of it.
 
-    All samples judge unless a `split` says otherwise; `fixed_start` is that of `Task`. Raises `NetworkError`,
-    `StoreError`.
+    The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`;
+    `fixed_start` is that of `Task`. Raises `NetworkError`, `StoreError`.
     """
     samples, denoiser = noise.shape[0], clock.denoiser
     split = split or Split(range(0), range(0), range(samples))
