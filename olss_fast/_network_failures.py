@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from olss_fast._text import quoted
+from olss_fast._tree import spelled, with_paths
 from olss_fast.errors import NetworkError
 
 
@@ -25,10 +26,10 @@ def naming_arguments(networks: Sequence[Any], samples: int, *given: Mapping[str,
         if type(cause) not in (IndexError, RuntimeError):  # of torch; others are somebody's own
             raise
         tensors = {
-            (name, id(value)): (name, value)
+            (path, id(leaf)): (f"{path[0].key}{spelled(path[1:])}", leaf)
             for arguments in given
-            for name, value in (arguments or {}).items()
-            if isinstance(value, Tensor) and value.ndim > 0
+            for path, leaf in with_paths(arguments or {})
+            if isinstance(leaf, Tensor) and leaf.ndim > 0
         }
         reason = _reason(cause, networks, samples, [*tensors.values()])
         if not reason:

@@ -12,7 +12,7 @@ from olss_fast._bounds import check_count
 from olss_fast.clock import Clock
 from olss_fast.errors import InputError
 from olss_fast.judge import Judge, recorded
-from olss_fast.network import Conditioning, Denoiser, Network, check_noise
+from olss_fast.network import Conditioning, Denoiser, Network
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.report import Report
@@ -43,7 +43,6 @@ def compare(
 
     Raises `InputError`, `NetworkError`, `StoreError`.
     """
-    check_noise(noise)
     plans = checked_plans(plans, "plans")
     wanted = sorted({*whole_steps(steps), *(plan.nfe for plan in plans)})
     _check(wanted, plans, checked_schedule(schedule))
@@ -52,14 +51,13 @@ def compare(
         checked_count("batch_size", batch_size)
     denoiser = Denoiser(
         network,
-        samples=noise.shape[0],
+        noise,
         conditioning=conditioning,
         unconditional=unconditional,
         guidance_scale=guidance_scale,
     )
     return compare_denoiser(
         denoiser,
-        noise=noise,
         schedule=schedule,
         steps=wanted,
         plans=plans,
@@ -72,7 +70,6 @@ def compare(
 def compare_denoiser(
     denoiser: Denoiser,
     *,
-    noise: Tensor,
     schedule: NoiseSchedule,
     steps: Sequence[int],
     plans: Sequence[Plan],
@@ -82,18 +79,18 @@ def compare_denoiser(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """`compare` for a network that already has its conditioning; `rivals` are judged beside the analytic solvers, of
-    all of these only what `admits` lets through."""
+    """`compare` of a network that already has its noise and conditioning; `rivals` are judged beside the analytic
+    solvers, of all of these only what `admits` lets through."""
     for plan in plans:
         check_plan_fits(plan, denoiser)
     clock = Clock(denoiser, progress)
-    with recorded(teacher, noise, schedule, clock=clock, batch_size=batch_size) as task:
+    with recorded(teacher, schedule, clock=clock, batch_size=batch_size) as task:
         judge = Judge(task, clock, rivals, admits, stage="score", first=FIRST)
         candidates = [
             each for nfe in steps for each in judge.candidates(nfe, [plan for plan in plans if plan.nfe == nfe])
         ]
     settings = {"steps": list(steps), "teacher_steps": teacher.nfe, "guidance_scale": denoiser.guidance_scale}
-    return Report(tuple(candidates), teacher, noise.shape[0], settings, dict(clock.evaluations), dict(clock.seconds))
+    return Report(tuple(candidates), teacher, denoiser.samples, settings, dict(clock.evaluations), dict(clock.seconds))
 
 
 def _check(steps: Sequence[int], plans: Sequence[Plan], schedule: NoiseSchedule) -> None:

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from olss_fast import solvers
 from olss_fast.errors import StoreError
-from olss_fast.executors.reference import Evaluate, Loop
+from olss_fast.executors.reference import Loop
 from olss_fast.network import Denoiser, require_finite
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
-from olss_fast.sampling import asking, network_dtype
 from olss_fast.teacher import Recording, merge_triangles, triangle
 
 Float64 = npt.NDArray[np.float64]
@@ -35,7 +34,7 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Task:
-    """What every fit needs: a recorded teacher, the network that the student asks, and the noise of all samples.
+    """What every fit needs: a recorded teacher, and what the student asks.
 
     With `fixed_start` the first network input and its time are not the student's to choose: row 0 and the first
     timestep stay the teacher's, as where a pipeline hands its own latents to the network.
@@ -43,18 +42,17 @@ class Task:
 
     recording: Recording
     denoiser: Denoiser
-    noise: Tensor
     schedule: NoiseSchedule
     branches: int = 1
     fixed_start: bool = False
 
-    def asking(self, chunk: slice) -> Evaluate:
-        """How a loop over the samples `chunk` asks the network."""
-        return asking(self.denoiser, chunk, network_dtype(self.denoiser.networks[0], self.noise.dtype))
+    @property
+    def noise(self) -> Tensor:
+        return self.denoiser.noise
 
     def rollout(self, student: Student, chunk: slice, known: Tensor | None = None) -> Loop:
         """The student's run on the samples `chunk`, made to its end; `known`: the columns that it begins with."""
-        return Loop(student, self.noise[chunk][None] if known is None else known).finish(self.asking(chunk))
+        return Loop(student, self.noise[chunk][None] if known is None else known).finish(self.denoiser.asking(chunk))
 
     def with_branches(self, branches: int) -> Task:
         return replace(self, branches=branches)
@@ -200,7 +198,7 @@ class History:
     def advance(self, chunk: slice, student: Student) -> Tensor:
         """Make the student's next evaluation, keep the outputs, and return all columns including them, in float64."""
         loop = Loop(student, self.read(chunk))
-        outputs = loop.ask(self.task.asking(chunk))
+        outputs = loop.ask(self.task.denoiser.asking(chunk))
         require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
         self._append(chunk, outputs)
         self.progress(chunk.stop - chunk.start)

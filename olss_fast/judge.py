@@ -27,7 +27,6 @@ LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
 @contextmanager
 def recorded(
     teacher: Plan,
-    noise: Tensor,
     schedule: NoiseSchedule,
     *,
     clock: Clock,
@@ -36,20 +35,20 @@ def recorded(
     batch_size: int | None = None,
     fixed_start: bool = False,
 ) -> Iterator[Task]:
-    """Runs the teacher on all of `noise`, and yields what fits and scores need of it.
+    """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
 
     The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`;
     `fixed_start` is that of `Task`. Raises `NetworkError`, `StoreError`.
     """
-    samples, denoiser = noise.shape[0], clock.denoiser
+    denoiser, samples = clock.denoiser, clock.denoiser.samples
     split = split or Split(range(0), range(0), range(samples))
-    size = batch_size or default_batch_size(teacher, noise)
+    size = batch_size or default_batch_size(teacher, denoiser.noise)
     with torch.no_grad(), ExitStack() as stack:
         with clock.stage("record", f"Teacher, {teacher.nfe} steps", samples * teacher.nfe) as tick:
-            place = recording_store(store, teacher, denoiser, noise, schedule=schedule, split=split, batch_size=size)
+            place = recording_store(store, teacher, denoiser, schedule=schedule, split=split, batch_size=size)
             opened = stack.enter_context(place)
-            recording = record(teacher, denoiser, noise, store=opened, split=split, batch_size=size, progress=tick)
-        yield Task(recording, denoiser, noise, schedule, fixed_start=fixed_start)
+            recording = record(teacher, denoiser, store=opened, split=split, batch_size=size, progress=tick)
+        yield Task(recording, denoiser, schedule, fixed_start=fixed_start)
 
 
 def default_batch_size(teacher: Plan, noise: Tensor) -> int:

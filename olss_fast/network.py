@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from types import MethodType
 from typing import Any
 
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast._draws import Streams
 from olss_fast._network_failures import naming_arguments
+from olss_fast._tree import Flat, Path, as_tensor, flat, in_list, is_array, mapped, spelled, with_paths
 from olss_fast.errors import InputError, NetworkError
 
 Network = Callable[..., Any]
@@ -42,35 +45,61 @@ def module_of(network: Any) -> torch.nn.Module | None:
     return network
 
 
+def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
+    """The floating-point dtype of the network's parameters, or `default` if it has none to show."""
+    module = module_of(network)
+    parameters = () if module is None else module.parameters()
+    return next((each.dtype for each in parameters if each.is_floating_point()), default)
+
+
+def network_device(networks: Sequence[Network]) -> torch.device | None:
+    """Where the networks' parameters lie; None if they have none to show."""
+    modules = [module for module in map(module_of, networks) if module is not None]
+    return next((parameter.device for module in modules for parameter in module.parameters()), None)
+
+
 class Denoiser:
-    """A network (or several, for a model schedule) with its conditioning and guidance.
+    """What a sampler is asked, all of it checked: networks, the noise of P samples, conditioning and guidance.
 
-    Arguments of the conditioning whose first dimension is the number of samples are sliced with the samples;
-    everything else is handed on whole. `evaluations` counts samples x network evaluations; a guided pair counts once.
+    Args:
+        network: one, or several for a model schedule. noise: (P, …), unit Gaussian.
+        conditioning, unconditional: the networks' other arguments. Tensors whose first dimension is P, however deep
+            they lie in dicts, lists, tuples and dataclasses, are sliced with the samples; all else is handed on whole.
+        streams: of the fresh noises of a stochastic plan. doubled: both halves of a guided pair in one call, if they
+            differ in nothing but tensors of the samples. waits: look at the values of noise on a GPU too.
 
-    Raises `InputError` for guidance without `unconditional`, or for the two having different keys.
+    `evaluations` counts samples x network evaluations; a guided pair counts once.
+
+    Raises `InputError` for unusable noise or conditioning, for guidance without `unconditional`, for the two having
+    different keys, and for lists in which some tensors have P rows and others have not.
     """
 
     def __init__(
         self,
         network: Network | Sequence[Network],
+        noise: Tensor,
         *,
-        samples: int,
         conditioning: Conditioning | None = None,
         unconditional: Conditioning | None = None,
         guidance_scale: float = 1.0,
+        streams: Streams | None = None,
         doubled: bool = True,
+        waits: bool = True,
     ) -> None:
         self.networks = checked_networks(network)
-        self.samples = samples
+        check_noise(noise, waits=waits)
+        self.noise, self.samples, self.streams, self.doubled = noise, noise.shape[0], streams, doubled
         self.guidance_scale = checked_guidance_scale(guidance_scale)
         self.conditioning = checked_arguments(conditioning, "conditioning")
         self.unconditional = None if unconditional is None else checked_arguments(unconditional, "unconditional")
-        self.doubled = doubled
         self.evaluations = 0
+        self._given = flat(self.conditioning)
         self._check()
 
     def _check(self) -> None:
+        for name, arguments in (("conditioning", self.conditioning), ("unconditional", self.unconditional)):
+            if arguments is not None and not all(map(is_array, arguments.values())):
+                _check_rows(arguments, name, self.samples)
         if self.unconditional is None:
             if self.guidance_scale != 1.0:
                 raise InputError(
@@ -89,100 +118,94 @@ class Denoiser:
         """Whether an evaluation asks the network twice."""
         return self.unconditional is not None and self.guidance_scale != 1.0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks are handed: their own dtype, else the noise's."""
+        return network_dtype(self.networks[0], self.noise.dtype)
+
     def what_is_asked(self) -> dict[str, Any]:
-        """Networks, conditioning and guidance by name; see `identity`."""
+        """Networks, noise, conditioning and guidance by name; see `identity`."""
         given = {"conditioning": self.conditioning, "unconditional": self.unconditional or {}}
         arguments = {f"{half}.{name}": each for half, named in given.items() for name, each in named.items()}
         names = ["network"] if len(self.networks) == 1 else [f"network{i}" for i in range(len(self.networks))]
-        return {"guidance_scale": self.guidance_scale, **arguments, **dict(zip(names, self.networks, strict=True))}
-
-    def require_networks(self, highest: int) -> None:
-        if highest >= len(self.networks):
-            raise InputError(f"the plan uses network {highest}, but {len(self.networks)} came: pass a list of networks")
+        asked = {"noise": self.noise, "guidance_scale": self.guidance_scale}
+        return {**asked, **arguments, **dict(zip(names, self.networks, strict=True))}
 
     def __call__(self, x: Tensor, timestep: float, samples: slice, *, branches: int = 1, model: int = 0) -> Tensor:
         """Raw outputs of shape (branches, B, ...) for x (B, ...), the network inputs of `samples`."""
-        network = self.networks[model]
         self.evaluations += x.shape[0]
         time = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
-        conditional = self._slice(self.conditioning, samples, x)
+        doubled = branches == 2 or self.guided
         with self.naming_arguments():
-            if branches == 1 and not self.guided:
-                return call_network(network, x, time, conditional)[None]
-            without, given = self._pair(network, x, time, samples, conditional)
+            ask = asking_with(self.networks, self.arguments(samples, x.device, doubled=doubled))
+            if not doubled:
+                return ask(x, time, model)[None]
+            both = ask(torch.cat([x, x]), torch.cat([time, time]), model)
+        without, given = both.chunk(2)
         return torch.stack([without, given]) if branches == 2 else torch.lerp(without, given, self.guidance_scale)[None]
+
+    def asking(self, samples: slice) -> Callable[..., Tensor]:
+        """How a loop asks about `samples`: with an x of its own, of the networks' dtype."""
+        dtype = self.dtype
+        return lambda x, timestep, **how: self(x.to(dtype, copy=True), timestep, samples, **how)
 
     def naming_arguments(self) -> AbstractContextManager[None]:
         """What the network raises because of an argument says so; see `_network_failures`."""
         modules = [module_of(network) for network in self.networks]
         return naming_arguments(modules, self.samples, self.conditioning, self.unconditional)
 
-    def arguments(self, x: Tensor, *, doubled: bool) -> list[dict[str, Any]]:
-        """The network's arguments for all samples on x's device: [joined for a doubled batch], or one for each half,
-        unconditional first, where they cannot be joined; not doubled, the conditional ones alone."""
-        everything = slice(0, self.samples)
-        conditional = self._slice(self.conditioning, everything, x)
+    def arguments(self, samples: slice, device: torch.device, *, doubled: bool) -> list[dict[str, Any]]:
+        """The network's arguments for `samples`: the conditional ones; doubled, those of the doubled batch, or of each
+        half, unconditional first, where one batch cannot hold both."""
+
+        def part(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return (leaf[samples] if self._per_sample(leaf) else leaf).to(device)
+
+        leaves, form = self._given
+        given = list(map(part, leaves))
         if not doubled:
-            return [conditional]
+            return [form.unflatten(given)]
+        other_leaves, other_form = self._without
+        without = list(map(part, other_leaves))
+        if not self._joins:
+            return [other_form.unflatten(without), form.unflatten(given)]
+        triples = zip(leaves, without, given, strict=True)
+        return [form.unflatten([torch.cat(pair) if self._per_sample(whole) else pair[1] for whole, *pair in triples])]
+
+    @cached_property
+    def _without(self) -> Flat:
+        """The unconditional arguments in the shapes of the conditional ones."""
         if self.unconditional is None:
             raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
-        unconditional = self._slice(self.unconditional, everything, x)
-        _match(unconditional, conditional)
-        joined = self._join(unconditional, conditional) if self.doubled else None
-        return [unconditional, conditional] if joined is None else [joined]
+        return flat({name: _matched(self.unconditional[name], each, name) for name, each in self.conditioning.items()})
 
-    def _pair(
-        self, network: Network, x: Tensor, time: Tensor, samples: slice, conditional: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        if self.unconditional is None:
-            raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
-        unconditional = self._slice(self.unconditional, samples, x)
-        _match(unconditional, conditional)
-        joined = self._join(unconditional, conditional) if self.doubled else None
-        if joined is None:  # the first output is copied: a network may write the second into the same buffer
-            return call_network(network, x, time, unconditional).clone(), call_network(network, x, time, conditional)
-        both = call_network(network, torch.cat([x, x]), torch.cat([time, time]), joined)
-        first, second = both.chunk(2)
-        return first, second
-
-    def _join(self, unconditional: dict[str, Any], conditional: dict[str, Any]) -> dict[str, Any] | None:
-        """Arguments of one doubled batch, unconditional half first; None if some argument cannot be doubled."""
-        try:
-            return {
-                name: self._join_one(self.conditioning[name], unconditional[name], given)
-                for name, given in conditional.items()
-            }
-        except _CannotJoin:
-            return None
-
-    def _join_one(self, whole: Any, without: Any, given: Any) -> Any:
-        """`whole` is the argument before slicing, which tells whether it belongs to the samples."""
-        if isinstance(given, Mapping) and isinstance(without, Mapping) and set(given) == set(without):
-            return {key: self._join_one(whole[key], without[key], each) for key, each in given.items()}
-        if self._per_sample(whole):
-            return torch.cat([without, given])
-        if _same(given, without):
-            return given
-        raise _CannotJoin
+    @cached_property
+    def _joins(self) -> bool:
+        """Whether one doubled batch can hold both halves."""
+        (given, form), (without, other) = self._given, self._without
+        pairs = zip(given, without, strict=False)
+        if not self.doubled or form != other:
+            return False
+        return all(isinstance(two, Tensor) if self._per_sample(one) else _same(one, two) for one, two in pairs)
 
     def _per_sample(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.samples
 
-    def _slice(self, arguments: Conditioning, samples: slice, x: Tensor) -> dict[str, Any]:
-        return {name: self._slice_one(value, samples, x) for name, value in arguments.items()}
 
-    def _slice_one(self, value: Any, samples: slice, x: Tensor) -> Any:
-        if isinstance(value, Mapping):
-            return {key: self._slice_one(each, samples, x) for key, each in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        if self._per_sample(value):
-            value = value[samples]
-        return value.to(x.device)
+def asking_with(
+    networks: Sequence[Network], parts: Sequence[Mapping[str, Any]]
+) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """`ask(x, time, model)` with these arguments: one call, or two with a half of x each."""
+    if len(parts) == 1:
+        return lambda x, time, model: call_network(networks[model], x, time, parts[0])
 
+    def twice(x: Tensor, time: Tensor, model: int) -> Tensor:
+        halves = zip(x.chunk(2), time.chunk(2), parts, strict=True)  # a network may write both into the same buffer
+        return torch.cat([call_network(networks[model], half, t, part).clone() for half, t, part in halves])
 
-class _CannotJoin(Exception):
-    """The two halves of a guided pair differ in an argument that cannot be handed to both at once."""
+    return twice
 
 
 def checked_networks(network: Any) -> list[Network]:
@@ -210,7 +233,22 @@ def checked_arguments(given: Any, name: str) -> dict[str, Any]:
         raise InputError(f"{name} must be a mapping of argument names to values, got {type(given).__name__}")
     if not all(isinstance(key, str) for key in given):
         raise InputError(f"{name} must be a mapping of argument names to values, got the keys {list(given)}")
-    return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in given.items()}
+    return {key: value if isinstance(value, Tensor) else mapped(as_tensor, value) for key, value in given.items()}
+
+
+def _check_rows(arguments: Mapping[str, Any], name: str, samples: int) -> None:
+    """InputError where some tensors of a list belong to the samples, and others have another number of rows."""
+    rows: dict[Path, dict[str, int]] = {}
+    for path, leaf in with_paths(arguments):
+        if isinstance(leaf, Tensor) and leaf.ndim and in_list(path):
+            rows.setdefault(path[:-1], {})[spelled(path)] = leaf.shape[0]
+    for found in rows.values():
+        odd = [place for place, count in found.items() if count not in (1, samples)]
+        if odd and samples > 1 and samples in found.values():
+            raise InputError(
+                f"{name}{odd[0]} has {found[odd[0]]} samples, noise {samples}: tensors of one list or tuple belong to "
+                "the samples together, or none of them does"
+            )
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -222,27 +260,36 @@ def _same(first: Any, second: Any) -> bool:
         return False
 
 
-def _match(unconditional: dict[str, Any], conditional: dict[str, Any]) -> None:
-    """A scalar or a single row stands for every sample: expand it to the conditional argument's shape, in place."""
-    for name, given in conditional.items():
-        without = unconditional[name]
-        if not isinstance(given, Tensor):
-            continue
-        if isinstance(without, (bool, int, float)):
-            unconditional[name] = torch.full_like(given, without)
-        elif not isinstance(without, Tensor):
-            raise InputError(
-                f"unconditional[{name!r}] is {type(without).__name__}, but conditioning[{name!r}] is a tensor of shape "
-                f"{tuple(given.shape)}: give a tensor that broadcasts to it, or a number"
-            )
-        elif without.shape != given.shape:
-            try:
-                unconditional[name] = without.expand(given.shape)
-            except RuntimeError as error:
-                raise InputError(
-                    f"unconditional[{name!r}] has shape {tuple(without.shape)}, which does not broadcast to "
-                    f"conditioning[{name!r}] of shape {tuple(given.shape)}"
-                ) from error
+def _matched(without: Any, given: Any, name: str) -> Any:
+    """The unconditional argument with what stands for every sample, numbers and single rows, expanded to `given`."""
+    if isinstance(given, Tensor):
+        return _expanded(without, given, f"[{name!r}]")
+    leaves, form = flat(without)
+    if form != flat(given)[1]:
+        return without  # the halves are asked apart
+    pairs = zip(leaves, with_paths(given), strict=True)
+    return form.unflatten(
+        [leaf if leaf is None else _expanded(leaf, like, f"[{name!r}]{spelled(path)}") for leaf, (path, like) in pairs]
+    )
+
+
+def _expanded(without: Any, given: Any, place: str) -> Any:
+    if not isinstance(given, Tensor):
+        return without
+    if isinstance(without, (bool, int, float)):
+        return torch.full_like(given, without)
+    if not isinstance(without, Tensor):
+        raise InputError(
+            f"unconditional{place} is {type(without).__name__}, but conditioning{place} is a tensor of shape "
+            f"{tuple(given.shape)}: give a tensor that broadcasts to it, or a number"
+        )
+    try:
+        return without if without.shape == given.shape else without.expand(given.shape)
+    except RuntimeError as error:
+        raise InputError(
+            f"unconditional{place} has shape {tuple(without.shape)}, which does not broadcast to "
+            f"conditioning{place} of shape {tuple(given.shape)}"
+        ) from error
 
 
 def call_network(network: Network, x: Tensor, time: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -282,19 +329,9 @@ def sums_to_finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum()))
 
 
-def check_noise(noise: Any) -> None:
-    """Raise `InputError` unless `noise` is a finite floating-point tensor (P, ...) with at least one sample."""
-    check_noise_kind(noise)
-    if sums_to_finite(noise):
-        return
-    finite = torch.isfinite(noise).flatten(1).all(1)
-    if not bool(finite.all()):
-        bad = torch.nonzero(~finite).flatten().tolist()
-        raise InputError(f"noise holds NaN or infinity in sample(s) {bad[:8]}")
-
-
-def check_noise_kind(noise: Any) -> None:
-    """What `check_noise` does without a look at the values, which on a GPU would be a wait."""
+def check_noise(noise: Any, *, waits: bool = True) -> None:
+    """Raise `InputError` unless `noise` is a finite floating-point tensor (P, ...) with at least one sample. Without
+    `waits` its values are looked at only where this is no wait for a GPU."""
     if not isinstance(noise, Tensor):
         raise InputError(f"noise must be a tensor of shape (samples, ...), got {type(noise).__name__}")
     if noise.layout != torch.strided or noise.is_nested or noise.is_meta:
@@ -307,3 +344,9 @@ def check_noise_kind(noise: Any) -> None:
             f"noise must be a floating-point tensor of shape (samples, ...), got {noise.dtype} of {tuple(noise.shape)}"
             "; float16, bfloat16, float32 and float64 are"
         )
+    if (noise.device.type != "cpu" and not waits) or sums_to_finite(noise):
+        return
+    finite = torch.isfinite(noise).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite).flatten().tolist()
+        raise InputError(f"noise holds NaN or infinity in sample(s) {bad[:8]}")

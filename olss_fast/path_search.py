@@ -74,7 +74,7 @@ class PathSearch:
             for loop, chunk in zip(loops, self.chunks, strict=True):
                 loop.follow(student)
                 if k < n:
-                    loop.ask(task.asking(chunk))
+                    loop.ask(task.denoiser.asking(chunk))
                     self.progress(chunk.stop - chunk.start)
             if not all(bool(torch.isfinite(loop.columns[-1]).all()) for loop in loops):
                 return Trial(path, student.rows, (), float("inf"))

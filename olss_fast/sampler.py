@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from olss_fast._draws import Seed, Streams, checked_shape
 from olss_fast._old_forms import takes_old_forms
 from olss_fast._starts import begun
 from olss_fast.errors import InputError
-from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
 from olss_fast.executors.loops import Loops, Stats
 from olss_fast.executors.reference import OnStep
@@ -32,12 +31,12 @@ from olss_fast.network import (
     Conditioning,
     Denoiser,
     Network,
-    call_network,
-    check_noise,
-    check_noise_kind,
+    asking_with,
     checked_arguments,
     checked_guidance_scale,
     checked_networks,
+    network_device,
+    network_dtype,
 )
 from olss_fast.plan import Plan
 from olss_fast.sampling import (
@@ -45,9 +44,7 @@ from olss_fast.sampling import (
     check_plan_fits,
     draw_step_noise,
     given_noise,
-    network_device,
-    network_dtype,
-    sample,
+    sampled,
     watching,
 )
 
@@ -149,30 +146,24 @@ class Sampler:
 
         On the CPU outputs that are not finite raise NetworkError; on a GPU that would be a wait: `require_finite()`.
         """
-        given = {**self._conditioning, **conditioning}
-        without = self._unconditional if unconditional is None else unconditional
         usual = self.shape if init_image is None else None
         noise, streams = given_noise(self.networks, noise, shape, generator, seed, init_image, usual)
-        check_noise_kind(noise)
-        if noise.device.type == "cpu":  # elsewhere a look at the values would be a wait
-            check_noise(noise)
-        plan, noise = begun(self.plan, noise, init_image, strength)
+        denoiser = Denoiser(
+            self.networks,
+            noise,
+            conditioning={**self._conditioning, **conditioning},
+            unconditional=self._unconditional if unconditional is None else unconditional,
+            guidance_scale=self.guidance_scale,
+            streams=streams,
+            waits=False,
+        )
+        plan, denoiser.noise = begun(self.plan, denoiser.noise, init_image, strength)
         if plan is None:
-            return noise
+            return denoiser.noise
         if self.backend == "reference":
-            return sample(
-                self.networks,
-                plan,
-                noise,
-                conditioning=given,
-                unconditional=without,
-                guidance_scale=self.guidance_scale,
-                generator=streams,
-                callback=callback,
-                progress=progress,
-            )
-        with torch.no_grad(), watching(plan, noise, callback, progress) as on_step:
-            return self._run(plan, noise, given, without, streams, on_step)
+            return sampled(plan, denoiser, callback=callback, progress=progress)
+        with torch.no_grad(), watching(plan, denoiser.noise, callback, progress) as on_step:
+            return self._run(plan, denoiser, on_step)
 
     def require_finite(self) -> None:
         """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
@@ -192,53 +183,25 @@ class Sampler:
         dtype = self.dtype or network_dtype(self.networks[0], torch.float32)
         self(torch.zeros(tuple(shape), dtype=dtype, device="cpu"), generator=torch.Generator())
 
-    def _run(
-        self,
-        plan: Plan,
-        noise: Tensor,
-        given: dict[str, Any],
-        without: Conditioning | None,
-        streams: Streams | None,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        device = self.device or noise.device
+    def _run(self, plan: Plan, denoiser: Denoiser, on_step: OnStep | None) -> Tensor:
+        noise, device = denoiser.noise, self.device or denoiser.noise.device
         if self.backend == "graph":
             require_cuda(device)
-        scale = self.guidance_scale  # once: another thread may set another
-        denoiser = Denoiser(
-            self.networks,
-            samples=noise.shape[0],
-            conditioning=given,
-            unconditional=without,
-            guidance_scale=scale,
-        )
         check_plan_fits(plan, denoiser)
         doubled = plan.branches == 2 or denoiser.guided
         with denoiser.naming_arguments():
             return self._loops.run(
                 plan,
                 noise,
-                denoiser.arguments(noise.to(device), doubled=doubled),
-                self._asking,
-                dtype=self.dtype or network_dtype(self.networks[0], noise.dtype),
+                denoiser.arguments(slice(None), device, doubled=doubled),
+                lambda parts: asking_with(self.networks, parts),
+                dtype=self.dtype or denoiser.dtype,
                 device=device,
                 doubled=doubled,
-                guidance_scale=scale,
-                step_noise=draw_step_noise(plan, noise, streams),
+                guidance_scale=denoiser.guidance_scale,
+                step_noise=draw_step_noise(plan, noise, denoiser.streams),
                 on_step=on_step,
             )
-
-    def _asking(self, parts: Sequence[Mapping[str, Any]]) -> Ask:
-        """One call with the arguments of both halves, or two calls where they cannot be joined."""
-        networks = self.networks
-        if len(parts) == 1:
-            return lambda x, time, model: call_network(networks[model], x, time, parts[0])
-
-        def twice(x: Tensor, time: Tensor, model: int) -> Tensor:
-            halves = zip(x.chunk(2), time.chunk(2), parts, strict=True)
-            return torch.cat([call_network(networks[model], half, t, part).clone() for half, t, part in halves])
-
-        return twice
 
 
 def _name_of(network: Any) -> str:

@@ -16,14 +16,14 @@ from olss_fast._progress import bar_options
 from olss_fast._starts import begun
 from olss_fast._text import quoted
 from olss_fast.errors import InputError
-from olss_fast.executors.reference import Evaluate, Loop, OnStep
+from olss_fast.executors.reference import Loop, OnStep
 from olss_fast.network import (
     Conditioning,
     Denoiser,
     Network,
-    check_noise,
     checked_networks,
-    module_of,
+    network_device,
+    network_dtype,
     require_finite,
 )
 from olss_fast.plan import Plan
@@ -74,25 +74,36 @@ def sample(
     """
     networks, plan = checked_networks(network), checked_plan(plan)
     noise, streams = given_noise(networks, noise, shape, generator, seed, init_image)
-    check_noise(noise)
-    begun_plan, noise = begun(plan, noise, init_image, strength)
-    if begun_plan is None:
-        return noise
-    plan, samples = begun_plan, noise.shape[0]
     denoiser = Denoiser(
         networks,
-        samples=samples,
+        noise,
         conditioning=conditioning,
         unconditional=unconditional,
         guidance_scale=guidance_scale,
+        streams=streams,
         doubled=doubled,
     )
+    rest, denoiser.noise = begun(plan, denoiser.noise, init_image, strength)
+    if rest is None:
+        return denoiser.noise
+    size = None if batch_size is None else checked_count("batch_size", batch_size)
+    return sampled(rest, denoiser, batch_size=size, callback=callback, progress=progress)
+
+
+def sampled(
+    plan: Plan,
+    denoiser: Denoiser,
+    *,
+    batch_size: int | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """`sample` of what is asked, by the reference executor."""
     check_plan_fits(plan, denoiser)
-    slices = batches(range(samples), samples if batch_size is None else checked_count("batch_size", batch_size))
-    with torch.no_grad(), watching(plan, noise, callback, progress, len(slices)) as on_step:
-        step_noise = draw_step_noise(plan, noise, streams)
-        parts = [_sample_batch(plan, denoiser, noise, each, step_noise, on_step) for each in slices]
-    return torch.cat(parts)
+    slices = batches(range(denoiser.samples), batch_size or denoiser.samples)
+    with torch.no_grad(), watching(plan, denoiser.noise, callback, progress, len(slices)) as on_step:
+        step_noise = draw_step_noise(plan, denoiser.noise, denoiser.streams)
+        return torch.cat([_sample_batch(plan, denoiser, each, step_noise, on_step) for each in slices])
 
 
 def given_noise(
@@ -138,7 +149,9 @@ def watching(
 
 def check_plan_fits(plan: Plan, denoiser: Denoiser) -> None:
     """Raise `InputError` if the plan needs more networks than there are, or has another guidance folded in."""
-    denoiser.require_networks(int(plan.models.max()))
+    highest = int(plan.models.max())
+    if highest >= len(denoiser.networks):
+        raise InputError(f"the plan uses network {highest}, but {len(denoiser.networks)} came: pass a list of networks")
     tuned = plan.metadata.get("guidance_scale")
     if plan.branches == 2 and tuned is not None and float(tuned) != denoiser.guidance_scale:
         raise InputError(
@@ -152,24 +165,6 @@ def batches(samples: range, size: int) -> list[slice]:
     return [slice(start, min(start + size, samples.stop)) for start in range(samples.start, samples.stop, size)]
 
 
-def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
-    """The floating-point dtype of the network's parameters, or `default` if it has none to show."""
-    module = module_of(network)
-    parameters = () if module is None else module.parameters()
-    return next((each.dtype for each in parameters if each.is_floating_point()), default)
-
-
-def asking(denoiser: Denoiser, samples: slice, dtype: torch.dtype) -> Evaluate:
-    """How a loop asks the networks about `samples`: with an x of its own, of the networks' `dtype`."""
-    return lambda x, timestep, **how: denoiser(x.to(dtype, copy=True), timestep, samples, **how)
-
-
-def network_device(networks: Sequence[Network]) -> torch.device | None:
-    """Where the networks' parameters lie; None if they have none to show."""
-    modules = [module for module in map(module_of, networks) if module is not None]
-    return next((parameter.device for module in modules for parameter in module.parameters()), None)
-
-
 def draw_step_noise(plan: Plan, noise: Tensor, streams: Streams | None) -> Tensor | None:
     """The fresh unit noises (Z, B, …) of a stochastic plan, float32; None for a deterministic one."""
     if plan.noises == 0:
@@ -178,15 +173,15 @@ def draw_step_noise(plan: Plan, noise: Tensor, streams: Streams | None) -> Tenso
 
 
 def _sample_batch(
-    plan: Plan, denoiser: Denoiser, noise: Tensor, samples: slice, step_noise: Tensor | None, on_step: OnStep | None
+    plan: Plan, denoiser: Denoiser, samples: slice, step_noise: Tensor | None, on_step: OnStep | None
 ) -> Tensor:
-    dtype = network_dtype(denoiser.networks[0], noise.dtype)
-    loop = Loop(plan, noise[samples][None], step_noise=None if step_noise is None else step_noise[:, samples])
-    evaluate = asking(denoiser, samples, dtype)
+    noise = denoiser.noise[samples][None]
+    loop = Loop(plan, noise, step_noise=None if step_noise is None else step_noise[:, samples])
+    evaluate = denoiser.asking(samples)
     while not loop.done:
         loop.ask(evaluate)
         if on_step is not None:
-            on_step(loop.evaluation - 1, loop.x if loop.done else loop.x.to(dtype))
+            on_step(loop.evaluation - 1, loop.x if loop.done else loop.x.to(denoiser.dtype))
     if not bool(torch.isfinite(loop.x).all()):  # one look at the end keeps host syncs out of the loop
         for i in range(plan.nfe):
             require_finite(loop.columns[plan.output_slice(i)], step=i, first_sample=samples.start)

@@ -53,7 +53,7 @@ def final_samples(
 ) -> Iterator[tuple[int, Tensor]]:
     """(index of the plan, its samples (B, ...) in float64), shared evaluations made once, in no particular order."""
     begun = Loop(max(plans, key=lambda plan: plan.columns), task.noise[chunk][None])
-    yield from _descend(plans, range(len(plans)), begun, task.asking(chunk), progress)
+    yield from _descend(plans, range(len(plans)), begun, task.denoiser.asking(chunk), progress)
 
 
 def _descend(

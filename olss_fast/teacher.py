@@ -24,7 +24,7 @@ from olss_fast.identity import identity
 from olss_fast.network import Denoiser, require_finite
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
-from olss_fast.sampling import asking, batches, network_dtype
+from olss_fast.sampling import batches
 from olss_fast.store import Store, open_store
 
 PROBED = 4  # samples, of which a network is asked whether it is the one that a store belongs to
@@ -113,14 +113,13 @@ def chunk_name(chunk: slice) -> str:
 def record(
     teacher: Plan,
     denoiser: Denoiser,
-    noise: Tensor,
     *,
     store: Store,
     split: Split,
     batch_size: int,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> Recording:
-    """Run `teacher` on all of `noise`, chunk by chunk; finished chunks in the store are not run again.
+    """Run `teacher` on all noise, chunk by chunk; finished chunks in the store are not run again.
 
     `progress(samples)` is called after every evaluation with the number of samples evaluated (or skipped).
     Raises `NetworkError` (evaluation and sample named) and `StoreError`.
@@ -133,11 +132,11 @@ def record(
                 store.check(chunk_name(chunk))
                 progress((chunk.stop - chunk.start) * teacher.nfe)
             else:
-                store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, noise, chunk, keep, progress))
+                store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, chunk, keep, progress))
             if keep:
                 triangles.append(_stored_triangle(store, chunk, teacher.columns))
     r = merge_triangles(triangles) if triangles else np.zeros((teacher.columns, teacher.columns))
-    return Recording(teacher, store, split, batch_size, r, len(split.fit) * noise[0].numel())
+    return Recording(teacher, store, split, batch_size, r, len(split.fit) * denoiser.noise[0].numel())
 
 
 def _stored_triangle(store: Store, chunk: slice, columns: int) -> Float64:
@@ -153,13 +152,11 @@ def _stored_triangle(store: Store, chunk: slice, columns: int) -> Float64:
 def _run_chunk(
     teacher: Plan,
     denoiser: Denoiser,
-    noise: Tensor,
     chunk: slice,
     keep: bool,
     progress: Callable[[int], object],
 ) -> dict[str, Tensor]:
-    loop, states = Loop(teacher, noise[chunk][None]), []
-    evaluate = asking(denoiser, chunk, network_dtype(denoiser.networks[0], noise.dtype))
+    loop, states, evaluate = Loop(teacher, denoiser.noise[chunk][None]), [], denoiser.asking(chunk)
     while not loop.done:
         if keep:
             states.append(loop.x.to(torch.float32))
@@ -172,20 +169,19 @@ def _run_chunk(
     return tensors
 
 
-def probe(teacher: Plan, denoiser: Denoiser, noise: Tensor) -> Tensor:
+def probe(teacher: Plan, denoiser: Denoiser) -> Tensor:
     """The network's outputs (samples, questions, ...) for a few samples at a teacher's noisiest, middle and last time.
 
     It is asked about states of these levels whose image is another sample's noise: no teacher need have run.
     """
-    stride = -(-noise.shape[0] // PROBED) | 1  # odd, for conditioning often repeats
-    samples = slice(0, noise.shape[0], stride)
-    x = noise[samples].double()
-    dtype = network_dtype(denoiser.networks[0], noise.dtype)
+    stride = -(-denoiser.samples // PROBED) | 1  # odd, for conditioning often repeats
+    samples = slice(0, denoiser.samples, stride)
+    x, ask = denoiser.noise[samples].double(), denoiser.asking(samples)
     answers = []
     for i in sorted({0, teacher.nfe // 2, teacher.nfe - 1}):
         mixed = float(teacher.alphas[i]) * x.roll(1, 0) + float(teacher.sigmas[i]) * x
         state = mixed if i else float(teacher.rows[0, 0]) * x
-        answers.append(denoiser(state.to(dtype), float(teacher.timesteps[i]), samples)[0])
+        answers.append(ask(state, float(teacher.timesteps[i]))[0])
     return torch.stack(answers, 1)
 
 
@@ -193,7 +189,6 @@ def recording_store(
     folder: str | Path | None,
     teacher: Plan,
     denoiser: Denoiser,
-    noise: Tensor,
     *,
     schedule: NoiseSchedule,
     split: Split,
@@ -203,8 +198,7 @@ def recording_store(
     question = {
         "teacher": (teacher.rows, teacher.timesteps),
         "schedule": schedule,
-        "noise": noise,
         "split": (split.fit, split.validation, split.held_out, batch_size),
         **denoiser.what_is_asked(),
     }
-    return open_store(folder, lambda before: identity(question, before), lambda: probe(teacher, denoiser, noise))
+    return open_store(folder, lambda before: identity(question, before), lambda: probe(teacher, denoiser))

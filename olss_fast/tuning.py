@@ -27,7 +27,7 @@ from olss_fast.clock import Clock
 from olss_fast.errors import InputError, PlanFileError, StoreError
 from olss_fast.judge import Judge, recorded
 from olss_fast.methods import METHODS, OLSS, Method
-from olss_fast.network import Conditioning, Denoiser, Network, check_noise
+from olss_fast.network import Conditioning, Denoiser, Network
 from olss_fast.noise_schedule import NoiseSchedule
 from olss_fast.plan import Plan
 from olss_fast.report import Candidate, Report
@@ -82,10 +82,9 @@ def tune(
     Source: Duan et al., Optimal Linear Subspace Search, CIKM 2023; on-policy fit and polish as in `fitting` and
     `polish`. Raises `InputError`, `NetworkError`, `StoreError`.
     """
-    check_noise(noise)
     denoiser = Denoiser(
         network,
-        samples=noise.shape[0],
+        noise,
         conditioning=conditioning,
         unconditional=unconditional,
         guidance_scale=guidance_scale,
@@ -93,7 +92,6 @@ def tune(
     )
     return tune_denoiser(
         denoiser,
-        noise=noise,
         schedule=schedule,
         steps=steps,
         teacher=ddim_teacher(schedule, teacher_steps) if teacher is None else teacher,
@@ -110,7 +108,6 @@ def tune(
 def tune_denoiser(
     denoiser: Denoiser,
     *,
-    noise: Tensor,
     schedule: NoiseSchedule,
     steps: int | Sequence[int],
     teacher: Plan,
@@ -124,7 +121,7 @@ def tune_denoiser(
     seed: int = 0,
     progress: bool = True,
 ) -> TuneResult:
-    """`tune` for a network that already has its conditioning and guidance.
+    """`tune` of a network that already has its noise, conditioning and guidance.
 
     `admits` says which analytic plans and rivals can be run at all, `fixed_start` is that of `fitting.Task`.
     """
@@ -138,9 +135,9 @@ def tune_denoiser(
             checked_count(name, value)
     _check_teacher(checked_plan(teacher, "teacher"), checked_schedule(schedule))
     wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
-    split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
+    split, clock = split_samples(denoiser.noise, wanted, held_out), Clock(denoiser, progress)
     how: dict[str, Any] = {"store": store, "batch_size": batch_size, "fixed_start": fixed_start}
-    with recorded(teacher, noise, schedule, clock=clock, split=split, **how) as task:
+    with recorded(teacher, schedule, clock=clock, split=split, **how) as task:
         judge = Judge(task, clock, rivals, admits, stage="accept", first=max(3, len(split.held_out) // 8))
         tuner = Tuner(judge, effort or Effort(), seed)
         candidates = [each for n in wanted for each in tuner.candidates(n)]

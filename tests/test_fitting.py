@@ -34,14 +34,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     noise = torch.randn((SAMPLES, *SHAPE), generator=generator, dtype=torch.float64)
     denoiser = Denoiser(
         ExactMixture(SCHEDULE, means, 0.2),
-        samples=SAMPLES,
+        noise,
         conditioning={"y": torch.arange(SAMPLES) % 4},
         unconditional={"y": NULL_CLASS},
         guidance_scale=1.5,
     )
     split = Split.of(SAMPLES, validation=5, held_out=7)
     store = Store(tmp_path_factory.mktemp("store"))
-    return Task(record(TEACHER, denoiser, noise, store=store, split=split, batch_size=5), denoiser, noise, SCHEDULE)
+    return Task(record(TEACHER, denoiser, store=store, split=split, batch_size=5), denoiser, SCHEDULE)
 
 
 def teacher_basis(task: Task, samples: range) -> torch.Tensor:
@@ -50,7 +50,7 @@ def teacher_basis(task: Task, samples: range) -> torch.Tensor:
     basis = [task.noise[chunk]]
     for i in range(TEACHER.nfe):
         x = sum(w * column for w, column in zip(TEACHER.rows[i], basis, strict=False))
-        basis.append(task.asking(chunk)(x, float(TEACHER.timesteps[i]))[0])
+        basis.append(task.denoiser.asking(chunk)(x, float(TEACHER.timesteps[i]))[0])
     return torch.stack(basis)
 
 

@@ -9,29 +9,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
+from olss_fast._tree import as_tensor, dotted, flat, is_array, mapped, with_paths
 from olss_fast.errors import InputError
 from olss_fast.network import call_network
 
 
-def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors."""
-    flat: dict[str, Any] = {}
-    for key, value in arguments.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            found = flatten(value, name + ".")
-        elif isinstance(value, (list, tuple)) and any(isinstance(each, (Tensor, np.ndarray)) for each in value):
-            found = flatten({str(i): each for i, each in enumerate(value)}, name + ".")
-        else:
-            found = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value}
-        if twice := sorted(set(flat) & set(found)):
-            raise InputError(f"{', '.join(twice)} was given twice, nested and by its flat name; give it once")
-        flat.update(found)
-    return flat
+def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors. Lists of no tensors stay whole."""
+    found: dict[str, Any] = {}
+    for path, leaf in with_paths(dict(arguments), whole=_stays_whole) if arguments else []:
+        if dotted(path) in found:
+            raise InputError(f"{dotted(path)} was given twice, nested and by its flat name; give it once")
+        found[dotted(path)] = as_tensor(leaf)
+    return found
+
+
+def fixed_value(value: Any) -> str:
+    """What is baked into the code, as a manifest tells it."""
+    return repr(value)[:200]
+
+
+def _stays_whole(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return not any(map(is_array, flat(value)[0]))
+    return isinstance(value, Mapping) and not value
 
 
 def require_names(arguments: object, what: str) -> Mapping[str, Any]:
@@ -45,7 +48,8 @@ def require_names(arguments: object, what: str) -> Mapping[str, Any]:
 
 
 class FlatNetwork(nn.Module):
-    """`network` as forward(x, time, *tensors): the tensors in the order in which `flatten(example)` has them.
+    """`network` as forward(x, time, *tensors): the tensors in the order in which `flatten(example)` has them. What the
+    example holds is no array of numpy's.
 
     lends_x: whether the network is handed x itself; where it writes to it, it must be handed a copy.
     """
@@ -58,16 +62,6 @@ class FlatNetwork(nn.Module):
         self._example = example
 
     def forward(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
-        left = list(reversed(tensors))
-        return call_network(self.network, x if self.lends_x else x.clone(), time, _filled(self._example, left))
-
-
-def _filled(value: Any, left: list[Tensor]) -> Any:
-    """`value` with its tensors replaced by the last ones of `left`, in turn."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return left.pop()
-    if isinstance(value, Mapping):
-        return {key: _filled(each, left) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_filled(each, left) for each in value])
-    return value
+        left = iter(tensors)
+        arguments = mapped(lambda leaf: next(left) if isinstance(leaf, Tensor) else leaf, self._example)
+        return call_network(self.network, x if self.lends_x else x.clone(), time, arguments)

@@ -81,9 +81,9 @@ class Engine:
         """
         chosen = self.chosen_plan(steps, plan)
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
-        self._check_guidance(chosen, scale)
         streams = checked_streams(generator, seed)
         noise = inputs.given_noise(noise, shape, streams, self.manifest, self.device)
+        self._check_guidance(chosen, noise, scale)
         if unconditional is not None and not isinstance(unconditional, Mapping):
             raise InputError(
                 f"unconditional is {quoted(unconditional)}; expected a mapping of argument names to values"
@@ -203,7 +203,7 @@ class Engine:
         has = ", ".join(f"{name} ({each.nfe} steps)" for name, each in self.plans.items())
         raise InputError(f"the engine has no {wanted}; it has {has}; any other Plan can be given as plan=")
 
-    def _check_guidance(self, plan: Plan, scale: float) -> None:
+    def _check_guidance(self, plan: Plan, noise: Tensor, scale: float) -> None:
         doubled = self.manifest.doubled
         if not doubled and plan.branches == 2:
             raise InputError("this plan keeps both outputs of a guided pair apart: build the engine with unconditional")
@@ -212,7 +212,7 @@ class Engine:
         if self._agreed == (plan, scale):  # checked before; between two calls of a network each look costs more
             return
         either: dict[str, Any] | None = {} if doubled else None
-        check_plan_fits(plan, Denoiser([self.network], samples=1, unconditional=either, guidance_scale=scale))
+        check_plan_fits(plan, Denoiser([self.network], noise, unconditional=either, guidance_scale=scale))
         self._agreed = (plan, scale)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from olss_fast._draws import Streams, initial_noise
 from olss_fast._text import quoted
-from olss_fast.engine.arguments import flatten
+from olss_fast.engine.arguments import fixed_value, flatten
 from olss_fast.engine.manifest import Input, Manifest
 from olss_fast.errors import InputError
 from olss_fast.network import sums_to_finite
@@ -52,8 +52,12 @@ def network_inputs(
     belongs to no sample.
     """
     flat = flatten(conditioning)
-    for name in sorted(set(flat) & set(manifest.facts["fixed"])):
-        value = manifest.facts["fixed"][name]
+    for name, value in sorted(manifest.facts["fixed"].items()):
+        if name not in flat:
+            continue
+        if "." in name and fixed_value(flat[name]) == value:  # comes along with what it lies in
+            del flat[name]
+            continue
         raise InputError(f"conditioning: {name} was baked in when this engine was built, as {value}; leave it out")
     given = tensors_of(manifest.inputs, flat, samples, device, "conditioning")
     if not manifest.doubled:

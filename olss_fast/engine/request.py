@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from olss_fast._device import pick_device
+from olss_fast._draws import unit_noise
 from olss_fast._text import quoted
-from olss_fast.engine.arguments import FlatNetwork, flatten, require_names
+from olss_fast._tree import as_tensor, mapped
+from olss_fast.engine.arguments import FlatNetwork, fixed_value, flatten, require_names
 from olss_fast.engine.compiled import shortened
 from olss_fast.engine.manifest import DTYPES
 from olss_fast.engine.shapes import Profile
 from olss_fast.errors import InputError, NetworkError, OlssError
-from olss_fast.network import Conditioning, Denoiser, require_finite
+from olss_fast.network import Conditioning, Denoiser, network_dtype, require_finite
 from olss_fast.plan import Plan
-from olss_fast.sampling import check_plan_fits, network_dtype
+from olss_fast.sampling import check_plan_fits
 
 RESERVED = {"noise", "seed", "shape", "steps", "plan", "guidance_scale", "unconditional", "generator"}
 """Arguments of an engine's call."""
@@ -53,9 +55,7 @@ class Request:
         for axis in self.profile.dynamic:
             sizes[axis] = max(sizes[axis], least * self.profile.multiple[axis])
         batch = sizes[0] * (1 + self.doubled)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn((batch, *sizes[1:]), generator=generator, dtype=torch.float32, device="cpu")
-        x = x.to(self.device, self.dtype)
+        x = _noise((batch, *sizes[1:]), self.device, self.dtype)
         times = torch.full((batch,), self.times[0] if time is None else time, dtype=torch.float32, device=self.device)
         rest = [
             _repeated(each, batch) if own else each
@@ -79,19 +79,19 @@ def checked_request(
         raise InputError(f"network is {what}; expected a torch.nn.Module in evaluation mode: wrap it, or call .eval()")
     first = next(iter(plans.values()))
     scale = _scale(first, unconditional, guidance_scale)
-    given = _on_device(require_names(conditioning, "conditioning"), device := _device(network, device))
+    device = _device(network, device)
+    given = mapped(lambda leaf: _on_device(leaf, device), dict(require_names(conditioning, "conditioning")))
     if RESERVED & set(given):
         raise InputError(
             f"the network's argument {sorted(RESERVED & set(given))} has the name of one of an engine's call"
         )
-    denoiser = Denoiser(
-        network, samples=profile.opt[0], conditioning=given, unconditional=unconditional, guidance_scale=scale
-    )
+    dtype = _dtype(network, dtype)
+    noise = _noise(profile.opt, device, dtype)
+    denoiser = Denoiser(network, noise, conditioning=given, unconditional=unconditional, guidance_scale=scale)
     for each in plans.values():
         check_plan_fits(each, denoiser)
         if each.branches == 2 and unconditional is None:
             raise InputError("a plan keeps the unconditional and the conditional output apart: pass unconditional")
-    dtype = _dtype(network, dtype)
     flat, without = flatten(given), flatten(unconditional or {})
     for name in sorted(set(flat) & set(without)):
         if not isinstance(flat[name], Tensor) and flat[name] != without[name]:
@@ -102,7 +102,7 @@ def checked_request(
         profile=profile,
         tensors=tensors,
         unconditional=_one_row(tensors, without, profile, device),
-        fixed={name: repr(each)[:200] for name, each in flat.items() if not isinstance(each, Tensor)},
+        fixed={name: fixed_value(each) for name, each in flat.items() if not isinstance(each, Tensor)},
         doubled=unconditional is not None,
         guidance_scale=scale,
         dtype=dtype,
@@ -132,6 +132,11 @@ def _check_callable(request: Request) -> None:
         ) from cause
     request.flat.lends_x = torch.equal(inputs[0], x)
     require_finite(output[None], step=0, first_sample=0)
+
+
+def _noise(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same unit noise every time."""
+    return unit_noise(shape, torch.Generator().manual_seed(0), device).to(dtype)
 
 
 def named_plans(plan: Any) -> dict[str, Plan]:
@@ -182,14 +187,9 @@ def _prepared(network: nn.Module, dtype: torch.dtype, device: torch.device) -> n
     return network if fits else copy.deepcopy(network).to(device=device, dtype=dtype)
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device).contiguous()
-    if isinstance(value, Mapping):
-        return {key: _on_device(each, device) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_on_device(each, device) for each in value])
-    return value
+def _on_device(leaf: Any, device: torch.device) -> Any:
+    given = as_tensor(leaf)
+    return given.to(device).contiguous() if isinstance(given, Tensor) else given
 
 
 def is_per_sample(value: Tensor, profile: Profile) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast._tree import flat
 from olss_fast.errors import InputError, OlssError
 from olss_fast.executors.fused import Ask, FusedLoop
 from olss_fast.executors.graph import GraphLoop
@@ -43,8 +44,8 @@ class Work:
 
     plan: Plan
     noise: Tensor
-    arguments: Any
-    asking: Callable[[Any], Ask]
+    leaves: Sequence[Any]  # of the network's arguments
+    asking: Callable[[Sequence[Any]], Ask]  # of leaves of its own
     like: Tensor
     doubled: bool
     guidance_scale: float
@@ -71,7 +72,7 @@ class Kept:
     """A loop with its copies of the network's arguments. calls: how many there were; busy: one is in it."""
 
     loop: FusedLoop
-    held: Any
+    held: list[Any]
     calls: int = 0
     busy: bool = True
 
@@ -131,9 +132,20 @@ class Loops:
         backend = ("graph" if device.type == "cuda" else "fused") if self.backend == "auto" else self.backend
         with torch.inference_mode(False), torch.no_grad(), self._in_turn(backend, device):  # buffers outlive the mode
             like = torch.empty_like(noise, dtype=dtype, device=device)
-            work = Work(plan, noise, arguments, asking, like, doubled, guidance_scale, step_noise, on_step)
+            leaves, form = flat(arguments)
+            work = Work(
+                plan,
+                noise,
+                leaves,
+                lambda held: asking(form.unflatten(held)),
+                like,
+                doubled,
+                guidance_scale,
+                step_noise,
+                on_step,
+            )
             kind = (like.shape, like.stride(), dtype, device, doubled, plan.branches, autocast_of(device))
-            key = (kind, signature(arguments))
+            key = (kind, (form, *map(signature, leaves)))
             graph = backend == "graph" and key not in self._not_captured
             try:
                 return self._run(key, work, graph=graph)
@@ -202,7 +214,7 @@ class Loops:
         kept = self._lent(key, work, graph)
         before = kept.counts
         try:
-            write_over(kept.held, work.arguments)
+            write_over(kept.held, work.leaves)
             kept.calls += 1
             self._threads.last, self._used = (kept, kept.calls), kept.loop.backend
             return work.done_by(kept.loop)
@@ -218,7 +230,7 @@ class Loops:
                 return idle[0]
             if idle:
                 self._kept[key].remove(idle[0])
-        held = copied(work.arguments)
+        held = [each.clone() if isinstance(each, Tensor) else each for each in work.leaves]
         loop = self._new_loop(work, work.asking(held), graph, idle[0].loop.room[:2] if idle else (0, 0))
         with self._lock:
             self._kept.setdefault(key, []).append(kept := Kept(loop, held))
@@ -262,38 +274,16 @@ def autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
-def signature(value: Any) -> object:
-    """Shapes, dtypes and plain values of arguments: where they are equal, one can be written over the other."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.stride(), value.device
-    if isinstance(value, Mapping):
-        return type(value), tuple((key, signature(each)) for key, each in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple(signature(each) for each in value)
-    plain = isinstance(value, (str, int, float, bool, type(None), np.generic, torch.dtype, torch.device))
-    return type(value), value if plain else id(value)
+def signature(leaf: Any) -> object:
+    """Shape, dtype and place of a tensor, a plain value: where they are equal, one can be written over the other."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.stride(), leaf.device
+    plain = isinstance(leaf, (str, int, float, bool, type(None), np.generic, torch.dtype, torch.device))
+    return type(leaf), leaf if plain else id(leaf)
 
 
-def copied(value: Any) -> Any:
-    """The same with tensors of its own."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return {key: copied(each) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(copied(each) for each in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(each) for each in value)
-    return value
-
-
-def write_over(held: Any, value: Any) -> None:
-    """Copies the tensors of `value` into those of `held`, which has the same signature."""
-    if isinstance(held, Tensor):
-        held.copy_(value)
-    elif isinstance(held, Mapping):
-        for key, each in held.items():
-            write_over(each, value[key])
-    elif isinstance(held, (list, tuple)):
-        for each, other in zip(held, value, strict=True):
-            write_over(each, other)
+def write_over(held: Sequence[Any], leaves: Sequence[Any]) -> None:
+    """Copies the tensors of `leaves` into those of `held`, which have the same signatures."""
+    for mine, other in zip(held, leaves, strict=True):
+        if isinstance(mine, Tensor):
+            mine.copy_(other)

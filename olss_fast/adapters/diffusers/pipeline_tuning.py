@@ -92,7 +92,6 @@ def tune_pipeline(
         begun = network.evaluations
         result = tune_denoiser(
             denoiser,
-            noise=network.start,
             schedule=network.schedule,
             steps=wanted,
             teacher=teacher_of(network),
@@ -144,7 +143,6 @@ def compare_pipeline(
             check_prediction(plan, network.schedule)
         return compare_denoiser(
             denoiser,
-            noise=network.start,
             schedule=network.schedule,
             steps=wanted,
             plans=plans,
@@ -169,7 +167,7 @@ def _opened(
     with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
         bar.close()
         count = network.start.shape[0]
-        yield network, Denoiser(network, samples=count, conditioning={"sample": torch.arange(count, device="cpu")})
+        yield network, Denoiser(network, network.start, conditioning={"sample": torch.arange(count, device="cpu")})
 
 
 def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwork) -> list[Plan]:
@@ -278,7 +276,7 @@ def _errors(
     """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator; and evaluations."""
     with _opened(pipe, calls, teacher_steps, seed, progress=False) as (network, denoiser):
         clock, size = Clock(denoiser, visible=False), network.start.shape[0]
-        opened = recorded(teacher, network.start, network.schedule, clock=clock, store=store, batch_size=size)
+        opened = recorded(teacher, network.schedule, clock=clock, store=store, batch_size=size)
         with opened as task:
             samples = task.recording.split.held_out
             errors = kept_scores(task.recording.store, plans, "all", lambda: score(plans, task, samples))

@@ -1,0 +1,110 @@
+"""Arguments as trees, torch's own: what is nested in dicts, lists, tuples and dataclasses, and the way back.
+
+Leaves are tensors, arrays, and whatever holds none. Dataclasses, and mappings that torch does not know, are looked into
+where they hold tensors; such mappings come back as dicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Path = tuple[Any, ...]  # of torch's keys, each of which is spelled "['a']", "[1]" or ".a"
+
+
+Flat = tuple[list[Any], pytree.TreeSpec]
+"""The leaves, and the form that `form.unflatten(leaves)` brings them back to."""
+
+
+def flat(tree: Any) -> Flat:
+    """The tree taken apart."""
+    leaves, form = pytree.tree_flatten(tree)
+    if any(map(_holds_more, leaves)):
+        leaves, form = pytree.tree_flatten(form.unflatten([_opened(leaf) for leaf in leaves]))
+    return leaves, form
+
+
+def with_paths(tree: Any, whole: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
+    """The leaves, each with its path. What is `whole` counts as a leaf too."""
+    return pytree.tree_flatten_with_path(pytree.tree_map(_opened, tree), whole)[0]
+
+
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree with `function` of each leaf in its place."""
+    leaves, form = flat(tree)
+    return form.unflatten(map(function, leaves))
+
+
+def spelled(path: Path) -> str:
+    """As Python writes it, "['a'][1].b", to follow a name."""
+    return pytree.keystr(path)
+
+
+def dotted(path: Path) -> str:
+    """ "a.1.b"."""
+    return ".".join(str(getattr(key, dataclasses.fields(key)[0].name)) for key in path)
+
+
+def in_list(path: Path) -> bool:
+    """Whether the leaf lies in a list or tuple without names."""
+    return bool(path) and isinstance(path[-1], pytree.SequenceKey)
+
+
+def as_tensor(leaf: Any) -> Any:
+    """NumPy's arrays of numbers as tensors."""
+    return torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc" else leaf
+
+
+def is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, np.ndarray))
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {pytree.GetAttrKey(field.name): getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {pytree.MappingKey(key): each for key, each in value.items()} if isinstance(value, Mapping) else None
+
+
+def _holds_more(leaf: Any) -> bool:
+    parts = None if is_array(leaf) else _parts(leaf)
+    return parts is not None and any(map(is_array, flat([*parts.values()])[0]))
+
+
+class _Opened:
+    """A node of torch's tree: what torch takes for a leaf, with its parts."""
+
+    def __init__(self, value: Any) -> None:
+        self.kind, self.parts = type(value), _parts(value) or {}
+
+
+def _opened(leaf: Any) -> Any:
+    return _Opened(leaf) if _holds_more(leaf) else leaf
+
+
+def _closed(values: Any, context: tuple[Any, tuple[Any, ...]]) -> Any:
+    kind, keys = context
+    if not dataclasses.is_dataclass(kind):
+        return {key.key: value for key, value in zip(keys, values, strict=True)}
+    made: Any = object.__new__(cast(type, kind))
+    for key, value in zip(keys, values, strict=True):
+        object.__setattr__(made, key.name, value)
+    return made
+
+
+def _with_keys(node: _Opened) -> tuple[list[tuple[Any, Any]], Any]:
+    found = [(key, pytree.tree_map(_opened, each)) for key, each in node.parts.items()]
+    return found, (node.kind, tuple(node.parts))
+
+
+def _without_keys(node: _Opened) -> tuple[list[Any], Any]:
+    found, context = _with_keys(node)
+    return [each for _, each in found], context
+
+
+pytree.register_pytree_node(_Opened, _without_keys, _closed, flatten_with_keys_fn=_with_keys)
