@@ -36,7 +36,7 @@ Measured measure(const Matrix& r, const Matrix& rows, const olss::Path& path) {
 std::tuple<Measured, double, bool> plan(const Matrix& r, const Matrix& rows, olss::Index steps,
                                         olss::Index most_visits) {
     const olss::Trajectory run = trajectory(r, rows);
-    const olss::Plan plan = olss::plan_path(run, steps, most_visits);
+    const olss::PlannedPath plan = olss::plan_path(run, steps, most_visits);
     return {measured(run, plan.path), plan.threshold, plan.proven};
 }
 

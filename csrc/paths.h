@@ -5,7 +5,7 @@
 
 namespace olss {
 
-struct Plan {
+struct PlannedPath {
     Path path;
     double threshold;  // the least feasible one
     bool proven;       // that none below is feasible; otherwise only that it is not just below
@@ -55,7 +55,7 @@ inline void split_worst_stride(Prefixes& prefixes, Path& path, Index end) {
 }
 
 // The path of `steps` nodes with the least feasible threshold. `most_visits` bounds the proof that it is the least.
-inline Plan plan_path(const Trajectory& trajectory, Index steps, Index most_visits) {
+inline PlannedPath plan_path(const Trajectory& trajectory, Index steps, Index most_visits) {
     const Index end = trajectory.steps();
     Prefixes prefixes(trajectory);
     const Vector uniform = stride_errors(prefixes, uniform_path(end, steps), end);
