@@ -57,9 +57,10 @@ def test_every_package_is_listed() -> None:
     assert set(settings()["packages"]) == folders | {"olss_fast.kernels", "olss_fast.runtime"}
 
 
-def test_every_data_file_is_installed() -> None:
-    installed = {path for pattern in settings()["package-data"]["olss_fast"] for path in PACKAGE.glob(pattern)}
-    tracked = subprocess.run(["git", "ls-files", "olss_fast"], capture_output=True, text=True, cwd=ROOT, check=False)
+@pytest.mark.parametrize(("package", "folder"), [("olss_fast", "olss_fast"), ("olss_fast.runtime", "csrc/runtime")])
+def test_every_data_file_is_installed(package: str, folder: str) -> None:
+    installed = {path for pattern in settings()["package-data"][package] for path in (ROOT / folder).glob(pattern)}
+    tracked = subprocess.run(["git", "ls-files", folder], capture_output=True, text=True, cwd=ROOT, check=False)
     data = {ROOT / name for name in tracked.stdout.split() if not name.endswith(".py")}
     assert data - installed == set()
 

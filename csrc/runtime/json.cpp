@@ -1,9 +1,11 @@
 #include "json.h"
 
 #include <algorithm>
-#include <charconv>
-#include <cmath>
+#include <limits>
 #include <unordered_set>
+
+#define JSON_NO_IO
+#include <nlohmann/json.hpp>
 
 #include "text.h"
 
@@ -12,184 +14,82 @@ namespace olss {
 namespace {
 
 // As in olss_fast/_json.py.
-constexpr int most_depth = 32;
+constexpr std::size_t most_depth = 32;
 constexpr std::size_t most_parts = std::size_t{1} << 18;  // 16 MiB of "[[],[],…" would be gigabytes in memory
 
-class Parser {
+// Takes what nlohmann's parser reads, and refuses what it would allow.
+class Builder {
   public:
-    Parser(std::string_view text, const std::string& what) : text_(text), what_(what) {}
+    Json result;
+    std::string fault;
 
-    Json document() {
-        Json result = value(0);
-        skip_space();
-        if (at_ != text_.size()) refuse("something follows the value");
-        return result;
+    bool refuse(std::string reason) { return fault = std::move(reason), false; }
+
+    bool null() { return put({}); }
+    bool boolean(bool truth) { return put({truth}); }
+    bool number_unsigned(std::uint64_t number) {
+        if (number > std::numeric_limits<std::int64_t>::max()) return refuse("a number out of range");
+        return put({static_cast<std::int64_t>(number)});
+    }
+    bool number_integer(std::int64_t number) {  // below zero, or -0, about which readers do not agree
+        return number ? put({number}) : refuse("a number out of range");
+    }
+    bool number_float(double number, const std::string& text) {
+        const bool whole = text.find_first_of(".eE") == text.npos;  // and beyond 64 bits
+        const bool vanished = number == 0 && text.substr(0, text.find_first_of("eE")).find_first_of("123456789") != text.npos;
+        return whole || vanished ? refuse("a number out of range") : put({number});
+    }
+    bool string(std::string& text) { return put({std::move(text)}); }
+    bool binary(nlohmann::json::binary_t&) { return refuse("bytes"); }
+
+    bool start_object(std::size_t) { return open({Json::Object{}}); }
+    bool start_array(std::size_t) { return open({Json::Array{}}); }
+    bool key(std::string& name) { return open_.back().name = std::move(name), true; }
+    bool end_array() {
+        Json done = std::move(open_.back().value);
+        open_.pop_back();
+        return put(std::move(done));
+    }
+    bool end_object() {
+        std::unordered_set<std::string_view> names;
+        for (const auto& [name, value] : *open_.back().value.as<Json::Object>())
+            if (!names.insert(name).second) return refuse("the name " + quote(name) + " occurs twice");
+        return end_array();
+    }
+
+    bool parse_error(std::size_t, const std::string&, const nlohmann::detail::exception& error) {
+        const std::string text = error.what();
+        return refuse(quote(text.substr(std::min(text.size(), text.find("] ") + 2)), 200));
     }
 
   private:
-    [[noreturn]] void refuse(const std::string& reason) const {
-        fail(Error::Kind::file, what_, " is not valid JSON (", reason, " at byte ", at_,
-             "); copy or build the file again");
+    struct Open {
+        Json value;
+        std::string name;  // of the member that comes next
+    };
+
+    bool count() { return ++parts_ <= most_parts || refuse(concat("more than ", most_parts, " parts")); }
+
+    bool open(Json value) {
+        if (open_.size() == most_depth) return refuse(concat("nested more than ", most_depth, " deep"));
+        open_.push_back({std::move(value), ""});
+        return count();
     }
 
-    void skip_space() {
-        while (at_ < text_.size() && std::string_view(" \t\n\r").find(text_[at_]) != std::string_view::npos) ++at_;
+    bool put(Json value) {
+        if (open_.empty()) return result = std::move(value), true;
+        if (auto* items = std::get_if<Json::Array>(&open_.back().value.value))
+            return items->push_back(std::move(value)), items->size() == 1 || count();
+        auto& members = std::get<Json::Object>(open_.back().value.value);
+        members.emplace_back(std::move(open_.back().name), std::move(value));
+        return members.size() == 1 || count();
     }
 
-    char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
-
-    bool take(char wanted) {
-        skip_space();
-        if (at_ >= text_.size() || text_[at_] != wanted) return false;
-        ++at_;
-        if (wanted == '[' || wanted == '{' || wanted == ',') ++parts_;
-        if (parts_ > most_parts) refuse(concat("more than ", most_parts, " parts"));
-        return true;
-    }
-
-    void expect(char wanted) {
-        if (!take(wanted)) refuse(std::string("expected '") + wanted + "'");
-    }
-
-    bool take_word(std::string_view word) {
-        if (text_.substr(at_, word.size()) != word) return false;
-        at_ += word.size();
-        return true;
-    }
-
-    Json value(int depth) {
-        skip_space();
-        if (depth >= most_depth && (peek() == '[' || peek() == '{'))
-            refuse(concat("nested more than ", most_depth, " deep"));
-        if (take('{')) return {object(depth)};
-        if (take('[')) return {array(depth)};
-        if (peek() == '"') return {string()};
-        if (take_word("null")) return {};
-        if (take_word("true")) return {true};
-        if (take_word("false")) return {false};
-        return number();
-    }
-
-    Json::Array array(int depth) {
-        Json::Array items;
-        if (take(']')) return items;
-        do items.push_back(value(depth + 1));
-        while (take(','));
-        expect(']');
-        return items;
-    }
-
-    Json::Object object(int depth) {
-        Json::Object members;
-        std::unordered_set<std::string> names;
-        if (take('}')) return members;
-        do {
-            skip_space();
-            std::string name = string();
-            if (!names.insert(name).second) refuse("the name " + quote(name) + " occurs twice");
-            expect(':');
-            members.emplace_back(std::move(name), value(depth + 1));
-        } while (take(','));
-        expect('}');
-        return members;
-    }
-
-    std::size_t digits() {
-        const std::size_t begin = at_;
-        while (peek() >= '0' && peek() <= '9') ++at_;
-        if (at_ == begin) refuse("expected a value");
-        return at_ - begin;
-    }
-
-    Json number() {
-        const std::size_t begin = at_;
-        if (peek() == '-') ++at_;
-        const bool zero = peek() == '0';
-        if (digits() > 1 && zero) refuse("a number begins with 0");
-        bool whole = true;
-        if (peek() == '.') whole = false, ++at_, digits();
-        if (peek() == 'e' || peek() == 'E') {
-            whole = false, ++at_;
-            if (peek() == '+' || peek() == '-') ++at_;
-            digits();
-        }
-        return whole ? converted<std::int64_t>(begin) : converted<double>(begin);
-    }
-
-    template <typename T>
-    Json converted(std::size_t begin) {
-        T result{};
-        const auto [end, fault] = std::from_chars(text_.data() + begin, text_.data() + at_, result);
-        const std::string_view text = text_.substr(begin, at_ - begin);
-        // Zero is what is too small for a double; and what -0 is as a whole number, readers do not agree about.
-        const bool vanished = result == 0 && text.substr(0, text.find_first_of("eE")).find_first_of("123456789") != text.npos;
-        if (fault != std::errc() || end != text_.data() + at_ || vanished || text == "-0") refuse("a number out of range");
-        return {result};
-    }
-
-    std::string string() {
-        if (peek() != '"') refuse("expected a string");
-        ++at_;
-        std::string result;
-        while (peek() != '"') {
-            if (static_cast<unsigned char>(peek()) < 0x20) refuse("a string that does not end, or a control character");
-            if (peek() == '\\') append(result, escape());
-            else copy_letter(result);
-        }
-        ++at_;
-        return result;
-    }
-
-    std::uint32_t escape() {
-        const char letter = ++at_ < text_.size() ? text_[at_++] : '\0';
-        if (letter == 'u') return unicode_escape();
-        constexpr std::string_view names = "\"\\/bfnrt", meant = "\"\\/\b\f\n\r\t";
-        const std::size_t place = letter ? names.find(letter) : std::string_view::npos;
-        if (place == std::string_view::npos) refuse("an unknown escape");
-        return static_cast<unsigned char>(meant[place]);
-    }
-
-    std::uint32_t unicode_escape() {
-        const std::uint32_t first = four_digits();
-        if (first < 0xd800 || first > 0xdfff) return first;
-        if (first > 0xdbff || !take_word("\\u")) refuse("half a surrogate pair");
-        const std::uint32_t second = four_digits();
-        if (second < 0xdc00 || second > 0xdfff) refuse("half a surrogate pair");
-        return 0x10000 + ((first - 0xd800) << 10) + (second - 0xdc00);
-    }
-
-    std::uint32_t four_digits() {
-        const std::string_view digits = text_.substr(at_, 4);
-        std::uint32_t code = 0;
-        const auto [end, fault] = std::from_chars(digits.data(), digits.data() + digits.size(), code, 16);
-        if (digits.size() != 4 || fault != std::errc() || end != digits.data() + 4)
-            refuse("expected 4 hexadecimal digits");
-        at_ += 4;
-        return code;
-    }
-
-    static void append(std::string& text, std::uint32_t code) {
-        const auto tail = [&](int shift) { text += static_cast<char>(0x80 | (code >> shift & 0x3f)); };
-        if (code < 0x80) text += static_cast<char>(code);
-        else if (code < 0x800) text += static_cast<char>(0xc0 | code >> 6), tail(0);
-        else if (code < 0x10000) text += static_cast<char>(0xe0 | code >> 12), tail(6), tail(0);
-        else text += static_cast<char>(0xf0 | code >> 18), tail(12), tail(6), tail(0);
-    }
-
-    void copy_letter(std::string& result) {
-        const std::size_t size = letter_size(text_.substr(at_));
-        if (size == 0) refuse("not UTF-8");
-        result += text_.substr(at_, size);
-        at_ += size;
-    }
-
-    std::string_view text_;
-    const std::string& what_;
-    std::size_t at_ = 0, parts_ = 0;
+    std::vector<Open> open_;
+    std::size_t parts_ = 0;  // opening brackets and commas
 };
 
 }  // namespace
-
 const Json* Json::find(std::string_view name) const {
     if (const Object* members = as<Object>())
         for (const auto& [each, member] : *members)
@@ -225,6 +125,14 @@ bool Json::operator==(const Json& other) const {
            });
 }
 
-Json parse_json(std::string_view text, const std::string& what) { return Parser(text, what).document(); }
+Json parse_json(std::string_view text, const std::string& what) {
+    Builder builder;
+    // Two things that nlohmann's lexer passes over: a byte order mark, and a zero, which ends its input.
+    if (text.find('\0') != text.npos || text.substr(0, 3) == "\xef\xbb\xbf") builder.refuse("a zero or a byte order mark");
+    else nlohmann::json::sax_parse(text.begin(), text.end(), &builder);
+    if (!builder.fault.empty())
+        fail(Error::Kind::file, what, " is not valid JSON (", builder.fault, "); copy or build the file again");
+    return builder.result;
+}
 
 }  // namespace olss

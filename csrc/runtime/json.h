@@ -1,4 +1,5 @@
-// A small strict JSON reader (RFC 8259): UTF-8, no repeated names, no NaN or Infinity, bounded in depth and in values.
+// Strict JSON (RFC 8259), read by nlohmann's parser: UTF-8, no repeated names, no NaN or Infinity, bounded in depth and in
+// values.
 #pragma once
 
 #include <cstdint>

@@ -69,7 +69,7 @@ def checker() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     sources = [CHECKER, *(runtime.sources() / f"{name}.cpp" for name in READERS)]
     objects = [Path(FOLDER.name, f"{source.stem}.o") for source in sources]
-    base = [compiler, *SANITIZED, "-I", str(runtime.sources())]
+    base = [compiler, *SANITIZED, "-I", str(runtime.sources()), "-isystem", str(runtime.sources() / "third_party")]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         commands = [[*base, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects, strict=True)]
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
