@@ -17,7 +17,7 @@ from diffusers.schedulers import AysSchedules
 import olss_fast
 from olss_fast import demo, metrics, solvers
 from olss_fast.cli.model import arguments, draw_noise, pick_labels
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 
 OUT = Path(__file__).parent / "results" / "align_your_steps.md"
 SAMPLES, JUDGED = 256, slice(192, 256)

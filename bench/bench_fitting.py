@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from olss_fast.fitting import ridge_solve
-from olss_fast.teacher import merge_triangles, triangle
+from olss_fast.tuning.fitting import ridge_solve
+from olss_fast.tuning.recording import merge_triangles, triangle
 
 Float64 = npt.NDArray[np.float64]
 COLUMNS, SAMPLES, CHUNK, LATENT = 11, 16, 4, (4, 32, 32)

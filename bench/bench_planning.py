@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from planning_twin import Problem, Twin, mixture
 
-from olss_fast import planning
+from olss_fast.tuning import path_planning
 
 CASES = [(100, 5), (100, 10), (1000, 20)]
 #: Milliseconds that a plan may take, by teacher steps.
@@ -30,9 +30,9 @@ def problem(end: int) -> Problem:
     return mixture(end, 0)
 
 
-def plan(end: int, steps: int) -> planning.PathPlan:
+def plan(end: int, steps: int) -> path_planning.PathPlan:
     r, rows, count = problem(end)
-    return planning.plan_path(r, rows, steps, samples_count=count)
+    return path_planning.plan_path(r, rows, steps, samples_count=count)
 
 
 @pytest.mark.benchmark(timer=time.thread_time)
@@ -72,7 +72,7 @@ def bench_refine(benchmark: Any, end: int, steps: int) -> None:
     r, rows, count = problem(end)
     start = plan(end, steps)
     found = benchmark.pedantic(
-        planning.refine_all, args=(r, rows, start.path), kwargs={"samples_count": count}, rounds=ROUNDS, warmup_rounds=1
+        path_planning.refine_all, args=(r, rows, start.path), kwargs={"samples_count": count}, rounds=ROUNDS, warmup_rounds=1
     )
     benchmark.extra_info["deployed_error_ratio"] = found[0].deployed_error / start.deployed_error
 

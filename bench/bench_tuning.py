@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import olss_fast
-from olss_fast.tuning import Effort
+from olss_fast.tuning.tuning import Effort
 
 pytestmark = pytest.mark.slow
 LATENT = (4, 64, 64)

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from rows import Results, Row, read, write_baseline
 
-from olss_fast._text import printable
+from olss_fast.support.text import printable
 from olss_fast.errors import InputError
 
 BASELINE = Path(__file__).parent / "baseline.json"

@@ -1,5 +1,5 @@
 // The only file that sees pybind11: it binds, and computes nothing. Arguments are checked by the
-// modules that call it: olss_fast/planning.py, olss_fast/executors/host_step.py.
+// modules that call it: olss_fast/tuning/path_planning.py, olss_fast/executors/host_step.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -95,7 +95,7 @@ void bind_step(py::module_& m, const char* name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Path planning over an R factor (olss_fast.planning) and steps on the host (olss_fast.executors).";
+    m.doc() = "Path planning over an R factor (olss_fast.tuning.path_planning) and steps on the host (olss_fast.executors).";
     m.def("measure", &measure, py::arg("r"), py::arg("rows"), py::arg("path"), Unlocked(),
           "A path with its stride errors and its deployed error, not divided by the root of the number of values.");
     m.def("plan", &plan, py::arg("r"), py::arg("rows"), py::arg("steps"), py::arg("most_visits"), Unlocked(),

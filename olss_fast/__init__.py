@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from olss_fast.adapters.diffusers.acceleration import accelerate
     from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
     from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
-    from olss_fast.capturing import capture
+    from olss_fast.capturing.capturing import capture
     from olss_fast.engine.building import build
     from olss_fast.engine.engine import Engine, load_engine
-    from olss_fast.engine.shapes import Profile
+    from olss_fast.compiling.shapes import Profile
     from olss_fast.errors import OlssError
-    from olss_fast.noise_schedule import NoiseSchedule
-    from olss_fast.onnx_export import export_onnx
-    from olss_fast.plan import Plan
-    from olss_fast.report import Candidate, Report
-    from olss_fast.sampler import Sampler
-    from olss_fast.sampling import sample
-    from olss_fast.tuning import TuneResult, tune
+    from olss_fast.schedule.noise_schedule import NoiseSchedule
+    from olss_fast.onnx.export import export_onnx
+    from olss_fast.plan.plan import Plan
+    from olss_fast.report.report import Candidate, Report
+    from olss_fast.sampling.sampler import Sampler
+    from olss_fast.sampling.sampling import sample
+    from olss_fast.tuning.tuning import TuneResult, tune
 
 __version__ = "0.1.0"
 
@@ -60,24 +60,24 @@ __all__ = [
 
 _SUBMODULES = {"demo", "errors", "metrics", "solvers"}
 _HOME = {
-    "Candidate": "report",
+    "Candidate": "report.report",
     "Engine": "engine.engine",
-    "NoiseSchedule": "noise_schedule",
+    "NoiseSchedule": "schedule.noise_schedule",
     "OlssError": "errors",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "PlanScheduler": "adapters.diffusers.plan_scheduler",
-    "Profile": "engine.shapes",
-    "Report": "report",
-    "Sampler": "sampler",
-    "TuneResult": "tuning",
+    "Profile": "compiling.shapes",
+    "Report": "report.report",
+    "Sampler": "sampling.sampler",
+    "TuneResult": "tuning.tuning",
     "SchedulerMixin": "adapters.diffusers.plan_scheduler",  # diffusers looks here for what it loads from here
     "accelerate": "adapters.diffusers.acceleration",
     "build": "engine.building",
-    "capture": "capturing",
-    "export_onnx": "onnx_export",
+    "capture": "capturing.capturing",
+    "export_onnx": "onnx.export",
     "load_engine": "engine.engine",
-    "sample": "sampling",
-    "tune": "tuning",
+    "sample": "sampling.sampling",
+    "tune": "tuning.tuning",
     "tune_pipeline": "adapters.diffusers.pipeline_tuning",
 }
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from olss_fast.plan import Plan
-    from olss_fast.study import Study
+    from olss_fast.plan.plan import Plan
+    from olss_fast.tuning.study import Study
 
 ANALYTIC = "analytic"  # the kind of what no method made
 OLSS = "olss"

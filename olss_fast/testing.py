@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 NULL_CLASS = -1
 

@@ -1,4 +1,4 @@
-"""Writes docs/pipelines.md: which pipelines of diffusers run plans, from the table of `tests/test_every_pipeline.py`.
+"""Writes docs/pipelines.md: which pipelines of diffusers run plans, from the table of `tests/adapters/test_every_pipeline.py`.
 
 python tools/pipeline_table.py
 """
@@ -16,7 +16,7 @@ TABLE = ROOT / "tests" / "helpers" / "every_pipeline.json"
 
 HEADER = """# diffusers' pipelines with a plan in their scheduler slot
 
-Written by `python tools/pipeline_table.py`, from the table that `tests/test_every_pipeline.py` runs with diffusers
+Written by `python tools/pipeline_table.py`, from the table that `tests/adapters/test_every_pipeline.py` runs with diffusers
 {version}: each class as a tiny random network, once with its own scheduler and once with `PlanScheduler.from_pipe` and
 that scheduler captured. {right} classes give the same as with their own scheduler, {refused} are refused by name, and
 {unbuilt} were not tried.

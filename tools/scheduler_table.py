@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import diffusers
 
 from olss_fast import capture
-from olss_fast._capture_refusals import REFUSED, clipping_options
+from olss_fast.capturing.refusals import REFUSED, clipping_options
 from olss_fast.errors import OlssError
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "schedulers.md"

@@ -102,9 +102,9 @@ class Dry:
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
         graph.capture = lambda function, pool, device: _Recorded(function)
-        import olss_fast.sampler
+        import olss_fast.sampling.sampler
 
-        olss_fast.sampler.require_cuda = lambda device: None
+        olss_fast.sampling.sampler.require_cuda = lambda device: None
 
     def seconds(self, run: Run) -> float:
         started = time.perf_counter()

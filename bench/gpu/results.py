@@ -20,7 +20,7 @@ import figures
 import torch
 from devices import Device
 
-from olss_fast._files import write_atomically
+from olss_fast.support.files import write_atomically
 from olss_fast.errors import InputError
 
 COLUMNS = (

@@ -13,7 +13,7 @@ namespace olss {
 
 namespace {
 
-// As in olss_fast/_json.py.
+// As in olss_fast/support/json.py.
 constexpr std::size_t most_depth = 32;
 constexpr std::size_t most_parts = std::size_t{1} << 18;  // 16 MiB of "[[],[],…" would be gigabytes in memory
 

@@ -1,4 +1,4 @@
-// A plan file (olss_fast/plan_io.py) as tables. What a plan must obey is what olss_fast/plan.py says.
+// A plan file (olss_fast/plan/file.py) as tables. What a plan must obey is what olss_fast/plan/plan.py says.
 #pragma once
 
 #include <vector>

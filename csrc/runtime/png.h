@@ -1,4 +1,4 @@
-// Samples as a PNG image, as olss_fast/images.py makes it.
+// Samples as a PNG image, as olss_fast/report/images.py makes it.
 #pragma once
 
 #include <cstdint>

@@ -31,7 +31,7 @@ from olss_fast.cli.options import (
 from olss_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from olss_fast.plan import Plan
+    from olss_fast.plan.plan import Plan
 
 app = typer.Typer(
     name="olss-fast",
@@ -216,8 +216,8 @@ def sample(
         raise InputError(f"--{next(iter(given))} belongs to --solver: a plan has its own")
     chosen = None if plan is None else load_plan(plan)
     from olss_fast.cli import jobs
-    from olss_fast.folders import try_folder
-    from olss_fast.images import save_images
+    from olss_fast.support.folders import try_folder
+    from olss_fast.report.images import save_images
 
     folder = try_folder(out)
     subject = jobs.Subject(
@@ -229,7 +229,7 @@ def sample(
 
 
 def load_plan(path: Path) -> Plan:
-    from olss_fast.plan import Plan
+    from olss_fast.plan.plan import Plan
 
     return Plan.load(path)
 
@@ -272,7 +272,7 @@ def compare(
     wanted = parse_steps(steps)
     loaded_plans = [load_plan(path) for path in plans or []]
     from olss_fast.cli import jobs
-    from olss_fast.folders import make_folder, try_folder
+    from olss_fast.support.folders import make_folder, try_folder
 
     try_folder(out)
     subject = jobs.Subject(

@@ -89,8 +89,8 @@ def build(
     begin = time.perf_counter()
     from olss_fast.cli import jobs
     from olss_fast.engine import describe
-    from olss_fast.folders import make_folder
-    from olss_fast.plan import Plan
+    from olss_fast.support.folders import make_folder
+    from olss_fast.plan.plan import Plan
 
     loaded = [Plan.load(path) for path in plans or []]
     _check_target(out)
@@ -117,7 +117,7 @@ def _batches(text: str) -> list[int]:
 
 def _check_target(out: Path) -> None:
     """InputError where no file can be written, before minutes are spent on what is to be in it."""
-    from olss_fast.folders import try_folder
+    from olss_fast.support.folders import try_folder
 
     try_folder(out.parent)
     if out.is_dir():
@@ -148,7 +148,7 @@ def validate(
     elif problems:
         typer.secho("\n".join(f"Error: {each}" for each in problems), fg=typer.colors.RED, err=True)
     else:
-        from olss_fast.engine.container import file_sha256
+        from olss_fast.support.container import file_sha256
 
         typer.echo(f"{file} is whole and fits this machine" + (", and it samples" if run else ""))
         typer.echo(f"sha256 {file_sha256(file)}\n{PROGRAM}")

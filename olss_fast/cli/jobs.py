@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from olss_fast import compare, tuning
-from olss_fast._arguments import check_prediction
-from olss_fast._progress import bar_options, can_draw
+from olss_fast.tuning import compare
+
+from olss_fast.tuning import tuning
+from olss_fast.support.arguments import check_prediction
+from olss_fast.support.progress import bar_options, can_draw
 from olss_fast.cli.model import (
     DEMO,
     Model,
@@ -28,8 +30,8 @@ from olss_fast.cli.model import (
     tuned_guidance,
 )
 from olss_fast.errors import InputError
-from olss_fast.plan import Plan
-from olss_fast.report import Report
+from olss_fast.plan.plan import Plan
+from olss_fast.report.report import Report
 
 if TYPE_CHECKING:
     from olss_fast.engine.engine import Engine
@@ -142,7 +144,7 @@ def tune(
 def compare_with(
     subject: Subject, steps: Sequence[int], teacher_steps: int, *, samples: int, plans: Sequence[Plan]
 ) -> Report:
-    """`olss_fast.compare`, or `compare_pipeline` where there are prompts."""
+    """`olss_fast.tuning.compare`, or `compare_pipeline` where there are prompts."""
     if subject.prompts is None:
         loaded = subject.load()
         return compare.compare(
@@ -197,7 +199,7 @@ def sample(
 
 def export_onnx(subject: Subject, plan: Plan | None, solver: Mapping[str, Any], path: Path) -> Plan:
     """Writes the model of `plan`, or of the analytic solver with these settings; and returns its plan."""
-    from olss_fast.onnx_export import export_onnx as export
+    from olss_fast.onnx.export import export_onnx as export
 
     loaded = subject.load()
     chosen = plan or solver_plan(loaded.schedule, solver)
@@ -224,7 +226,7 @@ def build_engine(
     batches: how many samples at least, usually and at most.
     """
     from olss_fast.engine.building import build
-    from olss_fast.engine.shapes import Profile
+    from olss_fast.compiling.shapes import Profile
 
     loaded = subject.load()
     for plan in plans:

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from olss_fast._arguments import check_prediction
-from olss_fast._progress import evaluation_bar
+from olss_fast.support.arguments import check_prediction
+from olss_fast.support.progress import evaluation_bar
 from olss_fast.errors import InputError
 from olss_fast.network import Network, module_of
-from olss_fast.noise_schedule import NoiseSchedule
-from olss_fast.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
 
 DEMO = "demo"
 
@@ -153,7 +153,7 @@ def sample_images(
     progress: bool = True,
 ) -> NDArray[np.float32]:
     """(count, C, H, W) samples of `model`, labels in turn; guided as the plan was tuned if no scale is given."""
-    from olss_fast.sampling import sample
+    from olss_fast.sampling.sampling import sample
 
     check_prediction(plan, model.schedule)
     how = arguments(model, pick_labels(model, count, classes), tuned_guidance([plan], guidance_scale))

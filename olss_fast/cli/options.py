@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from olss_fast._bounds import MAX_EVALUATIONS, check_count
+from olss_fast.support.bounds import MAX_EVALUATIONS, check_count
 from olss_fast.errors import InputError, OlssError
 
 BAD_INPUT = 2

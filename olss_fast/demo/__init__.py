@@ -24,7 +24,7 @@ from ..metrics import FeatureStatistics
 if TYPE_CHECKING:
     import torch
 
-    from ..noise_schedule import NoiseSchedule
+    from olss_fast.schedule.noise_schedule import NoiseSchedule
     from .class_pipeline import ClassPipeline
     from .convnet import Classifier
 
@@ -66,7 +66,7 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
 
     Raises `ModelError` if a file of the model is missing or unreadable, `InputError` for a device that is not there.
     """
-    from ..noise_schedule import NoiseSchedule
+    from olss_fast.schedule.noise_schedule import NoiseSchedule
 
     place = _device(device)
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
@@ -101,7 +101,7 @@ def classifier(device: torch.device | str | None = None) -> Classifier:
     with _naming(MODEL_FOLDER / CLASSIFIER_FILE) as path:
         from safetensors.torch import load_file
 
-        from .._device import plain_defaults
+        from olss_fast.support.device import plain_defaults
         from .convnet import Classifier
 
         with plain_defaults():
@@ -123,7 +123,7 @@ def reference_statistics() -> FeatureStatistics:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    from .._device import pick_device
+    from olss_fast.support.device import pick_device
 
     return pick_device(device)
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from olss_fast.engine import container
-from olss_fast.engine.container import Blob
+from olss_fast.support import container
+from olss_fast.support.container import Blob
 from olss_fast.errors import EngineFileError, OlssError
 
 KIND = "olss_fast.code"

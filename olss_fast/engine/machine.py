@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from olss_fast import __version__
-from olss_fast._text import clipped, printable
+from olss_fast.support.text import clipped, printable
 
 # The flags of /proc/cpuinfo that name instructions which a compiler may use.
 INSTRUCTIONS = re.compile(

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from olss_fast._files import AnyPath
-from olss_fast._text import quoted
-from olss_fast.engine import container
-from olss_fast.engine.container import MOST_AXES, refuse
-from olss_fast.engine.shapes import Profile
+from olss_fast.support.files import AnyPath
+from olss_fast.support.text import quoted
+from olss_fast.support import container
+from olss_fast.support.container import MOST_AXES, refuse
+from olss_fast.compiling.shapes import Profile
 from olss_fast.errors import EngineFileError, InputError
 
 FORMAT = "olss_fast.engine"

@@ -18,7 +18,7 @@ from olss_fast.executors.host_step import host_step
 from olss_fast.executors.increments import Increments, increments
 from olss_fast.executors.reference import OnStep
 from olss_fast.kernels import StepState
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 
 Ask = Callable[[Tensor, Tensor, int], Tensor]
 """`ask(x, time, model)`: the raw output of network number `model`, of x's shape and dtype."""

@@ -19,7 +19,7 @@ from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask, FusedLoop
 from olss_fast.executors.reference import OnStep
 from olss_fast.network import module_of
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 
 Watched = tuple[Mapping[str, Any], str, str, object]
 """What holds a parameter, buffer or module, under which key, its name, and its identity when a graph was captured."""

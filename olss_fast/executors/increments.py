@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from olss_fast.plan import Floats
+from olss_fast.plan.plan import Floats
 
 GROWTH = 2.0  # an increment may have coefficients so much larger than those of the row itself
 NOTHING = 64 * float(np.finfo(np.float64).eps)  # of two numbers, is what their difference may be by rounding alone

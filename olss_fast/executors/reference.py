@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.executors.increments import increments
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 
 Evaluate = Callable[..., Tensor]
 """`evaluate(x, timestep, branches=, model=)` -> raw outputs (branches, B, ...). It leaves x as it is."""

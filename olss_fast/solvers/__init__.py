@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 from olss_fast.solvers.ddim import ddim, euler, euler_ancestral
 from olss_fast.solvers.deis import deis
 from olss_fast.solvers.dpm_solver import dpm_solver

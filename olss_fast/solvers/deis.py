@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy.typing as npt
 
-from olss_fast.noise_schedule import NoiseSchedule
-from olss_fast.plan import Plan
-from olss_fast.solvers._exponential import Space, falling_orders, lagrange_rule, multistep
-from olss_fast.solvers._tape import Tape, check_choice, evaluation_levels
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
+from olss_fast.solvers.exponential import Space, falling_orders, lagrange_rule, multistep
+from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
 
 
 def deis(

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from olss_fast.noise_schedule import NoiseSchedule
-from olss_fast.plan import Plan
-from olss_fast.solvers._exponential import (
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
+from olss_fast.solvers.exponential import (
     Rule,
     Space,
     falling_orders,
@@ -32,7 +32,7 @@ from olss_fast.solvers._exponential import (
     moments,
     multistep,
 )
-from olss_fast.solvers._tape import Tape, Vector, check_choice, evaluation_levels
+from olss_fast.solvers.tape import Tape, Vector, check_choice, evaluation_levels
 
 
 def dpm_solver_pp(

@@ -15,12 +15,12 @@ from itertools import pairwise
 
 import numpy.typing as npt
 
-from olss_fast._bounds import check_steps
+from olss_fast.support.bounds import check_steps
 from olss_fast.errors import InputError
-from olss_fast.noise_schedule import NoiseSchedule
-from olss_fast.plan import Plan
-from olss_fast.solvers._exponential import SIGNAL_RATIO_LIMIT, transfer
-from olss_fast.solvers._tape import (
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
+from olss_fast.solvers.exponential import SIGNAL_RATIO_LIMIT, transfer
+from olss_fast.solvers.tape import (
     CLEAN,
     Level,
     Output,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from olss_fast._bounds import check_steps
+from olss_fast.support.bounds import check_steps
 from olss_fast.errors import InputError, ScheduleError
-from olss_fast.noise_schedule import SPACINGS, NoiseSchedule
-from olss_fast.plan import Plan
+from olss_fast.schedule.noise_schedule import SPACINGS, NoiseSchedule
+from olss_fast.plan.plan import Plan
 from olss_fast.solvers.ddim import ddim, euler, euler_ancestral
 from olss_fast.solvers.deis import deis
 from olss_fast.solvers.dpm_solver import dpm_solver

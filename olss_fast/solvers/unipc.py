@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from olss_fast.noise_schedule import NoiseSchedule
-from olss_fast.plan import Plan
-from olss_fast.solvers._exponential import (
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
+from olss_fast.solvers.exponential import (
     Node,
     Rule,
     Space,
@@ -29,7 +29,7 @@ from olss_fast.solvers._exponential import (
     midpoint_rule,
     transfer,
 )
-from olss_fast.solvers._tape import CLEAN, Level, Tape, Vector, check_choice, evaluation_levels
+from olss_fast.solvers.tape import CLEAN, Level, Tape, Vector, check_choice, evaluation_levels
 
 
 def unipc(

@@ -12,7 +12,7 @@ from typing import Any
 
 from engines import GUIDED
 
-from olss_fast.plan_io import plan_to_bytes
+from olss_fast.plan.file import plan_to_bytes
 
 BLANK = "0" * 64
 PIECE = 4 * 2**20

@@ -28,4 +28,4 @@ def use_fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         return FakeGraph(function)
 
     monkeypatch.setattr(graph, "capture", capture)
-    monkeypatch.setattr("olss_fast.sampler.require_cuda", lambda device: None)
+    monkeypatch.setattr("olss_fast.sampling.sampler.require_cuda", lambda device: None)

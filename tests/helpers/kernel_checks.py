@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.kernels import StepState
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 
 MARGIN = 64  # elements: keeps what lies between as aligned as memory itself
 SENTINEL = 77

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from olss_fast.capturing import capture
-from olss_fast.plan import Plan
+from olss_fast.capturing.capturing import capture
+from olss_fast.plan.plan import Plan
 
 IN_FLOAT32 = 1e-6
 IN_FLOAT64 = 1e-10

@@ -1,4 +1,4 @@
-// A program against the C++ runtime's headers, for tests/test_runtime.py.
+// A program against the C++ runtime's headers, for tests/engine/test_runtime.py.
 //
 //   use-runtime weights ENGINE OUT   samples before and after update_weights, and while it happens, as OUT/*.npy
 //   use-runtime misuse ENGINE        each bad request of the "guided" engine: name, kind of the error, message

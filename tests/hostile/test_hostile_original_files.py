@@ -16,7 +16,7 @@ import torch
 
 from olss_fast.adapters.original_olss import MAX_FILE_BYTES, load_original
 from olss_fast.errors import PlanFileError
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 
 TIMES = torch.tensor([999, 500])
 WX = torch.tensor([0.5, 0.25], dtype=torch.float64)

@@ -19,7 +19,7 @@ from engine_faults import FAULTS, HEADER, SOUND, flipped
 from engine_mutants import alike, members, mutations, replaced
 from runtime_build import check_files
 
-from olss_fast.plan_io import plan_to_bytes
+from olss_fast.plan.file import plan_to_bytes
 
 FILE, VERSION = "0", "1"  # kinds of olss::Error
 MUTATED = 5000

@@ -30,8 +30,8 @@ from olss_fast.adapters.diffusers.stand_in import check_slot
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
-from olss_fast.executors.loops import Loops, Stats
-from olss_fast.plan import Plan
+from olss_fast.executors.loop_cache import Loops, Stats
+from olss_fast.plan.plan import Plan
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline")
 BACKENDS = ("auto", "fused", "graph")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from olss_fast._files import read_bounded
+from olss_fast.support.files import read_bounded
 from olss_fast.errors import InputError
 
 Call = Mapping[str, Any]

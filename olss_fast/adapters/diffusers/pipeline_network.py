@@ -25,7 +25,7 @@ from torch import Tensor
 from olss_fast.adapters.diffusers.pipeline_slot import Slot
 from olss_fast.adapters.diffusers.pipeline_trial import check_answer, questions
 from olss_fast.errors import InputError, NetworkError, OlssError
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 
 SAME_ANSWER = 1e-3  # of the norm: more than two runs of the same kernels differ by
 OWN = ("num_inference_steps", "timesteps", "sigmas")  # arguments of a call that are ours to choose

@@ -10,7 +10,7 @@ from greenlet import getcurrent
 from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError
-from olss_fast.noise_schedule import NoiseSchedule
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 QUESTIONS = 1000  # timesteps a pipeline is given at least; a call that has used them up is begun again
 

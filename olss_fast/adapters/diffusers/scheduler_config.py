@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast._captured_facts import captured_facts
+from olss_fast.capturing.facts import captured_facts
 from olss_fast.errors import InputError, OlssError
-from olss_fast.plan import Plan
+from olss_fast.plan.plan import Plan
 
 Config = dict[str, Any]
 KEPT = ("_class_name", "_use_default_values")

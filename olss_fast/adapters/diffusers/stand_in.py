@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from olss_fast._captured_facts import scheduler_class
+from olss_fast.capturing.facts import scheduler_class
 from olss_fast.errors import InputError
 
 OFFERED = ["model_output", "timestep", "sample"]

@@ -1,0 +1,104 @@
+"""What a captured plan remembers of its scheduler: one record, JSON in metadata["scheduler"]."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from olss_fast.support.text import quoted
+from olss_fast.errors import InputError
+from olss_fast.plan.plan import Plan
+
+MOST_STEPS = 10_000  # that metadata may speak of; far beyond every sampler
+LEFT_OUT = {"scales": None, "noised_by_index": False, "noised": None}  # at these values, from the JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedFacts:
+    """How to capture a plan anew, and how its scheduler's states and add_noise differ from rows and levels.
+
+    class_name, config: of the scheduler. steps, arguments: of set_timesteps. step_arguments: of every step. begin:
+    timesteps that were left out. order: evaluations a step.
+    scales: (S,) network input / state; None for all 1. noised: (S+1, 2), the levels of the states that add_noise makes
+    for a start at each evaluation, and after the last; None for those of the rows. noised_by_index: after
+    set_begin_index it looks at the place of the run, not at the timestep that it is given.
+    """
+
+    class_name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None
+    arguments: Mapping[str, Any]
+    step_arguments: Mapping[str, Any] = field(default_factory=dict)
+    begin: int
+    order: int = 1
+    scales: Any = None
+    noised_by_index: bool = False
+    noised: Any = None
+
+    def __post_init__(self) -> None:
+        kinds = {"class_name": str, "begin": int, "order": int}
+        kinds |= {"config": dict, "arguments": dict, "step_arguments": dict}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is {quoted(getattr(self, name))}")
+        steps = 1 if self.steps is None else self.steps
+        if not (0 <= self.begin < MOST_STEPS and 1 <= self.order <= MOST_STEPS and 1 <= steps <= MOST_STEPS):
+            raise ValueError(f"begin {self.begin}, order {self.order} and {steps} steps cannot be")
+
+    @property
+    def network_config(self) -> dict[str, Any]:
+        """The scheduler's config, with its class."""
+        return {**self.config, "_class_name": self.class_name}
+
+    def to_json(self) -> str:
+        """InputError where something in it is no plain data."""
+        kept = {name: each for name, each in vars(self).items() if name not in LEFT_OUT or each != LEFT_OUT[name]}
+        kept = {"class": kept.pop("class_name"), **kept}
+        try:
+            return json.dumps(kept, default=_plain, separators=(",", ":"))
+        except (TypeError, ValueError) as cause:
+            raise InputError(
+                f"{self.class_name} cannot be written down: {cause}; expected numbers, text and lists of them in its "
+                "config and arguments"
+            ) from cause
+
+
+def captured_facts(plan: Plan) -> CapturedFacts | None:
+    """What `capture` noted; None of a plan that was not captured. InputError if it cannot be read."""
+    if plan.metadata.get("method") != "captured" or "scheduler" not in plan.metadata:
+        return None
+    return _read(plan.metadata["scheduler"])
+
+
+@lru_cache(maxsize=64)
+def _read(text: str) -> CapturedFacts:
+    try:
+        facts = dict(json.loads(text))
+        facts["class_name"] = facts["class"]
+        return CapturedFacts(**{name: facts[name] for name in CapturedFacts.__annotations__ if name in facts})
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"metadata['scheduler'] of this plan is not what capture writes: {quoted(str(error), 200)}; capture the "
+            "scheduler again"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"there is a {type(value).__name__} among config and arguments")
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler class of diffusers with this name; None where there is none."""
+    import diffusers
+
+    kind = getattr(diffusers.schedulers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "step")
+    return kind if known else None

@@ -1,0 +1,345 @@
+"""Signal and noise level of every row of a captured plan, and what its network predicts.
+
+A row that begins a step has the levels at which the scheduler itself noises an image to that step (its add_noise or
+scale_noise, times the factor of scale_model_input): an image-to-image run starts exactly there. Evaluations inside a
+step, and schedulers without such a method, take the levels of `NoiseSchedule` at the timestep. A flow whose sigmas pass
+1 (Cosmos 2) has no signal of 1 - sigma there; its steps are those of x = x0 + sigma eps, read so. Where none is there,
+tables of the scheduler's own are read: `alphas_cumprod` at the timestep, or `sigmas` at the step, which are those of
+flow matching if none is above 1 and variance exploding otherwise. The sample has the levels that the rows really reach
+on point-mass data, whose exact network outputs are known (`olss_fast.plan.point_mass`); where a config does not say what the
+network predicts, it is the one prediction under which every row has its levels, or left open.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from olss_fast.capturing.arguments import config_of, is_flow
+from olss_fast.capturing.driver import Driver
+from olss_fast.errors import InputError, ScheduleError
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Floats, Plan
+from olss_fast.plan.point_mass import EXACT_OUTPUTS, edm_output, levels_of_rows
+
+Pair = tuple[float, float]
+
+CONSISTENT = 1e-3  # of a row's levels on point-mass data: float32 tables divided by small signal levels stay below
+NEARLY_CLEAN = 0.1  # schedulers that leave the least noise they know in the sample leave about 0.03
+
+
+@dataclass(frozen=True)
+class Levels:
+    """alphas, sigmas (S,) of the network inputs, the exact point-mass output of each, and facts for the metadata.
+
+    No outputs: what the network predicts is not known, and the sample is taken to be clean.
+    """
+
+    alphas: Floats
+    sigmas: Floats
+    outputs: list[Pair] | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def levels_of(driver: Driver, scales: list[float], rows: Floats) -> Levels:
+    """See the module's docstring. ScheduleError where the levels are not known."""
+    scheduler = driver.scheduler
+    schedule = _schedule(scheduler)
+    indices = range(driver.begin, len(driver.timesteps))
+    pairs = np.array([_input_levels(driver, schedule, i, scale) for i, scale in zip(indices, scales, strict=True)])
+    if pairs[:, 0].min() < -CONSISTENT:
+        return _exploding(driver, pairs[:, 1], rows)
+    alphas, sigmas = np.maximum(pairs, 0.0).T  # cos(1.5708) is -4e-6
+    if config_of(scheduler).get("invert_sigmas"):  # time runs up to the data: its noise level is the signal's
+        alphas, sigmas = sigmas, alphas
+    metadata = _metadata(scheduler, schedule)
+    exact = _exact_output(driver, metadata.get("prediction_type"))
+    if exact is None:
+        return _inferred(rows, alphas, sigmas)
+    facts = zip(indices, alphas.tolist(), sigmas.tolist(), scales, strict=True)
+    return Levels(alphas, sigmas, [exact(*fact) for fact in facts], metadata)
+
+
+def noising(driver: Driver, scales: list[float], plan: Plan) -> dict[str, Any]:
+    """How the scheduler's states and its add_noise differ from rows and levels; what goes without saying is left out.
+
+    scales: (S,) network input / state. noised: (S+1, 2), the levels of the states that add_noise makes for a start at
+    each evaluation, and after the last. noised_by_index: after set_begin_index it looks at the place of the run, not at
+    the timestep that it is given.
+    """
+    facts: dict[str, Any] = {} if all(scale == 1.0 for scale in scales) else {"scales": scales}
+    indices = range(driver.begin, len(driver.timesteps))
+    noised = [pair for i in indices if (pair := _noised(driver, i)) is not None]
+    if len(noised) < driver.nfe:
+        return facts
+    levels = np.stack([plan.alphas, plan.sigmas], axis=1) / np.append(scales, 1.0)[:, None]
+    if driver.nfe > 1 and _noised(driver, driver.begin, indices[-1]) == noised[0] != noised[-1]:
+        facts["noised_by_index"] = True
+    end = _noised_at_the_end(driver) if "noised_by_index" in facts else None
+    noised.append(end or (float(levels[-1, 0]), float(levels[-1, 1])))
+    same = np.allclose(noised, levels, rtol=1e-7, atol=1e-7)  # float32 tables
+    return facts if same else facts | {"noised": noised}
+
+
+def _noised_at_the_end(driver: Driver) -> Pair | None:
+    """Of a run that has taken its last step; None where the scheduler does not look so far."""
+    try:
+        return _noised(driver, len(driver.timesteps), len(driver.timesteps) - 1)
+    except IndexError:
+        return None
+
+
+def check_falling(driver: Driver, levels: Levels) -> None:
+    """InputError where noise over signal does not fall from a step to the next: timesteps or sigmas of one's own."""
+    times = driver.timesteps[driver.begin :: driver.order].tolist()
+    signal, noise = levels.alphas[:: driver.order], levels.sigmas[:: driver.order]
+    bad = np.flatnonzero(noise[1:] * signal[:-1] >= noise[:-1] * signal[1:] * (1.0 - 1e-9))  # equal but for rounding
+    if bad.size:
+        i = int(bad[0])
+        raise InputError(
+            f"the noise of {driver.name} does not fall between steps {i} and {i + 1}, at timesteps {times[i]:g} and "
+            f"{times[i + 1]:g}; expected timesteps or sigmas along which it falls at every step"
+        )
+
+
+def with_final_levels(plan: Plan, levels: Levels, name: str, *, begun: bool) -> Plan:
+    """The plan with the levels that its last row reaches. ScheduleError where that is no less noisy than the first.
+
+    `begun`: the run begins part of the way, where as noisy will do.
+    """
+    if levels.outputs is None:
+        return plan
+    signal, noise = np.maximum(levels_of_rows(plan, levels.outputs)[-1], 0.0).tolist()  # -1e-7 is rounding
+    # Begun at its last timesteps, a scheduler may have nothing left to do: DDIM with set_alpha_to_one=False.
+    risen, fallen = noise * plan.alphas[0], signal * plan.sigmas[0]
+    if risen > fallen * (1.0 + CONSISTENT) or (risen >= fallen and not begun):
+        raise ScheduleError(
+            f"{name} does not run from noise to data: its start has signal {plan.alphas[0]:.3g} and noise "
+            f"{plan.sigmas[0]:.3g}, its sample signal {signal:.3g} and noise {noise:.3g}; take a scheduler that samples"
+        )
+    return plan.replace(alphas=[*plan.alphas[:-1], signal], sigmas=[*plan.sigmas[:-1], noise])
+
+
+def _schedule(scheduler: Any) -> NoiseSchedule | None:
+    try:
+        return NoiseSchedule.from_diffusers(scheduler)
+    except ScheduleError:
+        return None
+
+
+# --- levels of the network inputs -------------------------------------------------------------------------------------
+
+
+def _input_levels(driver: Driver, schedule: NoiseSchedule | None, index: int, scale: float) -> Pair:
+    timestep = float(driver.timesteps[index])
+    if index % driver.order and schedule is not None:
+        return _scheduled(schedule, timestep)
+    state = None if _noises_otherwise(driver) else _noised(driver, index)
+    if state is None and driver.name in _LEVELS_OF_CLASS:
+        state = _LEVELS_OF_CLASS[driver.name](driver.scheduler, index)
+    if state is None and schedule is not None:
+        return _scheduled(schedule, timestep)
+    if (state := state or _from_tables(driver, index)) is None:
+        raise ScheduleError(
+            f"the noise levels of {driver.name} are not known: it has none of add_noise, scale_noise, alphas_cumprod "
+            "for its timesteps and falling sigmas for its steps, and its config has no betas or sigmas that are "
+            "understood; give it add_noise(original_samples, noise, timesteps)"
+        )
+    alpha, sigma = state
+    return scale * alpha, scale * sigma
+
+
+def _scheduled(schedule: NoiseSchedule, timestep: float) -> Pair:
+    low, high = sorted((schedule.first, schedule.last))
+    time = min(max(timestep, low), high)  # timesteps are float32: 1000.0001
+    scale = float(schedule.input_scale(time))
+    return scale * float(schedule.alpha(time)), scale * float(schedule.sigma(time))
+
+
+def _noised(driver: Driver, index: int, told: int | None = None) -> Pair | None:
+    """(alpha, sigma) that the scheduler mixes image and noise with at a timestep; None where it cannot tell.
+
+    `told`: the index of the timestep that it is given, if not `index`, where the run begins.
+    """
+    scheduler = copy.copy(driver.scheduler)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(index)
+    image, noise = torch.eye(2, dtype=torch.float64).view(2, 1, 1, 1, 2)
+    place = index if told is None else told
+    timestep = driver.timesteps[place : place + 1]
+    if hasattr(scheduler, "add_noise"):
+        mixed = scheduler.add_noise(image, noise, timestep)
+    elif hasattr(scheduler, "scale_noise"):
+        mixed = scheduler.scale_noise(sample=image, timestep=timestep, noise=noise)
+    else:
+        return None
+    alpha, sigma = mixed.flatten().tolist()
+    return alpha, sigma
+
+
+def _from_tables(driver: Driver, index: int) -> Pair | None:
+    """(alpha, sigma) from the scheduler's alphas_cumprod or sigmas; None where there are none that fit."""
+    timestep = float(driver.timesteps[index])
+    signals = _table(driver.scheduler, "alphas_cumprod")
+    if timestep.is_integer() and 0 <= timestep < signals.size and np.all((signals >= 0) & (signals <= 1)):
+        signal = float(signals[int(timestep)])
+        return math.sqrt(signal), math.sqrt(1.0 - signal)
+    sigmas = _table(driver.scheduler, "sigmas")
+    if sigmas.size not in (len(driver.timesteps), len(driver.timesteps) + 1) or np.any(sigmas < 0):
+        return None
+    if np.any(np.diff(sigmas) > 0):
+        return None
+    sigma = float(sigmas[index])
+    return (1.0 if sigmas[0] > 1 else 1.0 - sigma), sigma
+
+
+def _table(scheduler: Any, name: str) -> Floats:
+    """(N,) finite numbers of an attribute; empty where there are none."""
+    try:
+        table = np.asarray(getattr(scheduler, name, ()), dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return np.empty(0)
+    return table if table.ndim == 1 and np.all(np.isfinite(table)) else np.empty(0)
+
+
+def _noises_otherwise(driver: Driver) -> bool:
+    """SASolver's add_noise mixes by its betas even where it samples a flow."""
+    return driver.name == "SASolverScheduler" and bool(config_of(driver.scheduler).get("use_flow_sigmas"))
+
+
+def _ipndm(scheduler: Any, index: int) -> Pair:
+    return float(scheduler.alphas[index]), float(scheduler.betas[index])
+
+
+def _trigonometric(scheduler: Any, index: int) -> Pair:
+    # Noise is that of the data's spread, which pipelines multiply the initial noise by.
+    timestep, spread = float(scheduler.timesteps[index]), float(scheduler.config.sigma_data)
+    return math.cos(timestep), spread * math.sin(timestep)
+
+
+def _consistency_decoder(scheduler: Any, index: int) -> Pair:
+    timestep = scheduler.timesteps[index]
+    return float(scheduler.sqrt_alphas_cumprod[timestep]), float(scheduler.sqrt_one_minus_alphas_cumprod[timestep])
+
+
+_LEVELS_OF_CLASS: dict[str, Callable[[Any, int], Pair]] = {
+    "IPNDMScheduler": _ipndm,
+    "SCMScheduler": _trigonometric,
+    "ConsistencyDecoderScheduler": _consistency_decoder,
+}
+
+# --- what the network predicts ----------------------------------------------------------------------------------------
+
+_PREDICTIONS = {
+    "IPNDMScheduler": ("v_prediction", "diffusers' IPNDM: noise level sin^2"),
+    "DDPMWuerstchenScheduler": ("epsilon", "cosine in continuous time"),
+}
+
+
+def _metadata(scheduler: Any, schedule: NoiseSchedule | None) -> dict[str, str]:
+    """prediction_type and schedule, as `NoiseSchedule.metadata` has them; less where they have no name of ours."""
+    name, config = type(scheduler).__name__, config_of(scheduler)
+    if schedule is not None:
+        return schedule.metadata()
+    if name in _PREDICTIONS:
+        prediction, text = _PREDICTIONS[name]
+        return {"prediction_type": prediction, "schedule": f"{text}, {prediction}"}
+    if is_flow(name, config) and not config.get("invert_sigmas"):
+        count = config.get("num_train_timesteps", 1000)
+        return {"prediction_type": "flow", "schedule": f"flow matching, {count} timesteps, flow"}
+    prediction = str(config.get("prediction_type"))
+    return {"prediction_type": prediction} if prediction in EXACT_OUTPUTS and not name.startswith("EDM") else {}
+
+
+def _exploding(driver: Driver, sigmas: Floats, rows: Floats) -> Levels:
+    """Of the steps x + (sigma' - sigma) f with sigma above 1: x = x0 + sigma eps, f = eps.
+
+    ScheduleError where the rows are others, such as those that noise anew with the signal 1 - sigma.
+    """
+    levels = Levels(
+        np.ones_like(sigmas),
+        sigmas,
+        [EXACT_OUTPUTS["epsilon"](1.0, sigma) for sigma in sigmas.tolist()],
+        {"prediction_type": "epsilon", "schedule": f"flow beyond sigma 1, sigma up to {sigmas[0]:g}, epsilon"},
+    )
+    plan = Plan(timesteps=np.zeros_like(sigmas), rows=rows, alphas=np.ones(len(rows)), sigmas=np.append(sigmas, 0.0))
+    error = np.abs(levels_of_rows(plan, levels.outputs or []) - np.stack([plan.alphas, plan.sigmas], axis=1))
+    if (error[:-1].max(axis=1) > CONSISTENT * np.maximum(sigmas, 1.0)).any():
+        raise ScheduleError(
+            f"{driver.name} begins at sigma {sigmas[0]:g}, where the signal 1 - sigma of a flow is negative, and its "
+            "steps are not those of x0 + sigma noise either; take sigmas from 0 to 1"
+        )
+    return levels
+
+
+def _inferred(rows: Floats, alphas: Floats, sigmas: Floats) -> Levels:
+    """The one prediction under which the rows have their levels on point-mass data, and end nearly clean."""
+    plan = Plan(
+        timesteps=np.zeros_like(alphas), rows=rows, alphas=np.append(alphas, 1.0), sigmas=np.append(sigmas, 0.0)
+    )
+    expected = np.stack([plan.alphas, plan.sigmas], axis=1)
+    fitting: dict[str, list[Pair]] = {}
+    for prediction, exact in EXACT_OUTPUTS.items():
+        outputs = [exact(*levels) for levels in zip(alphas.tolist(), sigmas.tolist(), strict=True)]
+        error = np.abs(levels_of_rows(plan, outputs) - expected).max(axis=1)
+        if error[:-1].max() <= CONSISTENT and error[-1] <= NEARLY_CLEAN:
+            fitting[prediction] = outputs
+    if len(fitting) != 1:
+        return Levels(alphas, sigmas, None)
+    ((prediction, outputs),) = fitting.items()
+    return Levels(alphas, sigmas, outputs, {"prediction_type": prediction})
+
+
+def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, float, float, float], Pair] | None:
+    """(index, alpha, sigma of the network input, input scale) -> (signal, noise) of the exact point-mass output.
+
+    None where what the network predicts is not known.
+    """
+    scheduler, config = driver.scheduler, config_of(driver.scheduler)
+    if prediction is not None:
+        known = EXACT_OUTPUTS.get(prediction) or edm_output(float(config.get("sigma_data", 0.5)))
+        return lambda _, alpha, sigma, __: known(alpha, sigma)
+    if driver.name == "MiniMaxH3Scheduler" or config.get("invert_sigmas"):
+        return lambda *_: (1.0, -1.0)  # the velocity toward the data
+    if driver.name.startswith("EDM"):  # v_prediction here is F with the sign turned
+        edm = edm_output(float(config.get("sigma_data", 0.5)))
+        return lambda _, alpha, sigma, __: tuple(-part for part in edm(alpha, sigma))  # type: ignore[return-value]
+    if driver.name == "SCMScheduler":  # x0 = cos(t) x - sin(t) f
+        return lambda index, *_: _trigonometric_output(scheduler, index)
+    if driver.name in _BOUNDARIES:
+        return _consistency(scheduler, _BOUNDARIES[driver.name])
+    return None
+
+
+def _trigonometric_output(scheduler: Any, index: int) -> Pair:
+    timestep = float(scheduler.timesteps[index])
+    return -math.sin(timestep), float(scheduler.config.sigma_data) * math.cos(timestep)
+
+
+def _consistency(scheduler: Any, boundary: Callable[[Any, int], Any]) -> Callable[[int, float, float, float], Pair]:
+    """f = (m - c_skip x) / c_out of a consistency model (Song et al. 2023, eq. 5); x = alpha m + sigma eps."""
+
+    def exact(index: int, alpha: float, sigma: float, scale: float) -> Pair:
+        c_skip, c_out = map(float, boundary(scheduler, index))
+        if c_out == 0.0:  # at the least noise the output is not used
+            return 0.0, 0.0
+        return (1.0 - c_skip * alpha / scale) / c_out, -c_skip * sigma / scale / c_out
+
+    return exact
+
+
+_BOUNDARIES: dict[str, Callable[[Any, int], Any]] = {
+    "CMStochasticIterativeScheduler": lambda scheduler, i: scheduler.get_scalings_for_boundary_condition(
+        scheduler.sigmas[i]
+    ),
+    "ConsistencyDecoderScheduler": lambda scheduler, i: (
+        scheduler.c_skip[scheduler.timesteps[i]],
+        scheduler.c_out[scheduler.timesteps[i]],
+    ),
+}

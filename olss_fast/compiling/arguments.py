@@ -1,0 +1,67 @@
+"""A network's arguments as a flat list of tensors: what compiled code takes.
+
+Nested mappings and sequences are flattened to names with dots ("added_cond_kwargs.text_embeds"). What is no tensor is
+baked into the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from olss_fast.support.tree import as_tensor, dotted, flat, is_array, mapped, with_paths
+from olss_fast.errors import InputError
+from olss_fast.network import call_network
+
+
+def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors. Lists of no tensors stay whole."""
+    found: dict[str, Any] = {}
+    for path, leaf in with_paths(dict(arguments), whole=_stays_whole) if arguments else []:
+        if dotted(path) in found:
+            raise InputError(f"{dotted(path)} was given twice, nested and by its flat name; give it once")
+        found[dotted(path)] = as_tensor(leaf)
+    return found
+
+
+def fixed_value(value: Any) -> str:
+    """What is baked into the code, as a manifest tells it."""
+    return repr(value)[:200]
+
+
+def _stays_whole(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return not any(map(is_array, flat(value)[0]))
+    return isinstance(value, Mapping) and not value
+
+
+def require_names(arguments: object, what: str) -> Mapping[str, Any]:
+    """InputError unless `arguments` is a mapping of names, each of which is a Python name."""
+    given = {} if arguments is None else arguments
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) and key.isidentifier() for key in given):
+        raise InputError(
+            f"{what} is {type(given).__name__}; expected a mapping of the network's argument names to values"
+        )
+    return given
+
+
+class FlatNetwork(nn.Module):
+    """`network` as forward(x, time, *tensors): the tensors in the order in which `flatten(example)` has them. What the
+    example holds is no array of numpy's.
+
+    lends_x: whether the network is handed x itself; where it writes to it, it must be handed a copy.
+    """
+
+    lends_x = True
+
+    def __init__(self, network: nn.Module, example: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.network = network
+        self._example = example
+
+    def forward(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
+        left = iter(tensors)
+        arguments = mapped(lambda leaf: next(left) if isinstance(leaf, Tensor) else leaf, self._example)
+        return call_network(self.network, x if self.lends_x else x.clone(), time, arguments)

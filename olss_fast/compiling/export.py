@@ -1,0 +1,161 @@
+"""A network's graph for all the sizes of a profile, as torch.export writes it down."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.overrides import TorchFunctionMode
+
+from olss_fast.engine.compiled import quiet, shortened
+from olss_fast.compiling.shapes import Profile
+from olss_fast.errors import BuildError
+
+ORDERS = {"StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan"}  # sympy's <, <=, >, >=
+COPIES = {torch.ops.aten.contiguous.default, torch.ops.aten.clone.default}  # they move values, and change none
+
+
+def export(
+    flat: torch.nn.Module, inputs: Sequence[Tensor], per_sample: Sequence[bool], profile: Profile, doubled: bool
+) -> ExportedProgram:
+    """The network's graph for all shapes of `profile`. inputs: x, time, and then the conditioning's tensors.
+
+    Code that asks whether a size is below some number ("copy, from 64 samples on") has two graphs. Both are written
+    down, and are one if they differ in nothing but copies.
+
+    Raises BuildError: control flow that depends on values, or code that computes something else at other sizes.
+    """
+    axes = {axis: _dimension(profile, axis, 1 + doubled) for axis in profile.dynamic}
+    batch = {0: axes[0]} if 0 in axes else {}
+    rest = tuple(batch if own else {} for own in per_sample)
+    dynamic = (axes, batch, rest) if rest else (axes, batch)
+
+    def traced(questions: _Questions) -> ExportedProgram:
+        with torch.no_grad(), quiet(), _CheckedIndices(), questions:
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=dynamic, strict=False)
+
+    try:
+        exported = traced(questions := _Questions())
+    except Exception as cause:
+        raise BuildError(f"the network cannot be exported for noise of {profile}: {_reason(cause)}") from cause
+    if questions.asked and not _same_otherwise(exported, traced, questions):
+        raise BuildError(
+            f"the network cannot be exported for noise of {profile}: it computes something else where a size is beyond "
+            f"a bound, {'; '.join(sorted(questions.asked)[:3])}: build an engine for the sizes on either side of it"
+        )
+    return exported
+
+
+def graph_text(exported: ExportedProgram) -> str:
+    """The graph with all shapes and ranges, the same for equal networks: where its lines came from is left out."""
+    return "\n".join(line for line in str(exported).splitlines() if not line.strip().startswith("# File: "))
+
+
+def _dimension(profile: Profile, axis: int, halves: int) -> Any:
+    """The sizes of one axis; of the batch, as the network sees it: both halves of a guided pair."""
+    step = profile.multiple[axis]
+    name = "batch" if axis == 0 else f"axis{axis}"
+    base = torch.export.Dim(name, min=profile.min[axis] // step, max=profile.max[axis] // step)
+    step *= halves if axis == 0 else 1
+    return base if step == 1 else step * base
+
+
+class _CheckedIndices(TorchFunctionMode):
+    """Adds to the graph that indices into a table of embeddings, such as numbers of classes, are in its range.
+
+    Compiled code looks too, but in several threads at once, where an exception ends the whole process. On a GPU this
+    would be a wait in every call, which no graph can capture.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.embedding and args[0].device.type == "cpu":
+            indices, table = args[:2]
+            torch._check(((indices >= 0) & (indices < table.shape[0])).all().item())  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _Questions(AbstractContextManager["_Questions"]):
+    """While a network is traced: what it asks about the order of sizes that vary, where the profile leaves it open.
+
+    Torch would bind the graph to the answer, a guard. Here the graph goes on with the answer for the example, or with
+    the opposite one, and `asked` tells what was asked and where.
+    """
+
+    def __init__(self, *, opposite: bool = False) -> None:
+        self.asked: set[str] = set()
+        self._opposite = opposite
+
+    def __enter__(self) -> _Questions:
+        self._before = torch.SymBool.__bool__
+        torch.SymBool.__bool__ = lambda question: self._answer(question)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.SymBool.__bool__ = self._before  # type: ignore[method-assign]
+
+    def _answer(self, question: torch.SymBool) -> bool:
+        if type(question.node.expr).__name__ not in ORDERS or not question.node.has_hint() or _settled(question):
+            return bool(question.node.bool_())
+        with question.node.shape_env.suppress_guards():
+            answer = bool(question.node.bool_())
+        self.asked.add(_asked_where(str(question.node.expr)))
+        return answer != self._opposite
+
+
+def _settled(question: torch.SymBool) -> bool:
+    return any(statically_known_true(each) for each in (question, torch.sym_not(question)))  # type: ignore[no-untyped-call]
+
+
+def _asked_where(question: str) -> str:
+    """`question`, and the line of code outside torch that asks it."""
+    ours = (__file__, str(Path(torch.__file__).parent))
+    *_, frame = (each for each in traceback.extract_stack() if not each.filename.startswith(ours))
+    return f"{question} ({frame.filename}, line {frame.lineno})"
+
+
+def _same_otherwise(exported: ExportedProgram, traced: Any, questions: _Questions) -> bool:
+    """Whether the opposite answers lead to the same graph."""
+    try:
+        other = traced(_Questions(opposite=True))
+    except Exception:  # whatever the code does where it refuses such sizes
+        return False
+    return _operations(exported) == _operations(other)
+
+
+def _operations(exported: ExportedProgram) -> list[str]:
+    """What the graph computes, in order: each operator and what it is applied to, by number; without copies."""
+    graphs = [each.graph for each in exported.graph_module.modules() if isinstance(each, fx.GraphModule)]
+    return [line for graph in graphs for line in _lines(graph)]
+
+
+def _lines(graph: fx.Graph) -> list[str]:
+    numbers: dict[Any, str] = {}
+    lines: list[str] = []
+    for node in graph.nodes:
+        if node.target in COPIES:
+            numbers[node] = numbers[node.args[0]]
+            continue
+        numbers[node] = f"%{len(lines)}"
+        words = node.args[:1] if node.target is torch.ops.aten._assert_scalar.default else node.args
+        lines.append(f"{node.op} {node.target} {fx.node.map_arg((words, node.kwargs), numbers.__getitem__)}")
+    return lines
+
+
+def _reason(cause: Exception) -> str:
+    """Why torch cannot export, in words: its guards are about symbols that nobody has seen."""
+    _, found, advice = str(cause).partition("Suggested fixes:\n")
+    if not found:
+        return shortened(cause)
+    sizes = [re.sub(r"Dim\('\w+', (.*)\)", r"\1", line.strip()) for line in advice.split("\n\n")[0].splitlines()]
+    return (
+        f"its code works for fewer sizes than these, {', '.join(sizes)}: build an engine for those, or change the "
+        "code where it fixes a size"
+    )

@@ -1,0 +1,231 @@
+"""What is asked of `build`, all of it checked before minutes are spent on it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olss_fast.support.device import pick_device
+from olss_fast.sampling.draws import unit_noise
+from olss_fast.support.text import quoted
+from olss_fast.support.tree import as_tensor, mapped
+from olss_fast.compiling.arguments import FlatNetwork, fixed_value, flatten, require_names
+from olss_fast.engine.compiled import shortened
+from olss_fast.engine.manifest import DTYPES
+from olss_fast.compiling.shapes import Profile
+from olss_fast.errors import InputError, NetworkError, OlssError
+from olss_fast.network import Conditioning, Denoiser, network_dtype, require_finite
+from olss_fast.plan.plan import Plan
+from olss_fast.sampling.sampling import check_plan_fits
+
+RESERVED = {"noise", "seed", "shape", "steps", "plan", "guidance_scale", "unconditional", "generator"}
+"""Arguments of an engine's call."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is built, all of it checked. tensors: the example's, by name, `unconditional` alike, of one row each."""
+
+    flat: FlatNetwork
+    profile: Profile
+    tensors: dict[str, Tensor]
+    unconditional: dict[str, Tensor]
+    fixed: dict[str, str]
+    doubled: bool
+    guidance_scale: float
+    dtype: torch.dtype
+    device: torch.device
+    times: tuple[float, ...]
+
+    @property
+    def per_sample(self) -> list[bool]:
+        return [is_per_sample(each, self.profile) for each in self.tensors.values()]
+
+    def inputs(self, least: int = 1, *, time: float | None = None, shape: Sequence[int] | None = None) -> list[Tensor]:
+        """x, time and the example's tensors, as the network sees them at `shape`, by default `opt`; of an axis that is
+        not fixed at least `least` steps, since one is a special case for torch.export. time: default: the first of the
+        first plan."""
+        sizes = list(self.profile.opt if shape is None else shape)
+        for axis in self.profile.dynamic:
+            sizes[axis] = max(sizes[axis], least * self.profile.multiple[axis])
+        batch = sizes[0] * (1 + self.doubled)
+        x = _noise((batch, *sizes[1:]), self.device, self.dtype)
+        times = torch.full((batch,), self.times[0] if time is None else time, dtype=torch.float32, device=self.device)
+        rest = [
+            _repeated(each, batch) if own else each
+            for each, own in zip(self.tensors.values(), self.per_sample, strict=True)
+        ]
+        return [x, times, *rest]
+
+
+def checked_request(
+    network: nn.Module,
+    plans: Mapping[str, Plan],
+    profile: Profile,
+    conditioning: Conditioning | None,
+    unconditional: Conditioning | None,
+    guidance_scale: float | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Request:
+    if not isinstance(network, nn.Module) or network.training:
+        what = "in training mode" if isinstance(network, nn.Module) else f"a {type(network).__name__}"
+        raise InputError(f"network is {what}; expected a torch.nn.Module in evaluation mode: wrap it, or call .eval()")
+    first = next(iter(plans.values()))
+    scale = _scale(first, unconditional, guidance_scale)
+    device = _device(network, device)
+    given = mapped(lambda leaf: _on_device(leaf, device), dict(require_names(conditioning, "conditioning")))
+    if RESERVED & set(given):
+        raise InputError(
+            f"the network's argument {sorted(RESERVED & set(given))} has the name of one of an engine's call"
+        )
+    dtype = _dtype(network, dtype)
+    noise = _noise(profile.opt, device, dtype)
+    denoiser = Denoiser(network, noise, conditioning=given, unconditional=unconditional, guidance_scale=scale)
+    for each in plans.values():
+        check_plan_fits(each, denoiser)
+        if each.branches == 2 and unconditional is None:
+            raise InputError("a plan keeps the unconditional and the conditional output apart: pass unconditional")
+    flat, without = flatten(given), flatten(unconditional or {})
+    for name in sorted(set(flat) & set(without)):
+        if not isinstance(flat[name], Tensor) and flat[name] != without[name]:
+            raise InputError(f"conditioning and unconditional differ in {name!r}, which is no tensor: it is baked in")
+    tensors = {name: each for name, each in flat.items() if isinstance(each, Tensor)}
+    request = Request(
+        flat=FlatNetwork(_prepared(network, dtype, device), given),
+        profile=profile,
+        tensors=tensors,
+        unconditional=_one_row(tensors, without, profile, device),
+        fixed={name: fixed_value(each) for name, each in flat.items() if not isinstance(each, Tensor)},
+        doubled=unconditional is not None,
+        guidance_scale=scale,
+        dtype=dtype,
+        device=device,
+        times=tuple(map(float, first.timesteps)),
+    )
+    _check_callable(request)
+    return request
+
+
+def _check_callable(request: Request) -> None:
+    """A network that cannot be called is found before minutes are spent on it, and one that writes to its input.
+
+    Raises NetworkError.
+    """
+    inputs = request.inputs()
+    x = inputs[0].clone()
+    try:
+        with torch.no_grad():
+            output = request.flat(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as cause:
+        if isinstance(cause, (OlssError, torch.OutOfMemoryError)):
+            raise
+        raise NetworkError(
+            f"the network cannot be called with noise of shape {request.profile.opt} and this example: "
+            f"{shortened(cause)}; arguments that belong to the samples begin with as many rows as this noise"
+        ) from cause
+    request.flat.lends_x = torch.equal(inputs[0], x)
+    require_finite(output[None], step=0, first_sample=0)
+
+
+def _noise(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same unit noise every time."""
+    return unit_noise(shape, torch.Generator().manual_seed(0), device).to(dtype)
+
+
+def named_plans(plan: Any) -> dict[str, Plan]:
+    """By name. Plans without a name are called by their method and NFE."""
+    if isinstance(plan, Mapping):
+        named = dict(plan)
+    else:
+        named = {}
+        for each in [plan] if isinstance(plan, Plan) else list(plan) if isinstance(plan, Sequence) else []:
+            base = _plan_name(each)
+            copies = sum(re.fullmatch(re.escape(base) + r"(\.\d+)?", name) is not None for name in named)
+            named[base if copies == 0 else f"{base}.{copies + 1}"] = each
+    if not named or not all(isinstance(each, Plan) for each in named.values()):
+        raise InputError(f"plan is {plan!r}; expected a Plan, several, or several by name")
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w .,+()-]{1,100}", name) for name in named):
+        raise InputError(f"the plans are named {list(named)}; expected letters, digits, spaces and . , + - _ ( )")
+    return named
+
+
+def _plan_name(plan: Any) -> str:
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan holds a {type(plan).__name__}; expected Plans")
+    return re.sub(r"[^\w.+-]+", "-", f"{plan.metadata.get('method', 'plan')}-{plan.nfe}")[:80]
+
+
+def _scale(plan: Plan, unconditional: Conditioning | None, guidance_scale: float | None) -> float:
+    if guidance_scale is not None:
+        return guidance_scale
+    return float(plan.metadata.get("guidance_scale", 1.0)) if unconditional is not None else 1.0
+
+
+def _device(network: nn.Module, device: torch.device | str | None) -> torch.device:
+    own = next((each.device for each in network.parameters()), torch.device("cpu"))
+    return pick_device(own if device is None else device)
+
+
+def _dtype(network: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+    chosen = network_dtype(network, torch.float32) if dtype is None else dtype
+    if not isinstance(chosen, torch.dtype) or str(chosen).removeprefix("torch.") not in DTYPES:
+        raise InputError(f"dtype is {chosen!r}; expected one of {', '.join(f'torch.{each}' for each in DTYPES)}")
+    return chosen
+
+
+def _prepared(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The network itself, or a copy of it where it has another dtype or lies elsewhere."""
+    tensors = [*network.parameters(), *network.buffers()]
+    fits = all(each.device == device and (not each.is_floating_point() or each.dtype == dtype) for each in tensors)
+    return network if fits else copy.deepcopy(network).to(device=device, dtype=dtype)
+
+
+def _on_device(leaf: Any, device: torch.device) -> Any:
+    given = as_tensor(leaf)
+    return given.to(device).contiguous() if isinstance(given, Tensor) else given
+
+
+def is_per_sample(value: Tensor, profile: Profile) -> bool:
+    return value.ndim > 0 and value.shape[0] == profile.opt[0]
+
+
+def _repeated(value: Tensor, batch: int) -> Tensor:
+    """Its rows, in turn, as many as `batch`."""
+    return value[torch.arange(batch, device=value.device) % value.shape[0]]
+
+
+def _one_row(
+    tensors: Mapping[str, Tensor], given: Mapping[str, Any], profile: Profile, device: torch.device
+) -> dict[str, Tensor]:
+    """The default unconditional arguments: one row for every sample, in the form of the example's tensors."""
+    return {name: _row(name, given[name], each, profile, device) for name, each in tensors.items() if name in given}
+
+
+def _row(name: str, value: Any, like: Tensor, profile: Profile, device: torch.device) -> Tensor:
+    shape = (1, *like.shape[1:]) if is_per_sample(like, profile) else tuple(like.shape)
+    if not isinstance(value, (Tensor, bool, int, float)):
+        raise InputError(f"unconditional[{name!r}] is {quoted(value)}; expected a tensor, or a number")
+    exact = torch.float64 if isinstance(value, float) else None
+    given = torch.as_tensor(value, dtype=exact, device=device)
+    plain = given.to(like.dtype)
+    if not like.is_floating_point() and not torch.equal(plain.to(given.dtype), given):
+        raise InputError(
+            f"unconditional[{name!r}] is {quoted(value)}, which is no {like.dtype}; expected whole numbers"
+        )
+    try:
+        whole = plain.expand(like.shape)
+    except RuntimeError as error:
+        raise InputError(
+            f"unconditional[{name!r}] has shape {tuple(plain.shape)}; expected one that stands for {tuple(like.shape)}"
+        ) from error
+    first = whole[:1] if is_per_sample(like, profile) else whole
+    if not torch.equal(whole, first.expand(whole.shape)):
+        raise InputError(f"the rows of unconditional[{name!r}] differ; expected one row that stands for every sample")
+    return first.reshape(shape).clone(memory_format=torch.contiguous_format)

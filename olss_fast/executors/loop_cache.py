@@ -1,0 +1,289 @@
+"""Loops by shape: their buffers and graphs are made once, kept while they are used, and written over between runs."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast.support.tree import flat
+from olss_fast.errors import InputError, OlssError
+from olss_fast.executors.fused import Ask, FusedLoop
+from olss_fast.executors.graph import GraphLoop
+from olss_fast.executors.reference import OnStep
+from olss_fast.network import sums_to_finite
+from olss_fast.plan.plan import Plan
+
+Key = tuple[tuple[Any, ...], object]
+KEPT = 4  # shapes whose buffers and graphs are kept
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an executor did: `backend` of the last run, captures and replays of graphs since it was made, why it fell
+    back (or captured again), `bytes` of its own buffers, and kernels between two network calls."""
+
+    backend: str
+    captures: int
+    replays: int
+    reason: str
+    bytes: int
+    kernels_per_step: int | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call: what `Loops.run` was given, and `like`, an empty tensor of the network's dtype and device."""
+
+    plan: Plan
+    noise: Tensor
+    leaves: Sequence[Any]  # of the network's arguments
+    asking: Callable[[Sequence[Any]], Ask]  # of leaves of its own
+    like: Tensor
+    doubled: bool
+    guidance_scale: float
+    step_noise: Tensor | None
+    on_step: OnStep | None
+    told: list[int] = field(default_factory=list)  # the steps that `on_step` was called with
+
+    def done_by(self, loop: FusedLoop) -> Tensor:
+        loop.load(self.plan, self.guidance_scale)
+        loop.fill(self.noise, self.step_noise)
+        result = loop.run(None if self.on_step is None else self._tell).to(self.noise, copy=True)
+        if result.device.type == "cpu" and not sums_to_finite(result):
+            loop.require_finite()
+        return result
+
+    def _tell(self, i: int, x: Tensor) -> None:
+        self.told.append(i)
+        if self.on_step is not None:
+            self.on_step(i, x)
+
+
+@dataclass(eq=False)
+class Kept:
+    """A loop with its copies of the network's arguments. calls: how many there were; busy: one is in it."""
+
+    loop: FusedLoop
+    held: list[Any]
+    calls: int = 0
+    busy: bool = True
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Captures and replays."""
+        return self.loop.captures, self.loop.replays
+
+
+class Loops:
+    """Runs plans on `networks` with the backend "fused" or "graph"; a network that cannot be captured runs fused.
+
+    "auto" is graph on CUDA and fused elsewhere. Several threads may run at once, and a network may call what it is
+    called by: each call has a loop of its own, and as many are kept as there were calls at once. On a GPU, and with
+    graphs, which share memory, threads take turns.
+    """
+
+    def __init__(self, networks: Sequence[Any], backend: str, *, unroll: bool = False) -> None:
+        self.networks, self.backend, self.unroll = networks, backend, unroll
+        self._lock, self._turn = threading.Lock(), threading.RLock()
+        self._threads = threading.local()  # `last`: what the thread ran last, and the number of that call
+        self._kept: OrderedDict[Key, list[Kept]] = OrderedDict()
+        self._used = "fused" if backend == "auto" else backend  # by the last run
+        self._stream: Any = None
+        self._pool: Any = None
+        self._not_captured: set[Key] = set()
+        self._counts = 0, 0  # captures and replays
+        self._reason = ""
+
+    def __getstate__(self) -> tuple[Sequence[Any], str, bool]:
+        """A copy has no loops yet."""
+        return self.networks, self.backend, self.unroll
+
+    def __setstate__(self, state: tuple[Sequence[Any], str, bool]) -> None:
+        self.__init__(*state[:2], unroll=state[2])  # type: ignore[misc]
+
+    def run(
+        self,
+        plan: Plan,
+        noise: Tensor,
+        arguments: Any,
+        asking: Callable[[Any], Ask],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        doubled: bool,
+        guidance_scale: float,
+        step_noise: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Samples (B, …) of `noise`, in its dtype and on its device.
+
+        `arguments` are those of the network, nested as they like; `asking(held)` makes of the loop's own copy of them
+        the function `ask(x, time, model)`. With `on_step` a graph of the whole loop is replayed step by step.
+        NetworkError for samples on the CPU that are not finite.
+        """
+        backend = ("graph" if device.type == "cuda" else "fused") if self.backend == "auto" else self.backend
+        with torch.inference_mode(False), torch.no_grad(), self._in_turn(backend, device):  # buffers outlive the mode
+            like = torch.empty_like(noise, dtype=dtype, device=device)
+            leaves, form = flat(arguments)
+            work = Work(
+                plan,
+                noise,
+                leaves,
+                lambda held: asking(form.unflatten(held)),
+                like,
+                doubled,
+                guidance_scale,
+                step_noise,
+                on_step,
+            )
+            kind = (like.shape, like.stride(), dtype, device, doubled, plan.branches, autocast_of(device))
+            key = (kind, (form, *map(signature, leaves)))
+            graph = backend == "graph" and key not in self._not_captured
+            try:
+                return self._run(key, work, graph=graph)
+            except (OlssError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if not graph or work.told:  # once a step was done, it is not the capture that failed
+                    raise
+                message = " ".join(str(error).split())[:200]
+                reason = f"the network cannot be captured: {type(error).__name__}: {message}"
+            with self._lock:
+                self._kept.pop(key, None)
+            result = self._run(key, work, graph=False)  # where this fails too, that says nothing about graphs
+            self._not_captured.add(key)
+            self._reason = reason
+            return result
+
+    def reset(self) -> None:
+        """Lets go of all buffers and graphs: for changes of a network that no capture sees, as of adapters' scales."""
+        with self._lock:
+            self._kept.clear()
+            self._not_captured.clear()
+        self._threads = threading.local()
+
+    def require_finite(self) -> None:
+        """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
+        device. InputError where another thread has used the same buffers since."""
+        last: tuple[Kept, int] | None = getattr(self._threads, "last", None)
+        if last is None:
+            return
+        kept, call = last
+        if kept.calls != call:
+            raise InputError("a run of another thread has used the buffers since; look for NaN in the samples instead")
+        kept.loop.require_finite()
+
+    def stats(self) -> Stats:
+        """Of all threads."""
+        with self._lock:
+            loops = [kept.loop for each in self._kept.values() for kept in each]
+            captures, replays = self._counts
+        moved = [f"captured again, {each.moved} was replaced" for each in loops if each.moved]
+        return Stats(
+            backend=self._used,
+            captures=captures,
+            replays=replays,
+            reason="; ".join([*([self._reason] if self._reason else []), *moved]),
+            bytes=sum(loop.bytes for loop in loops),
+            kernels_per_step=1,
+        )
+
+    @contextmanager
+    def _in_turn(self, backend: str, device: torch.device) -> Iterator[None]:
+        """One thread after another on a GPU, and with graphs; what they queue there too, whatever their streams."""
+        if backend != "graph" and device.type != "cuda":
+            yield
+            return
+        with self._turn:
+            if torch.cuda.is_available():
+                stream = torch.cuda.current_stream(device)
+                if self._stream not in (None, stream):
+                    stream.wait_stream(self._stream)
+                self._stream = stream
+            yield
+
+    def _run(self, key: Key, work: Work, *, graph: bool) -> Tensor:
+        kept = self._lent(key, work, graph)
+        before = kept.counts
+        try:
+            write_over(kept.held, work.leaves)
+            kept.calls += 1
+            self._threads.last, self._used = (kept, kept.calls), kept.loop.backend
+            return work.done_by(kept.loop)
+        finally:
+            self._give_back(key, kept, before)
+
+    def _lent(self, key: Key, work: Work, graph: bool) -> Kept:
+        """A loop for this shape of noise and of arguments that no other call is in."""
+        with self._lock:
+            idle = [kept for kept in self._kept.get(key, ()) if not kept.busy]
+            if idle and idle[0].loop.fits(work.plan):
+                idle[0].busy = True
+                return idle[0]
+            if idle:
+                self._kept[key].remove(idle[0])
+        held = [each.clone() if isinstance(each, Tensor) else each for each in work.leaves]
+        loop = self._new_loop(work, work.asking(held), graph, idle[0].loop.room[:2] if idle else (0, 0))
+        with self._lock:
+            self._kept.setdefault(key, []).append(kept := Kept(loop, held))
+        return kept
+
+    def _give_back(self, key: Key, kept: Kept, before: tuple[int, int]) -> None:
+        """`before`: its counts when it was lent. The shapes that were used longest ago go, with all their loops."""
+        with self._lock:
+            kept.busy = False
+            captures, replays = self._counts
+            self._counts = captures + kept.counts[0] - before[0], replays + kept.counts[1] - before[1]
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+
+    def _new_loop(self, work: Work, ask: Ask, graph: bool, room: tuple[int, int]) -> FusedLoop:
+        if not graph:
+            return FusedLoop(ask, work.like, work.plan, doubled=work.doubled, room=room)
+        return GraphLoop(
+            ask,
+            work.like,
+            work.plan,
+            doubled=work.doubled,
+            networks=self.networks,
+            pool=self._memory,
+            unroll=self.unroll,
+            room=room,
+        )
+
+    def _memory(self) -> Any:
+        """The pool of all graphs; a new one where none is alive, for the old one went with its last graph."""
+        loops = [kept.loop for each in self._kept.values() for kept in each]
+        if torch.cuda.is_available() and not any(isinstance(loop, GraphLoop) and loop.alive for loop in loops):
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
+def autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
+    """Whether and in what type autocast runs: a graph stays what it was captured under."""
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+def signature(leaf: Any) -> object:
+    """Shape, dtype and place of a tensor, a plain value: where they are equal, one can be written over the other."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.stride(), leaf.device
+    plain = isinstance(leaf, (str, int, float, bool, type(None), np.generic, torch.dtype, torch.device))
+    return type(leaf), leaf if plain else id(leaf)
+
+
+def write_over(held: Sequence[Any], leaves: Sequence[Any]) -> None:
+    """Copies the tensors of `leaves` into those of `held`, which have the same signatures."""
+    for mine, other in zip(held, leaves, strict=True):
+        if isinstance(mine, Tensor):
+            mine.copy_(other)

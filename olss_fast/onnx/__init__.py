@@ -1,0 +1,1 @@
+"""A network, its guidance and a plan as one ONNX model."""

@@ -1,0 +1,176 @@
+"""`olss_fast.export_onnx`: network, guidance and plan as one ONNX model, for ONNX Runtime and its kin.
+
+    how = {"conditioning": {"y": y}, "unconditional": {"y": null}, "guidance_scale": 3.0}
+    olss_fast.export_onnx(network, plan, "five.onnx", shape=noise.shape, **how)
+    (images,) = onnxruntime.InferenceSession("five.onnx").run(["sample"], {"noise": noise.numpy(), "y": y.numpy()})
+
+The model's inputs are
+
+| name | shape | |
+|---|---|---|
+| noise | (batch, …) | unit Gaussian, of the network's dtype |
+| step_noise | (Z, batch, …) | float32, fresh unit noises; of stochastic plans only |
+| the network's arguments by name | (batch, …), or as they came | nested ones joined by dots: "added.text_embeds" |
+| unconditional.NAME | (1, …) | may be left out: stands for every sample in the unconditional half |
+| guidance_scale | () | may be left out; float32, or float64 for float64 networks |
+
+and its output is `sample` (batch, …), in the network's dtype. The batch is free; all other sizes are those of the
+export. A Loop calls the network as often as the plan's tables say. They are the initialisers `plan.rows`,
+`plan.timesteps`, `plan.columns` and `plan.nfe`: a longer plan makes no larger graph. Weights keep the names that they
+have in the network's state_dict. The model's metadata hold those of the plan, and the version of olss_fast.
+
+No value is looked at: NaN or infinity goes through to the sample.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from olss_fast.support.old_forms import takes_old_forms
+from olss_fast.compiling.arguments import require_names
+from olss_fast.engine.compiled import quiet, shortened
+from olss_fast.compiling.export import export
+from olss_fast.compiling.request import Request, checked_request
+from olss_fast.compiling.shapes import LARGEST, Profile
+from olss_fast.errors import BuildError, InputError, ModelError
+from olss_fast.network import Conditioning
+from olss_fast.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+PACKAGES = ("onnx", "onnx_ir", "onnxscript")
+RESERVED = {"noise", "step_noise", "guidance_scale", "unconditional", "sample"}  # the model's own inputs and output
+
+
+@takes_old_forms
+def export_onnx(
+    network: torch.nn.Module,
+    plan: Plan,
+    path: str | os.PathLike[str],
+    *,
+    shape: Sequence[int],
+    conditioning: Conditioning | None = None,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float | None = None,
+) -> None:
+    """Write the whole sampler as one ONNX model to `path`.
+
+    Args:
+        network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, in evaluation mode. Not changed.
+        plan: any Plan that asks one network.
+        shape: (B, …) of the noise that `conditioning` belongs to. The model takes any batch.
+        conditioning: the network's other arguments. A tensor whose first size is B belongs to the samples and becomes
+            an input (batch, …), any other tensor an input of its own shape. What is no tensor is baked in.
+        unconditional: as for `sample`; one row, or rows that are all the same. The network of such a model is always
+            handed both halves, in one doubled batch.
+        guidance_scale: what `guidance_scale` is if left out. Default: what the plan was tuned at, else 1.
+
+    Weights beyond what fits into one file (2 GB) lie in a second one beside it, `<name>.<digest>.data`. Either file is
+    written atomically, the model last.
+
+    Raises:
+        InputError: arguments that do not fit each other. NetworkError: the network cannot be called with them.
+        BuildError: packages that this needs are missing, or the network cannot be expressed in ONNX.
+        ModelError: the file cannot be written.
+    """
+    _check_plan(plan)
+    _check_path(path)
+    _check_packages()
+    request = _request(network, plan, shape, conditioning, unconditional, guidance_scale)
+    program = _one_call(request)
+
+    from olss_fast.onnx.file import save
+    from olss_fast.onnx.loop import Argument, loop_model
+
+    arguments = [
+        Argument(name, tuple(given.shape), own, request.unconditional.get(name) if own else None)
+        for (name, given), own in zip(request.tensors.items(), request.per_sample, strict=True)
+    ]
+    scale = request.guidance_scale if request.doubled else None
+    save(loop_model(program, plan, arguments, request.profile.opt[1:], guidance_scale=scale), path)
+
+
+# --- checks, before any work -----------------------------------------------------------------------------------------
+
+
+def _check_plan(plan: Any) -> None:
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan is a {type(plan).__name__}; expected a Plan")
+    if plan.models.any():
+        asked = sorted({*plan.models.tolist()})
+        raise InputError(f"the plan asks the networks {asked}; expected a plan that asks one, number 0")
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"path is a {type(path).__name__}; expected the path of a file to write")
+    target = Path(path)
+    if target.is_dir():
+        raise ModelError(f"cannot write {target}: it is a folder; give the path of a file")
+    if not target.parent.is_dir():
+        raise ModelError(f"cannot write {target}: {target.parent} is no folder; create it first")
+
+
+def _check_packages() -> None:
+    for package in PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as cause:
+            raise BuildError(
+                f"the export needs the package {package}, which cannot be imported ({cause}): "
+                "pip install 'olss-fast[onnx]'"
+            ) from cause
+
+
+def _request(
+    network: torch.nn.Module,
+    plan: Plan,
+    shape: Sequence[int],
+    conditioning: Conditioning | None,
+    unconditional: Conditioning | None,
+    guidance_scale: float | None,
+) -> Request:
+    """The arguments, checked: what an engine of this network, for any batch, would be built from."""
+    sizes = Profile.of(shape).opt
+    profile = Profile((1, *sizes[1:]), sizes, (LARGEST, *sizes[1:]))
+    taken = sorted(RESERVED & set(require_names(conditioning, "conditioning")))
+    if taken:
+        raise InputError(f"the network's argument {taken[0]!r} has the name of an input or output of the model's own")
+    request = checked_request(
+        network, {"plan": plan}, profile, conditioning, unconditional, guidance_scale, dtype=None, device=None
+    )
+    for (name, given), own in zip(request.tensors.items(), request.per_sample, strict=True):
+        if request.doubled and not own and not torch.equal(request.unconditional[name], given):
+            raise InputError(
+                f"conditioning and unconditional differ in {name!r}, whose first size is not that of the samples, "
+                f"{sizes[0]}: one doubled batch cannot be handed both"
+            )
+    return request
+
+
+# --- one call of the network as a graph ------------------------------------------------------------------------------
+
+
+def _one_call(request: Request) -> onnx_ir.Model:
+    exported = export(request.flat, request.inputs(2), request.per_sample, request.profile, request.doubled)
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.onnx.export(exported, dynamo=True, verbose=False)
+    except Exception as cause:
+        raise BuildError(f"the network cannot be expressed in ONNX: {shortened(_root(cause))}") from cause
+    assert program is not None
+    return program.model
+
+
+def _root(cause: BaseException) -> BaseException:
+    """The exporter wraps what went wrong in pages of advice."""
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return cause

@@ -1,0 +1,7 @@
+"""What was tried and how well it did: figures, tables, pictures."""
+
+from __future__ import annotations
+
+from olss_fast.report.report import Candidate, Report
+
+__all__ = ["Candidate", "Report"]

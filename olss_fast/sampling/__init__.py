@@ -1,0 +1,1 @@
+"""Running plans: `sample` for once, `Sampler` for many times."""

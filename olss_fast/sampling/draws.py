@@ -1,0 +1,102 @@
+"""Unit noise from one stream for all samples, or from one for each: then any sample of a batch can be made again alone.
+
+A stream is a torch.Generator. It gives the initial noise first, then all fresh noises of a stochastic plan. Several
+streams give each sample what it would get in a batch of its own: one generator, seeded alike, makes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast.support.text import quoted
+from olss_fast.errors import InputError
+
+Streams = torch.Generator | Sequence[torch.Generator]
+Seed = int | Sequence[int]
+
+SEEDS = range(2**64)
+
+
+def checked_streams(generator: Any, seed: Any = None) -> Streams | None:
+    """`generator`, or generators of the CPU that begin with `seed`: one, or a list of one for each sample."""
+    if seed is None:
+        several = isinstance(generator, (list, tuple))
+        for each in generator if several else [] if generator is None else [generator]:
+            if not isinstance(each, torch.Generator):
+                raise InputError(
+                    f"generator is a {type(each).__name__}; expected a torch.Generator, such as "
+                    "torch.Generator().manual_seed(0), or a list of one for each sample"
+                )
+        return list(generator) if several else generator
+    if generator is not None:
+        raise InputError("seed and generator were both given; expected one of them")
+    if isinstance(seed, (list, tuple, range)):
+        return [_seeded(each) for each in seed]
+    return _seeded(seed)
+
+
+def _seeded(seed: Any) -> torch.Generator:
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not whole or int(seed) not in SEEDS:
+        raise InputError(f"seed is {quoted(seed)}; expected a whole number from 0 on, or a list of one for each sample")
+    return torch.Generator().manual_seed(int(seed))
+
+
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """(samples, …) of noise, or InputError."""
+    sizes = tuple(shape) if isinstance(shape, (list, tuple)) else ()
+    if len(sizes) < 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise InputError(f"shape is {shape!r}; expected the noise's, (samples, ...): two whole numbers or more")
+    return sizes
+
+
+def unit_noise(
+    shape: Sequence[int],
+    streams: Streams | None,
+    device: torch.device,
+    *,
+    samples: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Unit Gaussian noise of `shape`, whose axis `samples` counts the samples. InputError unless there is one stream
+    for all, or one for each."""
+    if streams is None or isinstance(streams, torch.Generator):
+        place = device if streams is None else streams.device
+        return torch.randn(tuple(shape), generator=streams, device=place, dtype=dtype).to(device)
+    check_count_of(streams, shape[samples])
+    rest = [*shape[:samples], *shape[samples + 1 :]]
+    return torch.stack([unit_noise(rest, each, device, dtype=dtype) for each in streams], dim=samples)
+
+
+def check_count_of(streams: Sequence[torch.Generator], samples: int) -> None:
+    """InputError unless there is one stream for each of the samples."""
+    if len(streams) != samples:
+        raise InputError(f"{len(streams)} seeds or generators came for {samples} samples; expected one for each")
+
+
+def initial_noise(
+    noise: Tensor | None,
+    shape: Sequence[int] | None,
+    streams: Streams | None,
+    *,
+    usual: Sequence[int] | None = None,
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> Tensor:
+    """`noise` itself, or where it is None drawn of `shape`; if neither came of the `usual` one, with as many samples as
+    there are streams. InputError where neither or both are there."""
+    if noise is None and shape is None and usual is not None:
+        shape = (len(streams) if isinstance(streams, Sequence) else usual[0], *usual[1:])
+    if (noise is None) == (shape is None):
+        seeded = "" if streams is None else " with the seed or generator"
+        came = f"neither noise nor shape came{seeded}" if noise is None else "both noise and shape came"
+        raise InputError(f"{came}; expected noise, a tensor (samples, ...), or seed= with shape=(samples, ...)")
+    if shape is None:
+        assert noise is not None
+        return noise
+    return unit_noise(checked_shape(shape), streams, device or torch.device("cpu")).to(dtype)

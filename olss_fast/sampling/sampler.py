@@ -1,0 +1,208 @@
+"""`olss_fast.Sampler`: a plan and a network made ready to run many times, as fast as the device allows.
+
+| backend | what happens between two network calls |
+|---|---|
+| reference | rows · basis in float64: the specification (`olss_fast.sample`) |
+| fused | one kernel: guidance, history, next input, next time (`olss_fast.executors.fused`) |
+| graph | nothing on the host: network and kernel are one CUDA graph (`olss_fast.executors.graph`) |
+
+"auto" is graph on CUDA and fused elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olss_fast.support.arguments import checked_plan
+from olss_fast.support.device import pick_device
+from olss_fast.sampling.draws import Seed, Streams, checked_shape
+from olss_fast.support.old_forms import takes_old_forms
+from olss_fast.sampling.starts import begun
+from olss_fast.errors import InputError
+from olss_fast.executors.graph import require_cuda
+from olss_fast.executors.loop_cache import Loops, Stats
+from olss_fast.executors.reference import OnStep
+from olss_fast.network import (
+    FLOATS,
+    Conditioning,
+    Denoiser,
+    Network,
+    asking_with,
+    checked_arguments,
+    checked_guidance_scale,
+    checked_networks,
+    network_device,
+    network_dtype,
+)
+from olss_fast.plan.plan import Plan
+from olss_fast.sampling.sampling import (
+    Callback,
+    check_plan_fits,
+    draw_step_noise,
+    given_noise,
+    sampled,
+    watching,
+)
+
+BACKENDS = ("auto", "reference", "fused", "graph")
+
+
+class Sampler:
+    """`sampler(noise, **conditioning)` runs `plan` on `network`; buffers and graphs are made once a shape.
+
+    It may be called from several threads, and by its own network: on the CPU each call has buffers of its own, on a GPU
+    calls take turns. A call runs the plan and the guidance scale that the sampler has when it begins.
+
+    Args:
+        network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, or a list of networks.
+        plan: any Plan; `sampler.plan = other` swaps it in place.
+        shape, dtype, device: of the noise; given a shape, everything is made ready at once, else by the first call.
+            dtype and device default to those of the network's parameters, else of the noise.
+        conditioning, unconditional, guidance_scale: as for `olss_fast.sample`. Arguments of a call replace those of the
+            same name here. `sampler.guidance_scale = other` swaps the scale in place.
+        backend: one of BACKENDS. A network that cannot be captured falls back to fused, and `stats()` says why.
+        unroll: one graph of the whole loop instead of one that is replayed. Swapping the plan's length captures anew.
+
+    Raises:
+        InputError, NetworkError: as `olss_fast.sample`; an unknown backend, or a graph without a CUDA device.
+    """
+
+    @takes_old_forms
+    def __init__(
+        self,
+        network: Network | Sequence[Network],
+        plan: Plan,
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        conditioning: Conditioning | None = None,
+        unconditional: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+        backend: str = "auto",
+        unroll: bool = False,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise InputError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+        if dtype is not None and dtype not in FLOATS:
+            raise InputError(f"dtype is {dtype!r}; expected torch.float16, bfloat16, float32 or float64, or None")
+        self.plan, self.guidance_scale = plan, guidance_scale
+        self.networks = checked_networks(network)
+        self.device = pick_device(device) if device is not None else network_device(self.networks)
+        if backend == "graph" and self.device is not None:
+            require_cuda(self.device)
+        self.backend, self.dtype = backend, dtype
+        self._conditioning = checked_arguments(conditioning, "conditioning")
+        self._unconditional = None if unconditional is None else checked_arguments(unconditional, "unconditional")
+        self._loops = Loops(self.networks, backend, unroll=unroll)
+        self.shape = None if shape is None else checked_shape(shape)
+        if self.shape is not None:
+            self._warm_up(self.shape)
+
+    def __repr__(self) -> str:
+        scale = f", guidance_scale={self.guidance_scale:g}" if self._unconditional is not None else ""
+        names = ", ".join(_name_of(each) for each in self.networks)
+        return f"Sampler({names}, {self.plan!r}{scale}, backend={self.backend!r}, device={str(self.device or 'any')!r})"
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._plan = checked_plan(plan)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        self._guidance_scale = checked_guidance_scale(scale)
+
+    def __call__(
+        self,
+        noise: Tensor | None = None,
+        *,
+        seed: Seed | None = None,
+        shape: Sequence[int] | None = None,
+        generator: Streams | None = None,
+        init_image: Tensor | None = None,
+        strength: float | None = None,
+        unconditional: Conditioning | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        **conditioning: Any,
+    ) -> Tensor:
+        """The samples (B, …) of unit Gaussian noise (B, …), in its dtype and on its device.
+
+        All arguments are those of `olss_fast.sample`; `shape` is by default the sampler's own, with as many samples as
+        there are seeds. A graph of the whole loop (`unroll`) is not used where somebody looks on. A network's argument
+        that has one of these names goes into the sampler's `conditioning`.
+
+        On the CPU outputs that are not finite raise NetworkError; on a GPU that would be a wait: `require_finite()`.
+        """
+        usual = self.shape if init_image is None else None
+        noise, streams = given_noise(self.networks, noise, shape, generator, seed, init_image, usual)
+        denoiser = Denoiser(
+            self.networks,
+            noise,
+            conditioning={**self._conditioning, **conditioning},
+            unconditional=self._unconditional if unconditional is None else unconditional,
+            guidance_scale=self.guidance_scale,
+            streams=streams,
+            waits=False,
+        )
+        plan, denoiser.noise = begun(self.plan, denoiser.noise, init_image, strength)
+        if plan is None:
+            return denoiser.noise
+        if self.backend == "reference":
+            return sampled(plan, denoiser, callback=callback, progress=progress)
+        with torch.no_grad(), watching(plan, denoiser.noise, callback, progress) as on_step:
+            return self._run(plan, denoiser, on_step)
+
+    def require_finite(self) -> None:
+        """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
+        device. InputError where another thread has used the same buffers since."""
+        self._loops.require_finite()
+
+    def reset(self) -> None:
+        """Lets go of all buffers and graphs: for changes of a network that no capture sees, as of adapters' scales."""
+        self._loops.reset()
+
+    def stats(self) -> Stats:
+        """What was done so far; see `Stats`."""
+        return Stats("reference", 0, 0, "", 0, None) if self.backend == "reference" else self._loops.stats()
+
+    def _warm_up(self, shape: Sequence[int]) -> None:
+        """A run on zeros, with a generator of its own: torch's global ones stay as they are."""
+        dtype = self.dtype or network_dtype(self.networks[0], torch.float32)
+        self(torch.zeros(tuple(shape), dtype=dtype, device="cpu"), generator=torch.Generator())
+
+    def _run(self, plan: Plan, denoiser: Denoiser, on_step: OnStep | None) -> Tensor:
+        noise, device = denoiser.noise, self.device or denoiser.noise.device
+        if self.backend == "graph":
+            require_cuda(device)
+        check_plan_fits(plan, denoiser)
+        doubled = plan.branches == 2 or denoiser.guided
+        with denoiser.naming_arguments():
+            return self._loops.run(
+                plan,
+                noise,
+                denoiser.arguments(slice(None), device, doubled=doubled),
+                lambda parts: asking_with(self.networks, parts),
+                dtype=self.dtype or denoiser.dtype,
+                device=device,
+                doubled=doubled,
+                guidance_scale=denoiser.guidance_scale,
+                step_noise=draw_step_noise(plan, noise, denoiser.streams),
+                on_step=on_step,
+            )
+
+
+def _name_of(network: Any) -> str:
+    return getattr(network, "__name__", type(network).__name__)

@@ -1,0 +1,147 @@
+"""Reading a `NoiseSchedule` from a diffusers scheduler or from its configuration. diffusers is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from olss_fast.schedule.curves import FloatArray
+from olss_fast.support.text import quoted
+from olss_fast.errors import ScheduleError
+from olss_fast.schedule.noise_schedule import NoiseSchedule, beta_schedule, without_terminal_signal
+
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow_prediction": "flow"}
+MOST_TIMESTEPS = 100_000  # of a training schedule: a hundred times the usual, and still quick
+_NUMBERS = (
+    "beta_start",
+    "beta_end",
+    "sigma_data",
+    "shift",
+    "flow_shift",
+    "sigma_min",
+    "sigma_max",
+    "snr_shift_scale",
+    "steps_offset",
+)
+_NEVER_NONE = ("beta_start", "beta_end", "sigma_data")
+FLOW_CLASSES = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")  # beginnings of names
+
+
+def schedule_from_diffusers(scheduler: object) -> NoiseSchedule:
+    """See `NoiseSchedule.from_diffusers`."""
+    config = _config(scheduler)
+    check_config(config)
+    name = str(config.get("_class_name") or type(scheduler).__name__)
+    prediction = str(config.get("prediction_type", "epsilon"))
+    if name.startswith(FLOW_CLASSES) or config.get("use_flow_sigmas") or prediction == "flow_prediction":
+        return _flow(config, name)
+    if prediction not in _PREDICTIONS:
+        raise ScheduleError(f"{name} has prediction_type {prediction!r}; expected one of {', '.join(_PREDICTIONS)}")
+    if name.startswith("EDM"):
+        return _edm(config, name, prediction)
+    if config.get("timestep_type") == "continuous":
+        return _continuous(config, name, prediction)
+    if config.get("trained_betas") is None and "beta_schedule" not in config:
+        raise ScheduleError(
+            f"{name} has neither betas nor sigmas that are understood; make the schedule with NoiseSchedule."
+            "from_alphas_cumprod, .ve, .edm or .flow"
+        )
+    return _variance_preserving(config, _PREDICTIONS[prediction])
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """ScheduleError where an entry that says how much noise there is cannot be read, whatever the scheduler."""
+    count = config.get("num_train_timesteps", 1000)
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= MOST_TIMESTEPS:
+        raise ScheduleError(
+            f"num_train_timesteps is {quoted(count)}; expected a whole number from 1 to {MOST_TIMESTEPS}"
+        )
+    for name in _NUMBERS:
+        if name in config and not _is_number(config[name], none=name not in _NEVER_NONE):
+            raise ScheduleError(f"{name} is {quoted(config[name])}; expected a finite number")
+    betas = config.get("trained_betas")
+    try:
+        np.asarray(0.0 if betas is None else betas, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"trained_betas is {quoted(betas)}; expected a list of numbers") from error
+
+
+def _is_number(value: Any, *, none: bool) -> bool:
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return none and value is None
+    return bool(-1e300 < value < 1e300)
+
+
+def _config(scheduler: object) -> Mapping[str, Any]:
+    config = scheduler if isinstance(scheduler, Mapping) else getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise ScheduleError(
+            f"{type(scheduler).__name__} is no diffusers scheduler; expected one, or its config as a mapping"
+        )
+    return config
+
+
+def _flow(config: Mapping[str, Any], name: str) -> NoiseSchedule:
+    if config.get("use_dynamic_shifting"):
+        raise ScheduleError(
+            f"{name} shifts by resolution (use_dynamic_shifting); use NoiseSchedule.flow(shift=exp(mu)) with the mu of "
+            "your image size"
+        )
+    if config.get("invert_sigmas"):
+        raise ScheduleError(f"{name} runs from data to noise (invert_sigmas); only noise to data is supported")
+    if (config.get("sigma_max") or 0.0) > 1.0 and not config.get("use_flow_sigmas"):
+        raise ScheduleError(
+            f"{name} has sigma_max {config['sigma_max']:g}, where the signal 1 - sigma of a flow is negative; "
+            "olss_fast.capture takes it as x0 + sigma noise"
+        )
+    shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
+    return NoiseSchedule.flow(1.0 if shift is None else float(shift), int(config.get("num_train_timesteps", 1000)))
+
+
+def _edm(config: Mapping[str, Any], name: str, prediction: str) -> NoiseSchedule:
+    given = config.get("sigma_min"), config.get("sigma_max")
+    low, high = (
+        float(default if value is None else value) for value, default in zip(given, (0.002, 80.0), strict=True)
+    )
+    sigma_data = float(config.get("sigma_data", 0.5))
+    if prediction == "epsilon":
+        return NoiseSchedule.edm(low, high, sigma_data)
+    if prediction == "v_prediction" and sigma_data == 1.0:  # the same preconditioning with the sign of F turned
+        return NoiseSchedule.ve(low, high, prediction_type=prediction, timestep="quarter_log", unit_input=True)
+    raise ScheduleError(
+        f"{name} with prediction_type {prediction!r} and sigma_data {sigma_data:g} is not supported; expected epsilon, "
+        "or v_prediction with sigma_data 1"
+    )
+
+
+def _continuous(config: Mapping[str, Any], name: str, prediction: str) -> NoiseSchedule:
+    low, high = config.get("sigma_min"), config.get("sigma_max")
+    if low is None or high is None:
+        raise ScheduleError(f"{name} with timestep_type 'continuous' needs sigma_min and sigma_max in its config")
+    return NoiseSchedule.ve(
+        float(low), float(high), prediction_type=_PREDICTIONS[prediction], timestep="quarter_log", unit_input=True
+    )
+
+
+def _variance_preserving(config: Mapping[str, Any], prediction: str) -> NoiseSchedule:
+    betas = config.get("trained_betas")
+    label = "trained betas"
+    if betas is None:
+        kind = str(config["beta_schedule"])
+        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        betas = beta_schedule(kind, int(config.get("num_train_timesteps", 1000)), start, end)
+        label = kind if kind == "squaredcos_cap_v2" else f"{kind} {start:g} to {end:g}"
+    alphas_cumprod: FloatArray = np.asarray(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
+    if (scale := config.get("snr_shift_scale")) is not None:  # CogVideoX
+        alphas_cumprod = alphas_cumprod / (scale + (1.0 - scale) * alphas_cumprod)
+    if config.get("rescale_betas_zero_snr"):
+        alphas_cumprod = without_terminal_signal(alphas_cumprod)
+        label += ", zero terminal SNR"
+    return NoiseSchedule.from_alphas_cumprod(
+        alphas_cumprod,
+        prediction_type=prediction,
+        label=label,
+        leading_offset=int(config.get("steps_offset") or 0),
+    )

@@ -1,0 +1,341 @@
+"""Noise schedules: how much signal and noise a network expects at each of its timesteps, and what its output means.
+
+Symbols. A state is x = alpha x0 + sigma eps: clean data x0, unit noise eps. lam = log(alpha / sigma). `timestep` is
+always the network's own: 0 .. N-1 (or between) for a network trained on betas, N sigma for flow matching,
+log(sigma) / 4 for EDM preconditioning, sigma for other variance-exploding networks unless told otherwise. The network
+is handed `input_scale(timestep) * x` and writes f, by `prediction_type` (n = sqrt(alpha^2 + sigma^2)):
+
+| prediction_type | f |
+|---|---|
+| epsilon | eps |
+| v_prediction | (alpha eps - sigma x0) / n (Salimans & Ho 2022) |
+| sample | x0 |
+| flow | eps - x0 (Lipman et al. 2023) |
+| edm | (x0 - c_skip x) / c_out, with alpha = 1 (Karras et al. 2022, table 1) |
+
+Each is linear in (x, f), so x0 = a x + b f and eps = c x + d f: `prediction_maps`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from olss_fast.schedule.curves import Curve, ExplodingCurve, FloatArray, FlowCurve, TableCurve, number
+from olss_fast.schedule.spacings import SPACINGS, space_timesteps
+from olss_fast.errors import ScheduleError
+
+__all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "SPACINGS", "NoiseSchedule", "beta_schedule"]
+
+PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow", "edm")
+BETA_SCHEDULES: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """Make one with `from_betas`, `from_alphas_cumprod`, `named`, `from_sigmas`, `ve`, `edm`, `flow`, `from_diffusers`.
+
+    All functions of the timestep take a number or an array of any shape, work in float64, and raise ScheduleError
+    outside [last, first] (beyond rounding).
+    """
+
+    curve: Curve
+    prediction_type: str
+    sigma_data: float = 0.5  # standard deviation of the data; edm only
+    unit_input: bool = False  # the network is handed x / sqrt(1 + sigma^2); variance exploding only
+    leading_offset: int = 0  # added to "leading" timesteps (diffusers' steps_offset)
+    from_sample: bool = False  # x_T is the network input of the first evaluation, not unit noise
+
+    def __post_init__(self) -> None:
+        """ScheduleError where the prediction type does not fit the curve."""
+        if not isinstance(self.prediction_type, str) or self.prediction_type not in PREDICTION_TYPES:
+            raise ScheduleError(
+                f"prediction_type {self.prediction_type!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}"
+            )
+        if self.prediction_type == "epsilon" and self.alpha(self.first) == 0.0:
+            raise ScheduleError(
+                "prediction_type 'epsilon' says nothing about the image where there is no signal, as at the first "
+                f"timestep of this schedule ({self.curve.describe()}); expected v_prediction, sample or flow"
+            )
+        if self.prediction_type == "edm" and not self.curve.variance_exploding:
+            raise ScheduleError(
+                "prediction_type 'edm' needs a variance-exploding schedule; make it with NoiseSchedule.edm"
+            )
+        if self.unit_input and not self.curve.variance_exploding:
+            raise ScheduleError("unit_input scales the input of variance-exploding networks; this schedule is not one")
+        if not 0.0 < number("sigma_data", self.sigma_data) < np.inf:
+            raise ScheduleError(f"sigma_data is {self.sigma_data!r}; expected a positive number")
+
+    # --- constructors -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_betas(
+        cls, betas: npt.ArrayLike, *, prediction_type: str = "epsilon", label: str = "", leading_offset: int = 0
+    ) -> NoiseSchedule:
+        """Variance preserving, alphas_cumprod_t = prod_{s <= t} (1 - betas_s); betas: (N,), each in (0, 1].
+
+        A last beta of 1 means zero terminal signal-to-noise ratio. CPU tensors will do as well.
+        """
+        values = _numbers(betas, "betas")
+        if np.any(values <= 0.0) or np.any(values[:-1] >= 1.0) or values[-1] > 1.0:
+            raise ScheduleError(
+                f"betas run from {values.min():g} to {values.max():g}; expected each in (0, 1), the last may be 1"
+            )
+        return cls.from_alphas_cumprod(
+            np.cumprod(1.0 - values),
+            prediction_type=prediction_type,
+            label=label or f"betas {values[0]:.4g} to {values[-1]:.4g}",
+            leading_offset=leading_offset,
+        )
+
+    @classmethod
+    def from_alphas_cumprod(
+        cls,
+        alphas_cumprod: npt.ArrayLike,
+        *,
+        prediction_type: str = "epsilon",
+        label: str = "alphas_cumprod",
+        leading_offset: int = 0,
+    ) -> NoiseSchedule:
+        """Variance preserving, alpha^2 = alphas_cumprod: (N,), strictly falling within (0, 1); the last may be 0."""
+        values = _numbers(alphas_cumprod, "alphas_cumprod")
+        if np.any(values[:-1] <= 0.0) or values[-1] < 0.0 or np.any(values >= 1.0):
+            raise ScheduleError(
+                f"alphas_cumprod run from {values[0]:g} to {values[-1]:g}; expected each in (0, 1), the last may be 0"
+            )
+        with np.errstate(divide="ignore"):
+            lams = 0.5 * (np.log(values) - np.log1p(-values))
+        return cls(TableCurve.make(lams, label), prediction_type, leading_offset=leading_offset)
+
+    @classmethod
+    def named(
+        cls,
+        name: str,
+        *,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        prediction_type: str = "epsilon",
+        zero_terminal_snr: bool = False,
+        leading_offset: int = 0,
+    ) -> NoiseSchedule:
+        """A schedule of `BETA_SCHEDULES`; see `beta_schedule`. Stable Diffusion: scaled_linear, 0.00085, 0.012.
+
+        `zero_terminal_snr` shifts and scales sqrt(alphas_cumprod) so that it ends at 0 and begins where it did
+        (Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2024, algorithm 1).
+        """
+        betas = beta_schedule(name, num_train_timesteps, beta_start, beta_end)
+        text = name if name == "squaredcos_cap_v2" else f"{name} {beta_start:g} to {beta_end:g}"
+        if not zero_terminal_snr:
+            return cls.from_betas(betas, prediction_type=prediction_type, label=text, leading_offset=leading_offset)
+        return cls.from_alphas_cumprod(
+            without_terminal_signal(np.asarray(np.cumprod(1.0 - betas))),
+            prediction_type=prediction_type,
+            label=f"{text}, zero terminal SNR",
+            leading_offset=leading_offset,
+        )
+
+    @classmethod
+    def from_sigmas(
+        cls, sigmas: npt.ArrayLike, *, prediction_type: str = "epsilon", unit_input: bool = False
+    ) -> NoiseSchedule:
+        """Variance exploding, sigma given at timesteps 0 .. N-1: (N,), positive, strictly rising with the timestep."""
+        values = _numbers(sigmas, "sigmas")
+        if np.any(values <= 0.0):
+            raise ScheduleError(f"the smallest of the sigmas is {values.min():g}; expected all positive")
+        curve = TableCurve.make(-np.log(values), f"sigma {values[-1]:g} to {values[0]:g}", variance_exploding=True)
+        return cls(curve, prediction_type, unit_input=unit_input)
+
+    @classmethod
+    def ve(
+        cls,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        *,
+        prediction_type: str = "epsilon",
+        timestep: str = "sigma",
+        unit_input: bool = False,
+    ) -> NoiseSchedule:
+        """Variance exploding. The network is told "sigma", "log" (sigma) or "quarter_log", log(sigma) / 4.
+
+        Stable Video Diffusion: ve(0.002, 700, prediction_type="v_prediction", timestep="quarter_log", unit_input=True).
+        """
+        return cls(ExplodingCurve(sigma_min, sigma_max, timestep), prediction_type, unit_input=unit_input)
+
+    @classmethod
+    def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> NoiseSchedule:
+        """Karras et al. 2022: f is the raw network F of D(x) = c_skip x + c_out F(c_in x, log(sigma) / 4)."""
+        label = f"EDM, sigma_data {number('sigma_data', sigma_data):g}"
+        curve = ExplodingCurve(sigma_min, sigma_max, "quarter_log", label)
+        return cls(curve, "edm", sigma_data=sigma_data)
+
+    @classmethod
+    def flow(
+        cls, shift: float = 1.0, num_train_timesteps: int = 1000, *, prediction_type: str = "flow"
+    ) -> NoiseSchedule:
+        """Flow matching, x = (1 - sigma) x0 + sigma eps, timestep = num_train_timesteps * sigma.
+
+        `shift` (Esser et al. 2024, section 5.3.2) moves the evaluation times of every spacing but logsnr and karras.
+        """
+        return cls(FlowCurve(shift, num_train_timesteps), prediction_type)
+
+    @classmethod
+    def from_diffusers(cls, scheduler: object) -> NoiseSchedule:
+        """From a diffusers scheduler, or its config (a mapping). diffusers itself is not needed.
+
+        ScheduleError for schedulers whose noise levels are none of those above.
+        """
+        from olss_fast.schedule.from_diffusers import schedule_from_diffusers
+
+        return schedule_from_diffusers(scheduler)
+
+    def begun_at(self, timestep: float) -> NoiseSchedule:
+        """The rest of the schedule from `timestep` on, for sampling that begins with a noisy image (image-to-image).
+
+        x_T of its plans is what the network is handed first: input_scale (alpha x0 + sigma eps) at `timestep`, so that
+        rows[0, 0] = 1. ScheduleError outside the schedule, and between the timesteps of a table.
+        """
+        if not self.last < number("timestep", timestep) <= self.first:
+            raise ScheduleError(
+                f"a schedule from {self.first:g} to {self.last:g} cannot begin at {timestep!r}; expected a timestep in "
+                "between"
+            )
+        return replace(self, curve=self.curve.begun_at(timestep), from_sample=True, leading_offset=0)
+
+    # --- functions of the timestep ------------------------------------------------------------------------------
+
+    @property
+    def first(self) -> float:
+        """Timestep of the noise end."""
+        return self.curve.first
+
+    @property
+    def last(self) -> float:
+        """Timestep of the data end: the least noise the network was trained on. The clean sample lies beyond."""
+        return self.curve.last
+
+    def levels(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """alpha, sigma and lam in one call."""
+        return self.curve.levels(_real("timestep", timestep))
+
+    def alpha(self, timestep: npt.ArrayLike) -> FloatArray:
+        """Signal level of the solver's state (1 for variance exploding)."""
+        return self.levels(timestep)[0]
+
+    def sigma(self, timestep: npt.ArrayLike) -> FloatArray:
+        """Noise level of the solver's state."""
+        return self.levels(timestep)[1]
+
+    def lam(self, timestep: npt.ArrayLike) -> FloatArray:
+        """log(alpha / sigma), rising toward the data; floored where alpha is 0, so always finite."""
+        return self.levels(timestep)[2]
+
+    def timestep_of_lam(self, lam: npt.ArrayLike) -> FloatArray:
+        """The inverse of `lam`."""
+        return self.curve.timestep_of_lam(_real("log-SNR", lam))
+
+    def input_scale(self, timestep: npt.ArrayLike) -> FloatArray:
+        """c_in: what the state is multiplied by before the network sees it."""
+        sigma = self.sigma(timestep)
+        if self.prediction_type == "edm":
+            return np.asarray(1.0 / np.hypot(sigma, self.sigma_data))
+        return np.asarray(1.0 / np.hypot(sigma, 1.0)) if self.unit_input else np.ones_like(sigma)
+
+    def start_amplitude(self, timestep: npt.ArrayLike) -> FloatArray:
+        """What x_T is multiplied by in a first state at `timestep`: sqrt(alpha^2 + sigma^2), the spread of the state
+        for data of unit variance; with `from_sample` what `input_scale` takes back."""
+        alpha, sigma, _ = self.levels(timestep)
+        return np.asarray(1.0 / self.input_scale(timestep)) if self.from_sample else np.hypot(alpha, sigma)
+
+    def prediction_maps(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """(a, b, c, d) with x0 = a x + b f and eps = c x + d f, for the *state* x (before `input_scale`)."""
+        alpha, sigma, _ = self.levels(timestep)
+        zero, one = np.zeros_like(sigma), np.ones_like(sigma)
+        if self.prediction_type == "epsilon":
+            return one / alpha, -sigma / alpha, zero, one
+        if self.prediction_type == "sample":
+            return zero, one, one / sigma, -alpha / sigma
+        if self.prediction_type == "flow":
+            total = alpha + sigma
+            return one / total, -sigma / total, one / total, alpha / total
+        if self.prediction_type == "v_prediction":
+            square = alpha**2 + sigma**2
+            norm = np.sqrt(square)
+            return alpha / square, -sigma / norm, sigma / square, alpha / norm
+        square = sigma**2 + self.sigma_data**2
+        norm = np.sqrt(square)
+        return self.sigma_data**2 / square, sigma * self.sigma_data / norm, sigma / square, -self.sigma_data / norm
+
+    def timesteps(self, steps: int, spacing: str = "trailing") -> FloatArray:
+        """(steps,) evaluation times, noise falling; `spacing` is one of SPACINGS (see olss_fast.schedule.spacings)."""
+        return space_timesteps(self.curve, steps, spacing, self.leading_offset)
+
+    # --- for people and for files -------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """One line: kind, range, prediction type."""
+        return f"{self.curve.describe()}, {self.prediction_type}"
+
+    def metadata(self) -> dict[str, str]:
+        """What a plan should remember of its schedule."""
+        text = {"schedule": self.describe(), "prediction_type": self.prediction_type}
+        if self.prediction_type == "edm":
+            text["sigma_data"] = repr(float(self.sigma_data))
+        return text
+
+    def __repr__(self) -> str:
+        return f"NoiseSchedule({self.describe()})"
+
+
+def beta_schedule(
+    name: str, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> FloatArray:
+    """(N,) betas. linear: Ho et al. 2020; scaled_linear: linear in sqrt(beta), Rombach et al. 2022;
+    squaredcos_cap_v2: Nichol & Dhariwal 2021, eq. 17, capped at 0.999; sigmoid: logistic over [-6, 6], Xu et al. 2022.
+    """
+    count = num_train_timesteps
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+        raise ScheduleError(f"num_train_timesteps is {count!r}; expected a whole number of at least 2")
+    beta_start, beta_end = number("beta_start", beta_start), number("beta_end", beta_end)
+    if count < 2 or not 0.0 < beta_start <= beta_end < 1.0:
+        raise ScheduleError(
+            f"num_train_timesteps {count!r}, betas {beta_start!r} to {beta_end!r}: expected at least 2 timesteps and "
+            "0 < beta_start <= beta_end < 1"
+        )
+    if name == "linear":
+        return np.linspace(beta_start, beta_end, count)
+    if name == "scaled_linear":
+        return np.linspace(beta_start**0.5, beta_end**0.5, count) ** 2
+    if name == "squaredcos_cap_v2":
+        alpha_bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.asarray(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999))
+    if name == "sigmoid":
+        return beta_start + (beta_end - beta_start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, count)))
+    raise ScheduleError(f"beta schedule {name!r} is unknown; choose one of {', '.join(BETA_SCHEDULES)}")
+
+
+def without_terminal_signal(alphas_cumprod: FloatArray) -> FloatArray:
+    """Shifts and scales sqrt(alphas_cumprod) so that it ends at 0 and begins where it did (Lin et al. 2024)."""
+    root = np.sqrt(alphas_cumprod)
+    return np.asarray(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
+
+
+def _numbers(values: npt.ArrayLike, what: str) -> FloatArray:
+    """A float64 copy of a row of at least 2 finite numbers; ScheduleError otherwise."""
+    try:
+        array = np.asarray(values, dtype=np.float64).copy()
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"{what} cannot be read as numbers: {error}; pass a list or an array") from error
+    if array.ndim != 1 or array.size < 2 or not np.all(np.isfinite(array)):
+        raise ScheduleError(f"{what} has shape {array.shape}; expected one row of at least 2 finite numbers")
+    return array
+
+
+def _real(what: str, values: npt.ArrayLike) -> FloatArray:
+    """As float64 of whatever shape; ScheduleError for what cannot be read as numbers."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"{what} cannot be read as numbers: {error}; pass a number or an array") from error

@@ -1,0 +1,105 @@
+"""Score every analytic solver, and plans of one's own, against the same teacher at many numbers of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from olss_fast import solvers
+from olss_fast.support.arguments import check_prediction, checked_count, checked_plans, checked_schedule
+from olss_fast.support.bounds import check_count
+from olss_fast.tuning.clock import Clock
+from olss_fast.errors import InputError
+from olss_fast.tuning.judge import Judge, recorded
+from olss_fast.network import Conditioning, Denoiser, Network
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
+from olss_fast.report.report import Report
+from olss_fast.sampling.sampling import check_plan_fits
+from olss_fast.tuning.tuning import ddim_teacher, whole_steps
+
+FIRST = 8  # samples on which every candidate is scored
+
+
+def compare(
+    network: Network | Sequence[Network],
+    *,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: Sequence[int],
+    plans: Iterable[Plan] = (),
+    teacher_steps: int = 100,
+    conditioning: Conditioning | None = None,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """A report of all analytic solvers at each of `steps` evaluations, and of `plans`, on all of `noise` (P, ...).
+
+    `plans` are scored at their own number of evaluations, together with the analytic solvers there, which ask the first
+    of several networks, as the teacher does. Arguments are those of `tune`.
+
+    Raises `InputError`, `NetworkError`, `StoreError`.
+    """
+    plans = checked_plans(plans, "plans")
+    wanted = sorted({*whole_steps(steps), *(plan.nfe for plan in plans)})
+    _check(wanted, plans, checked_schedule(schedule))
+    teacher = ddim_teacher(schedule, teacher_steps)
+    if batch_size is not None:
+        checked_count("batch_size", batch_size)
+    denoiser = Denoiser(
+        network,
+        noise,
+        conditioning=conditioning,
+        unconditional=unconditional,
+        guidance_scale=guidance_scale,
+    )
+    return compare_denoiser(
+        denoiser,
+        schedule=schedule,
+        steps=wanted,
+        plans=plans,
+        teacher=teacher,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def compare_denoiser(
+    denoiser: Denoiser,
+    *,
+    schedule: NoiseSchedule,
+    steps: Sequence[int],
+    plans: Sequence[Plan],
+    teacher: Plan,
+    rivals: Sequence[Plan] = (),
+    admits: Callable[[Plan], bool] = lambda plan: True,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """`compare` of a network that already has its noise and conditioning; `rivals` are judged beside the analytic
+    solvers, of all of these only what `admits` lets through."""
+    for plan in plans:
+        check_plan_fits(plan, denoiser)
+    clock = Clock(denoiser, progress)
+    with recorded(teacher, schedule, clock=clock, batch_size=batch_size) as task:
+        judge = Judge(task, clock, rivals, admits, stage="score", first=FIRST)
+        candidates = [
+            each for nfe in steps for each in judge.candidates(nfe, [plan for plan in plans if plan.nfe == nfe])
+        ]
+    settings = {"steps": list(steps), "teacher_steps": teacher.nfe, "guidance_scale": denoiser.guidance_scale}
+    return Report(tuple(candidates), teacher, denoiser.samples, settings, dict(clock.evaluations), dict(clock.seconds))
+
+
+def _check(steps: Sequence[int], plans: Sequence[Plan], schedule: NoiseSchedule) -> None:
+    if not steps or steps[0] < 1:
+        raise InputError(f"steps must be whole numbers of at least 1, got {list(steps)}")
+    check_count(steps[-1], "steps holds")
+    for plan in plans:
+        check_prediction(plan, schedule)
+        if plan.noises:
+            raise InputError(
+                f"the plan {solvers.display_name(plan)!r} draws fresh noise: no teacher's sample is its aim"
+            )

@@ -1,0 +1,112 @@
+"""Records a teacher, and judges plans by their distance to it: those of one's own, analytic solvers, and rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast import solvers
+from olss_fast.tuning.clock import Clock
+from olss_fast.tuning.fitting import Task
+from olss_fast.methods import ANALYTIC, kind_of, title_of
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
+from olss_fast.report.report import Candidate
+from olss_fast.tuning.scoring import expected_evaluations, kept_scores, tournament
+from olss_fast.tuning.recording import Split, record, recording_store
+
+LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
+
+
+@contextmanager
+def recorded(
+    teacher: Plan,
+    schedule: NoiseSchedule,
+    *,
+    clock: Clock,
+    split: Split | None = None,
+    store: str | Path | None = None,
+    batch_size: int | None = None,
+    fixed_start: bool = False,
+) -> Iterator[Task]:
+    """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
+
+    The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`;
+    `fixed_start` is that of `Task`. Raises `NetworkError`, `StoreError`.
+    """
+    denoiser, samples = clock.denoiser, clock.denoiser.samples
+    split = split or Split(range(0), range(0), range(samples))
+    size = batch_size or default_batch_size(teacher, denoiser.noise)
+    with torch.no_grad(), ExitStack() as stack:
+        with clock.stage("record", f"Teacher, {teacher.nfe} steps", samples * teacher.nfe) as tick:
+            place = recording_store(store, teacher, denoiser, schedule=schedule, split=split, batch_size=size)
+            opened = stack.enter_context(place)
+            recording = record(teacher, denoiser, store=opened, split=split, batch_size=size, progress=tick)
+        yield Task(recording, denoiser, schedule, fixed_start=fixed_start)
+
+
+def default_batch_size(teacher: Plan, noise: Tensor) -> int:
+    """As many samples at once as keep a chunk's float64 and float32 basis below `LARGEST_CHUNK`, at most 64."""
+    return int(min(64, max(1, LARGEST_CHUNK // (12 * teacher.columns * noise[0].numel()))))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores plans on held-out noise, beside the analytic solvers and `rivals` that `admits` lets through.
+
+    stage  what the report calls the work
+    first  the samples on which every plan is scored; hopeless ones are then dropped
+    """
+
+    task: Task
+    clock: Clock
+    rivals: Sequence[Plan]
+    admits: Callable[[Plan], bool]
+    stage: str
+    first: int
+
+    def candidates(self, nfe: int, own: Sequence[Plan]) -> list[Candidate]:
+        """All plans of `nfe` evaluations with their errors, first `own`, which are scored on all samples."""
+        held_out, store = self.task.recording.split.held_out, self.task.recording.store
+        others = with_rivals(solvers.candidates(self.task.schedule, nfe), self.rivals)
+        plans = [*own, *(plan for plan in others if plan not in own and self.admits(plan))]
+        total = expected_evaluations(plans, len(held_out), self.first)
+        with self.clock.stage(self.stage, f"{nfe:>2} steps, {len(plans)} samplers", total) as tick:
+            keep = range(len(own))
+            errors = kept_scores(
+                store,
+                plans,
+                f"tournament {len(own)} {self.first}",
+                lambda: tournament(plans, self.task, held_out, keep=keep, first=self.first, progress=tick),
+            )
+        return [_candidate(plan, tuple(error)) for plan, error in zip(plans, errors, strict=True)]
+
+
+def _candidate(plan: Plan, errors: tuple[float, ...]) -> Candidate:
+    kind = kind_of(plan)
+    name = solvers.display_name(plan) if kind == ANALYTIC else title_of(kind)
+    return Candidate(name=name, kind=kind, spacing=plan.metadata.get("spacing", ""), plan=plan, errors=errors)
+
+
+def with_rivals(analytic: Sequence[Plan], rivals: Sequence[Plan]) -> list[Plan]:
+    """`analytic` and those deterministic `rivals` of the same NFE that are none of them up to single precision."""
+    every = list(analytic)
+    for rival in rivals:
+        fits = rival.noises == 0 and rival.branches == 1 and not rival.models.any()
+        if fits and rival.nfe == analytic[0].nfe and not any(same_sampler(rival, other) for other in every):
+            every.append(rival)
+    return every
+
+
+def same_sampler(first: Plan, second: Plan) -> bool:
+    """Whether two plans of one shape are equal up to single precision, as a captured DDIM and ours are."""
+    scale = max(1.0, float(np.abs(first.rows).max()))
+    return np.allclose(first.timesteps, second.timesteps, rtol=1e-6, atol=1e-3) and np.allclose(
+        first.rows, second.rows, rtol=0.0, atol=1e-5 * scale
+    )

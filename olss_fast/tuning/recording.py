@@ -1,0 +1,204 @@
+"""Record a teacher: the triangle R that all path planning needs, and its states on disk in chunks.
+
+The teacher is a Plan, so each of its states is a known combination of its basis [x_T, f_0 .. f_{T-1}]. Every chunk's
+basis is folded into an R factor (float64, R <- qr([R; chunk])), after which path planning works on a (T+1) x (T+1)
+triangle whatever the number of samples. R factors of several processes merge by one QR of their stack. What fits read
+again and again are the states that a student is to reach: they are kept in float32, the basis is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from olss_fast.errors import StoreError
+from olss_fast.executors.reference import Loop
+from olss_fast.support.identity import identity
+from olss_fast.network import Denoiser, require_finite
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
+from olss_fast.sampling.sampling import batches
+from olss_fast.tuning.store import Store, open_store
+
+PROBED = 4  # samples, of which a network is asked whether it is the one that a store belongs to
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which samples are for what: rows are fitted on `fit`, choices are made on `validation`, `held_out` judges."""
+
+    fit: range
+    validation: range
+    held_out: range
+
+    @staticmethod
+    def of(samples: int, *, validation: int, held_out: int) -> Split:
+        first, second = samples - validation - held_out, samples - held_out
+        return Split(range(first), range(first, second), range(second, samples))
+
+
+def merge_triangles(triangles: Sequence[Float64]) -> Float64:
+    """The R factor of the QR of the stacked matrices whose R factors are given, with a non-negative diagonal."""
+    r = np.asarray(np.linalg.qr(np.concatenate(triangles), mode="r"))
+    columns = r.shape[1]
+    full = np.zeros((columns, columns))
+    full[: r.shape[0]] = r
+    return full * np.where(np.diag(full) < 0, -1.0, 1.0)[:, None]
+
+
+def triangle(columns: Tensor) -> Float64:
+    """R factor (C, C) of the matrix whose C columns are the tensors `columns` (C, B, ...), in float64."""
+    tall = columns.reshape(columns.shape[0], -1).to(torch.float64).T
+    return merge_triangles([torch.linalg.qr(tall, mode="r").R.cpu().numpy()])
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A finished teacher run.
+
+    `r` (T+1, T+1) is the triangle of the fit samples' basis, `pixels` the rows of the matrix it came from.
+    """
+
+    teacher: Plan
+    store: Store
+    split: Split
+    batch_size: int
+    r: Float64
+    pixels: int
+
+    def recorded(self) -> list[slice]:
+        """The chunks as they lie in the store."""
+        parts = (self.split.fit, self.split.validation, self.split.held_out)
+        return [chunk for part in parts for chunk in batches(part, self.batch_size)]
+
+    def chunks(self, samples: range) -> list[slice]:
+        """`samples` cut where the recorded chunks end, so that each piece lies in one file."""
+        pieces = [slice(max(c.start, samples.start), min(c.stop, samples.stop)) for c in self.recorded()]
+        return [piece for piece in pieces if piece.start < piece.stop]
+
+    def _place(self, chunk: slice) -> tuple[str, slice]:
+        """The file that holds `chunk`, and where in it."""
+        (home,) = [c for c in self.recorded() if c.start <= chunk.start and chunk.stop <= c.stop]
+        return chunk_name(home), slice(chunk.start - home.start, chunk.stop - home.start)
+
+    def result(self, chunk: slice) -> Tensor:
+        """The teacher's samples (B, ...) of `chunk`, float32."""
+        name, place = self._place(chunk)
+        return self.store.read(name, "result", place)
+
+    def distance(self, samples: Tensor, chunk: slice) -> Tensor:
+        """Root mean square distance (B,) of `samples` (B, ...) from the teacher's."""
+        return (samples - self.result(chunk).to(samples)).flatten(1).square().mean(1).sqrt()
+
+    def state(self, chunk: slice, index: int) -> Tensor:
+        """The teacher's state `index` (its network input there, T: its sample) of a fit chunk, (B, ...) float64."""
+        if index == self.teacher.nfe:
+            return self.result(chunk).to(torch.float64)
+        name, place = self._place(chunk)
+        return self.store.read(name, "states", (index, place)).to(torch.float64)
+
+
+def chunk_name(chunk: slice) -> str:
+    return f"chunk-{chunk.start:06d}-{chunk.stop:06d}"
+
+
+def record(
+    teacher: Plan,
+    denoiser: Denoiser,
+    *,
+    store: Store,
+    split: Split,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda samples: None,
+) -> Recording:
+    """Run `teacher` on all noise, chunk by chunk; finished chunks in the store are not run again.
+
+    `progress(samples)` is called after every evaluation with the number of samples evaluated (or skipped).
+    Raises `NetworkError` (evaluation and sample named) and `StoreError`.
+    """
+    triangles = []
+    for part in (split.fit, split.validation, split.held_out):
+        keep = part is split.fit  # of the others only the teacher's sample is ever looked at
+        for chunk in batches(part, batch_size):
+            if store.has(chunk_name(chunk)):
+                store.check(chunk_name(chunk))
+                progress((chunk.stop - chunk.start) * teacher.nfe)
+            else:
+                store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, chunk, keep, progress))
+            if keep:
+                triangles.append(_stored_triangle(store, chunk, teacher.columns))
+    r = merge_triangles(triangles) if triangles else np.zeros((teacher.columns, teacher.columns))
+    return Recording(teacher, store, split, batch_size, r, len(split.fit) * denoiser.noise[0].numel())
+
+
+def _stored_triangle(store: Store, chunk: slice, columns: int) -> Float64:
+    r: Float64 = store.read(chunk_name(chunk), "r").numpy()
+    if r.shape != (columns, columns) or not np.isfinite(r).all():
+        raise StoreError(
+            f"{store.path(chunk_name(chunk))} holds no finite triangle of shape ({columns}, {columns}) but {r.shape}. "
+            "Delete this file and resume"
+        )
+    return r
+
+
+def _run_chunk(
+    teacher: Plan,
+    denoiser: Denoiser,
+    chunk: slice,
+    keep: bool,
+    progress: Callable[[int], object],
+) -> dict[str, Tensor]:
+    loop, states, evaluate = Loop(teacher, denoiser.noise[chunk][None]), [], denoiser.asking(chunk)
+    while not loop.done:
+        if keep:
+            states.append(loop.x.to(torch.float32))
+        outputs = loop.ask(evaluate)
+        require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
+        progress(chunk.stop - chunk.start)
+    tensors = {"result": loop.x.to(torch.float32)}
+    if keep:
+        tensors |= {"states": torch.stack(states), "r": torch.from_numpy(triangle(loop.columns))}
+    return tensors
+
+
+def probe(teacher: Plan, denoiser: Denoiser) -> Tensor:
+    """The network's outputs (samples, questions, ...) for a few samples at a teacher's noisiest, middle and last time.
+
+    It is asked about states of these levels whose image is another sample's noise: no teacher need have run.
+    """
+    stride = -(-denoiser.samples // PROBED) | 1  # odd, for conditioning often repeats
+    samples = slice(0, denoiser.samples, stride)
+    x, ask = denoiser.noise[samples].double(), denoiser.asking(samples)
+    answers = []
+    for i in sorted({0, teacher.nfe // 2, teacher.nfe - 1}):
+        mixed = float(teacher.alphas[i]) * x.roll(1, 0) + float(teacher.sigmas[i]) * x
+        state = mixed if i else float(teacher.rows[0, 0]) * x
+        answers.append(ask(state, float(teacher.timesteps[i]))[0])
+    return torch.stack(answers, 1)
+
+
+def recording_store(
+    folder: str | Path | None,
+    teacher: Plan,
+    denoiser: Denoiser,
+    *,
+    schedule: NoiseSchedule,
+    split: Split,
+    batch_size: int,
+) -> AbstractContextManager[Store]:
+    """The store in `folder` of a recording and the fits on it, or one for the time being. Raises `StoreError`."""
+    question = {
+        "teacher": (teacher.rows, teacher.timesteps),
+        "schedule": schedule,
+        "split": (split.fit, split.validation, split.held_out, batch_size),
+        **denoiser.what_is_asked(),
+    }
+    return open_store(folder, lambda before: identity(question, before), lambda: probe(teacher, denoiser))

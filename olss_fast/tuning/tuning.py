@@ -1,0 +1,261 @@
+"""`olss_fast.tune`, the main job: record a teacher, plan paths, fit, polish, and accept on held-out noise.
+
+For every number of steps asked for, several students are fitted and compared, on noise that no fit has seen, with
+every analytic solver at the same number of network evaluations. The winner's plan is the result; a tuned plan is thus
+never worse than the best analytic one on held-out data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from olss_fast import solvers
+from olss_fast.support.arguments import check_prediction, checked_count, checked_plan, checked_plans, checked_schedule
+from olss_fast.support.bounds import check_steps
+from olss_fast.support.text import quoted
+from olss_fast.tuning.clock import Clock
+from olss_fast.errors import InputError, PlanFileError, StoreError
+from olss_fast.tuning.judge import Judge, recorded
+from olss_fast.methods import METHODS, OLSS, Method
+from olss_fast.network import Conditioning, Denoiser, Network
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.plan.plan import Plan
+from olss_fast.report.report import Candidate, Report
+from olss_fast.tuning.study import Effort, Study
+from olss_fast.tuning.recording import Split
+
+__all__ = ["Effort", "TuneResult", "tune", "tune_denoiser"]
+
+PIXELS_PER_COEFFICIENT = 10
+VERSION = 1  # of the plans in a store; raised whenever the same effort and seed would make others
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """`plans[n]` is the accepted plan of n network evaluations, `report` the whole table it won."""
+
+    plans: dict[int, Plan]
+    report: Report
+
+
+def tune(
+    network: Network,
+    *,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: int | Sequence[int],
+    teacher_steps: int = 100,
+    teacher: Plan | None = None,
+    rivals: Sequence[Plan] = (),
+    conditioning: Conditioning | None = None,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    effort: Effort | None = None,
+    held_out: int | None = None,
+    batch_size: int | None = None,
+    store: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    doubled: bool = True,
+) -> TuneResult:
+    """Search the best sampler of each number of `steps` (network evaluations) for `network`.
+
+    `network(x, timestep, **conditioning)` returns the raw output for x (B, ...) at timestep (B,); `noise` (P, ...) is
+    unit Gaussian, one sample a row, and arguments of the conditioning whose first dimension is P belong to the
+    samples. The last `held_out` samples (default: a quarter) judge, an eighth stops the polish, all others are fitted
+    on. The teacher is DDIM with `teacher_steps` evaluations unless a `teacher` plan is given. `rivals` are plans that
+    are judged beside the analytic ones, each at its own number of evaluations. `store` is a folder for the recording,
+    the finished fits and their judgement: a killed run that is started again with the same folder resumes, and one
+    that asks something else (another weight, attribute, argument, schedule; see `identity`) is refused by name. The
+    same `seed` gives bitwise the same plans on the same machine.
+
+    Source: Duan et al., Optimal Linear Subspace Search, CIKM 2023; on-policy fit and polish as in `fitting` and
+    `polish`. Raises `InputError`, `NetworkError`, `StoreError`.
+    """
+    denoiser = Denoiser(
+        network,
+        noise,
+        conditioning=conditioning,
+        unconditional=unconditional,
+        guidance_scale=guidance_scale,
+        doubled=doubled,
+    )
+    return tune_denoiser(
+        denoiser,
+        schedule=schedule,
+        steps=steps,
+        teacher=ddim_teacher(schedule, teacher_steps) if teacher is None else teacher,
+        rivals=rivals,
+        effort=effort,
+        held_out=held_out,
+        batch_size=batch_size,
+        store=store,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def tune_denoiser(
+    denoiser: Denoiser,
+    *,
+    schedule: NoiseSchedule,
+    steps: int | Sequence[int],
+    teacher: Plan,
+    rivals: Sequence[Plan] = (),
+    admits: Callable[[Plan], bool] = lambda plan: True,
+    fixed_start: bool = False,
+    effort: Effort | None = None,
+    held_out: int | None = None,
+    batch_size: int | None = None,
+    store: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> TuneResult:
+    """`tune` of a network that already has its noise, conditioning and guidance.
+
+    `admits` says which analytic plans and rivals can be run at all, `fixed_start` is that of `fitting.Task`.
+    """
+    checked_count("seed", seed, least=0)
+    if effort is not None and not isinstance(effort, Effort):
+        raise InputError(f"effort is {effort!r}; expected an Effort, such as Effort.light(), or None")
+    if store is not None and not isinstance(store, (str, Path)):
+        raise InputError(f"store is {store!r}; expected a folder")
+    for name, value in (("batch_size", batch_size), ("held_out", held_out)):
+        if value is not None:
+            checked_count(name, value)
+    _check_teacher(checked_plan(teacher, "teacher"), checked_schedule(schedule))
+    wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
+    split, clock = split_samples(denoiser.noise, wanted, held_out), Clock(denoiser, progress)
+    how: dict[str, Any] = {"store": store, "batch_size": batch_size, "fixed_start": fixed_start}
+    with recorded(teacher, schedule, clock=clock, split=split, **how) as task:
+        judge = Judge(task, clock, rivals, admits, stage="accept", first=max(3, len(split.held_out) // 8))
+        tuner = Tuner(judge, effort or Effort(), seed)
+        candidates = [each for n in wanted for each in tuner.candidates(n)]
+    report = Report(
+        candidates=tuple(candidates),
+        teacher=teacher,
+        held_out=len(split.held_out),
+        settings=tuner.settings() | {"steps": wanted},
+        evaluations=dict(clock.evaluations),
+        seconds=dict(clock.seconds),
+    )
+    return TuneResult({n: report.best(n).plan for n in wanted}, report)
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """Makes the plan of each method, and has them judged. Finished plans are kept in the store of the recording."""
+
+    judge: Judge
+    effort: Effort
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was asked to do, for the report."""
+        task = self.judge.task
+        return {
+            "samples": {name: len(part) for name, part in vars(task.recording.split).items()},
+            "teacher_steps": task.recording.teacher.nfe,
+            "guidance_scale": task.denoiser.guidance_scale,
+            "schedule": task.schedule.metadata(),
+            "effort": asdict(self.effort),
+            "seed": self.seed,
+        }
+
+    def candidates(self, steps: int) -> list[Candidate]:
+        """Every method's plan and every analytic one of `steps` evaluations, scored, the winner marked."""
+        study = Study(self.judge.task, self.effort, self.judge.clock, self.seed, steps)
+        plans = [self._plan(kind, method, study) for kind, method in METHODS.items() if method.offered(study)]
+        scored = self.judge.candidates(steps, plans)
+        for i, plan in enumerate(plans):
+            path = json.loads(plan.metadata["path"]) if "path" in plan.metadata else None
+            scored[i] = replace(scored[i], spacing="fitted", path=path)
+        winner = min(range(len(scored)), key=lambda i: (-scored[i].samples, scored[i].mean))
+        scored[winner] = replace(scored[winner], accepted=True)
+        return scored
+
+    def _plan(self, kind: str, method: Method, study: Study) -> Plan:
+        """The method's plan: of an earlier run with the same store, effort and seed, or made now."""
+        task = study.task
+        key = hashlib.sha256(repr((VERSION, self.effort, self.seed, task.fixed_start)).encode()).hexdigest()[:16]
+        file = task.recording.store.path(f"fit-{study.steps:03d}-{kind}-{key}")
+        if file.exists():
+            with suppress(PlanFileError):  # damaged: making it again is cheaper than asking what to do
+                return Plan.load(file)
+        plan, teacher = method.make(study), task.recording.teacher
+        facts = {
+            "variant" if plan.metadata.get("method") == OLSS else "kind": kind,
+            "teacher": f"{teacher.metadata.get('method', 'plan')} {teacher.nfe}",
+            "guidance_scale": repr(task.denoiser.guidance_scale),
+        }
+        plan = plan.replace(metadata={**plan.metadata, **facts})
+        try:
+            plan.save(file)
+        except PlanFileError as error:
+            raise StoreError(f"{error}. {task.recording.store.advice}") from error
+        return plan
+
+
+def ddim_teacher(schedule: NoiseSchedule, steps: int) -> Plan:
+    return solvers.ddim(schedule, check_steps(steps, "teacher_steps"), spacing="trailing")
+
+
+def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
+    if teacher.noises or teacher.branches != 1 or teacher.models.any():
+        raise InputError("a teacher must be a deterministic plan of one network with guidance inside its outputs")
+    check_prediction(teacher, schedule)
+
+
+def whole_steps(steps: int | Sequence[int]) -> list[int]:
+    """`steps` as a list. `InputError` for what is no whole number."""
+    wanted: list[Any] = list(steps) if isinstance(steps, (list, tuple, range, np.ndarray)) else [steps]
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
+        raise InputError(f"steps must be a whole number or a list of them, got {quoted(steps)}")
+    return [int(n) for n in wanted]
+
+
+def steps_to_teach(steps: int | Sequence[int], most: int) -> list[int]:
+    """Numbers of steps, each once and in order, that a teacher of `most` evaluations can teach."""
+    wanted = whole_steps(steps)
+    if not wanted:
+        raise InputError(f"steps must be a whole number or a list of them, got {quoted(steps)}")
+    bad = [n for n in wanted if not 1 <= n <= most]
+    if bad:
+        raise InputError(f"steps must lie between 1 and the teacher's {most}, got {bad}")
+    return sorted({*wanted})
+
+
+def split_samples(noise: Tensor, steps: Sequence[int], held_out: int | None) -> Split:
+    """Which samples are for what; `InputError` where too few remain to fit the coefficients."""
+    samples, pixels = noise.shape[0], noise[0].numel()
+    judge, stop = _set_aside(samples, held_out)
+    coefficients = (max(steps) + 1) * (max(steps) + 2) // 2
+    needed = max(1, -(-PIXELS_PER_COEFFICIENT * coefficients // pixels))
+    if samples - judge - stop < needed:
+        raise InputError(
+            f"{samples} noise samples are too few: {judge} are held out, {stop} stop the polish, and at least {needed} "
+            f"must remain to fit {coefficients} coefficients ({PIXELS_PER_COEFFICIENT} pixels each). Give more noise: "
+            f"{_enough(needed, held_out)} samples in all"
+        )
+    return Split.of(samples, validation=stop, held_out=judge)
+
+
+def _set_aside(samples: int, held_out: int | None) -> tuple[int, int]:
+    """How many samples judge, and how many stop the polish."""
+    return max(1, samples // 4) if held_out is None else held_out, max(1, samples // 8)
+
+
+def _enough(needed: int, held_out: int | None) -> int:
+    """The least number of samples of which `needed` remain: from a bound that forgets the rounding, upwards."""
+    least = (needed - 2) * 8 // 5 if held_out is None else (needed + held_out - 1) * 8 // 7
+    return next(n for n in itertools.count(max(1, least)) if n - sum(_set_aside(n, held_out)) >= needed)

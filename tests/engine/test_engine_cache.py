@@ -1,0 +1,277 @@
+"""The cache of compiled code, and that a build killed at any time leaves no half file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import GUIDED, TinyNetwork, engine_file, noise_for, tiny, tiny_engine
+from torch import Tensor, nn
+
+import olss_fast
+from olss_fast import Profile
+from olss_fast.engine import building
+from olss_fast.support import container
+from olss_fast.compiling import structure
+from olss_fast.engine import cache as code_cache
+
+PLAN = GUIDED["two"]
+SHAPES = Profile((1, 2, 8, 8), (2, 2, 8, 8), (4, 2, 8, 8))
+
+
+class Compiled(Exception):
+    """The compiler was called."""
+
+
+def compiles(*arguments: Any) -> dict[str, bytes]:
+    raise Compiled
+
+
+def code_of(kind: str) -> dict[str, bytes]:
+    """Compiled once, to stand for what the compiler would give again."""
+    _, blobs = container.read(engine_file(kind), "olss_fast.engine")
+    return {"network.so": bytes(blobs["code/network.so"].data)}
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds "plain", "guided" and "nested", and nothing else."""
+    folder = tmp_path_factory.mktemp("cache")
+    folder.chmod(0o700)
+    for kind in ("plain", "guided", "nested"):
+        code = code_of(kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(building, "compile_code", lambda *_, code=code: code)
+            tiny(kind).build(cache=folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, filled: Path) -> Path:
+    """A copy of it, to do things to."""
+    shutil.copytree(filled, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_second_build_compiles_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(building, "compile_code", compiles)
+    engine, noise = tiny("guided").build(cache=folder), noise_for("guided")
+    assert torch.equal(engine(noise, labels=1), tiny_engine("guided")(noise, labels=1))
+    monkeypatch.setenv("OLSS_FAST_CACHE", str(folder))
+    tiny("guided").build(cache=True)
+    with pytest.raises(Compiled):
+        tiny("guided").build(cache=False)
+
+
+def test_a_build_of_the_same_structure_traces_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(structure, "_sources", list)  # files may be written while these tests run
+    tiny("plain").build(cache=folder)
+    monkeypatch.setattr(building, "export", compiles)
+    engine, noise = tiny("plain").build(cache=folder), noise_for("plain")
+    assert torch.equal(engine(noise), tiny_engine("plain")(noise))
+    assert engine.manifest.facts["unused"] == tiny_engine("plain").manifest.facts["unused"]
+
+
+def test_other_values_of_the_weights_share_code(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(building, "compile_code", compiles)
+    network, noise = tiny("plain").network, noise_for("plain")
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(1.5)
+        network.frequencies.mul_(2)
+    engine = tiny("plain").build(network=network, cache=folder)
+    expected = olss_fast.sample(network, PLAN, noise)
+    bound = 16 * torch.finfo(torch.float32).eps * float(expected.abs().max())  # as in test_engine.py
+    torch.testing.assert_close(engine(noise), expected, rtol=0, atol=bound)
+    assert not torch.allclose(expected, tiny_engine("plain")(noise), atol=0.1)
+
+
+class Other(TinyNetwork):
+    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(x, timestep, labels)
+
+
+def untied(network: TinyNetwork) -> TinyNetwork:
+    network.out.weight = nn.Parameter(network.out.weight.detach().clone())
+    return network
+
+
+NESTED = {"text": torch.zeros(2, 3), "strength": torch.ones(2), "table": torch.ones(1, 2, 1, 1)}
+OTHERS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "graph": ("plain", lambda: {"network": Other().eval()}),
+    "width": ("plain", lambda: {"network": TinyNetwork(width=8).eval()}),
+    "untied weights": ("plain", lambda: {"network": untied(tiny("plain").network)}),
+    "dtype": ("plain", lambda: {"dtype": torch.float64}),
+    "shape": ("plain", lambda: {"shapes": (2, 2, 8, 16)}),
+    "profile": ("plain", lambda: {"shapes": SHAPES}),
+    "memory order": ("plain", lambda: {"network": tiny("plain").network.to(memory_format=torch.channels_last)}),
+    "options": ("plain", lambda: {"options": {"max_autotune": True}}),
+    "guidance": ("guided", lambda: {"unconditional": None, "guidance_scale": 1.0, "plan": PLAN}),
+    "dtype of an input": ("guided", lambda: {"conditioning": {"labels": torch.tensor([0, 1], dtype=torch.int32)}}),
+    "fixed argument": (
+        "nested",
+        lambda: {name: {"added": NESTED, "gain": 0.25} for name in ("conditioning", "unconditional")},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_another_network_is_compiled(monkeypatch: pytest.MonkeyPatch, folder: Path, what: str) -> None:
+    monkeypatch.setattr(building, "compile_code", compiles)
+    kind, changes = OTHERS[what]
+    with pytest.raises(Compiled):
+        tiny(kind).build(cache=folder, **changes())
+
+
+def test_damaged_entries_are_compiled_again(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for entry in folder.iterdir():
+        data = bytearray(entry.read_bytes())
+        data[len(data) // 2] ^= 1
+        entry.write_bytes(data)
+    monkeypatch.setattr(building, "compile_code", compiles)
+    with pytest.raises(Compiled):
+        tiny("plain").build(cache=folder)
+    code = code_of("plain")
+    monkeypatch.setattr(building, "compile_code", lambda *_: code)
+    tiny("plain").build(cache=folder)
+    monkeypatch.setattr(building, "compile_code", compiles)
+    tiny("plain").build(cache=folder)
+
+
+def test_an_entry_under_anothers_name_is_not_used(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    big = [path for path in folder.iterdir() if path.stat().st_size > 10**5]
+    for path, other in zip(big, [*big[1:], big[0]], strict=True):
+        path.with_suffix(".new").write_bytes(other.read_bytes())
+    for path in big:
+        path.with_suffix(".new").replace(path)
+    monkeypatch.setattr(building, "compile_code", compiles)
+    with pytest.raises(Compiled):
+        tiny("plain").build(cache=folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such permissions")
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, mode: int
+) -> None:
+    folder.chmod(mode)
+    monkeypatch.setattr(building, "compile_code", compiles)
+    with pytest.raises(Compiled):
+        tiny("plain").build(cache=folder)
+
+
+def test_a_new_folder_is_the_users_alone_and_keeps_the_entries_last_used(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "cache"
+    code_cache.store(folder, "0" * 64, {"network.so": b"code"}, 1.5)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert code_cache.load(folder, "0" * 64) == ({"network.so": b"code"}, 1.5)
+    assert code_cache.load(folder, "1" * 64) is None
+    os.utime(folder / f"{'0' * 64}.safetensors", (1, 1))
+    for i in range(1, code_cache.KEPT + 1):
+        code_cache.store(folder, f"{i:064}", {}, 0.0)
+    assert len(list(folder.iterdir())) == code_cache.KEPT
+    assert code_cache.load(folder, "0" * 64) is None
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = code_of("plain")
+    monkeypatch.setattr(building, "compile_code", lambda *_: code)
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="compiled code could not be kept for the next build"):
+        engine = tiny("plain").build(cache=tmp_path / "file")
+    assert torch.equal(engine(noise_for("plain")), tiny_engine("plain")(noise_for("plain")))
+
+
+# --- killed --------------------------------------------------------------------------------------------------------
+
+# A process that builds and saves, and ends itself without warning before the n-th operation on files, for all n until
+# one is not reached; then is ended at random times. The compiler's answer is known beforehand.
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+
+import torch
+from engines import tiny
+
+from olss_fast.engine import building
+
+from olss_fast.support import container
+
+torch.set_num_threads(1)
+source, place = sys.argv[1:]
+_, blobs = container.read(source, "olss_fast.engine")
+code = {"network.so": bytes(blobs["code/network.so"].data)}
+building.compile_code = lambda *_: code
+parts = tiny("plain")
+
+
+def work(folder):
+    parts.build(cache=Path(folder, "cache")).save(Path(folder, "x.olss"))
+
+
+def counted(function, left):
+    def call(*arguments, **named):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+
+    return call
+
+
+def until(n, folder):
+    left = [n]
+    for name in ("open", "fsync", "link", "replace", "mkdir", "utime"):
+        setattr(os, name, counted(getattr(os, name), left))
+    work(folder)
+
+
+def in_a_child(run, folder, seconds=None):
+    os.mkdir(folder)
+    child = os.fork()
+    if child == 0:
+        run()
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == 0
+
+
+work(os.path.join(place, "warm"))
+n = 1
+while not in_a_child(lambda: until(n, f"{place}/{n}"), f"{place}/{n}"):
+    n += 1
+draws = random.Random(0)
+for i in range(8):
+    in_a_child(lambda: work(f"{place}/random{i}"), f"{place}/random{i}", draws.uniform(0, 0.4))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_build_killed_at_any_time_leaves_no_half_file(tmp_path: Path) -> None:
+    place, scratch = tmp_path / "place", tmp_path / "scratch"
+    for each in (place, scratch, place / "warm"):
+        each.mkdir()
+    helpers = str(Path(__file__).with_name("helpers"))
+    environment = os.environ | {"PYTHONPATH": helpers, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, str(engine_file("plain")), str(place)]
+    subprocess.run(command, check=True, env=environment)
+    noise, expected = noise_for("plain"), tiny_engine("plain")(noise_for("plain"))
+    engines = list(place.glob("*/x.olss"))
+    assert 0 < len(engines) < len(list(place.iterdir()))  # some were killed before there was one, some after
+    for path in engines:
+        assert torch.equal(olss_fast.load_engine(path)(noise), expected)
+    for path in place.glob("*/cache/*"):
+        container.read(path, code_cache.KIND)
+    # Killed between getting a name and getting the right one, a file is whole all the same.
+    for path in place.glob("*/.*.tmp"):
+        container.read(path, "olss_fast.engine")
+    assert {each.name for each in place.glob("*/[!.]*")} == {"x.olss", "cache"}
