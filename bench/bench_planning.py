@@ -72,7 +72,11 @@ def bench_refine(benchmark: Any, end: int, steps: int) -> None:
     r, rows, count = problem(end)
     start = plan(end, steps)
     found = benchmark.pedantic(
-        path_planning.refine_all, args=(r, rows, start.path), kwargs={"samples_count": count}, rounds=ROUNDS, warmup_rounds=1
+        path_planning.refine_all,
+        args=(r, rows, start.path),
+        kwargs={"samples_count": count},
+        rounds=ROUNDS,
+        warmup_rounds=1,
     )
     benchmark.extra_info["deployed_error_ratio"] = found[0].deployed_error / start.deployed_error
 

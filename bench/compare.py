@@ -22,8 +22,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from rows import Results, Row, read, write_baseline
 
-from olss_fast.support.text import printable
 from olss_fast.errors import InputError
+from olss_fast.support.text import printable
 
 BASELINE = Path(__file__).parent / "baseline.json"
 

@@ -20,9 +20,9 @@ import torch
 import typer
 
 import olss_fast
-from olss_fast.tuning import compare as comparison
 from olss_fast import demo, metrics
 from olss_fast.cli.model import arguments, draw_noise, pick_labels
+from olss_fast.tuning import compare as comparison
 from olss_fast.tuning.tuning import tune
 
 STEPS = (4, 5, 6, 8, 10)

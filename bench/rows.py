@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from olss_fast.errors import InputError
 from olss_fast.support.files import read_bounded, write_atomically
 from olss_fast.support.text import printable, quoted
-from olss_fast.errors import InputError
 
 FORMAT = "olss-fast-bench-baseline"
 LARGEST = sys.float_info.max

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
     from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
     from olss_fast.capturing.capturing import capture
+    from olss_fast.compiling.shapes import Profile
     from olss_fast.engine.building import build
     from olss_fast.engine.engine import Engine, load_engine
-    from olss_fast.compiling.shapes import Profile
     from olss_fast.errors import OlssError
-    from olss_fast.schedule.noise_schedule import NoiseSchedule
     from olss_fast.onnx.export import export_onnx
     from olss_fast.plan.plan import Plan
     from olss_fast.report.report import Candidate, Report
     from olss_fast.sampling.sampler import Sampler
     from olss_fast.sampling.sampling import sample
+    from olss_fast.schedule.noise_schedule import NoiseSchedule
     from olss_fast.tuning.tuning import TuneResult, tune
 
 __version__ = "0.1.0"

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast.errors import InputError, NetworkError
 from olss_fast.sampling.draws import Streams
 from olss_fast.support.network_failures import naming_arguments
 from olss_fast.support.tree import Flat, Path, as_tensor, flat, in_list, is_array, mapped, spelled, with_paths
-from olss_fast.errors import InputError, NetworkError
 
 Network = Callable[..., Any]
 """`network(x, timestep, **conditioning) -> raw output`: x (B, ...), timestep (B,) float32, output of x's shape."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import olss_fast
 from olss_fast import NoiseSchedule, Profile, solvers
-from olss_fast.tuning.compare import compare
 from olss_fast.compiling.arguments import flatten
 from olss_fast.compiling.request import checked_request
 from olss_fast.errors import InputError, NetworkError
+from olss_fast.tuning.compare import compare
 from olss_fast.tuning.tuning import Effort
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)

@@ -1,4 +1,5 @@
-"""Writes docs/pipelines.md: which pipelines of diffusers run plans, from the table of `tests/adapters/test_every_pipeline.py`.
+"""Writes docs/pipelines.md: which pipelines of diffusers run plans, from the table that
+`tests/adapters/test_every_pipeline.py` runs.
 
 python tools/pipeline_table.py
 """
@@ -16,10 +17,10 @@ TABLE = ROOT / "tests" / "helpers" / "every_pipeline.json"
 
 HEADER = """# diffusers' pipelines with a plan in their scheduler slot
 
-Written by `python tools/pipeline_table.py`, from the table that `tests/adapters/test_every_pipeline.py` runs with diffusers
-{version}: each class as a tiny random network, once with its own scheduler and once with `PlanScheduler.from_pipe` and
-that scheduler captured. {right} classes give the same as with their own scheduler, {refused} are refused by name, and
-{unbuilt} were not tried.
+Written by `python tools/pipeline_table.py`, from the table that `tests/adapters/test_every_pipeline.py` runs with
+diffusers {version}: each class as a tiny random network, once with its own scheduler and once with
+`PlanScheduler.from_pipe` and that scheduler captured. {right} classes give the same as with their own scheduler,
+{refused} are refused by name, and {unbuilt} were not tried.
 
 What makes a pipeline unfit is found by what it does, not by its name. `from_pipe` refuses pipelines of pipelines, whose
 inner slots are the ones to fill, and schedulers whose step needs more than output, time and sample. In a call,

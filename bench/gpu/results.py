@@ -20,8 +20,8 @@ import figures
 import torch
 from devices import Device
 
-from olss_fast.support.files import write_atomically
 from olss_fast.errors import InputError
+from olss_fast.support.files import write_atomically
 
 COLUMNS = (
     "name",

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast.errors import InputError, PlanError, PlanFileError, ScheduleError
+from olss_fast.plan.plan import Floats, Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.files import read_bounded
 from olss_fast.support.text import quoted
-from olss_fast.errors import InputError, PlanError, PlanFileError, ScheduleError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.plan.plan import Floats, Plan
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_STEPS = 1000

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from olss_fast.capturing.arguments import GRIDS, checked_arguments, config_of
-from olss_fast.capturing.levels import check_falling, levels_of, noising, with_final_levels
-from olss_fast.capturing.refusals import check_protocol, linear_advice, refuse_known
 from olss_fast.capturing.driver import Driver, Trace
 from olss_fast.capturing.facts import CapturedFacts, captured_facts, scheduler_class
-from olss_fast.support.device import plain_defaults
-from olss_fast.schedule.from_diffusers import MOST_TIMESTEPS, check_config
-from olss_fast.support.text import quoted
+from olss_fast.capturing.levels import check_falling, levels_of, noising, with_final_levels
+from olss_fast.capturing.refusals import check_protocol, linear_advice, refuse_known
 from olss_fast.errors import InputError, OlssError, ScheduleError
 from olss_fast.plan.plan import Floats, Plan
+from olss_fast.schedule.from_diffusers import MOST_TIMESTEPS, check_config
+from olss_fast.support.device import plain_defaults
+from olss_fast.support.text import quoted
 
 LINEARITY = 1e-9
 """Largest deviation of a run on random tensors from rows · basis, relative to the sum of the magnitudes of the terms.

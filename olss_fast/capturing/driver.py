@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from olss_fast.errors import InputError, ScheduleError
 from olss_fast.support.bounds import check_count
 from olss_fast.support.text import quoted
-from olss_fast.errors import InputError, ScheduleError
 
 Answer = Callable[[int], Tensor]
 

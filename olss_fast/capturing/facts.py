@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from olss_fast.support.text import quoted
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
+from olss_fast.support.text import quoted
 
 MOST_STEPS = 10_000  # that metadata may speak of; far beyond every sampler
 LEFT_OUT = {"scales": None, "noised_by_index": False, "noised": None}  # at these values, from the JSON

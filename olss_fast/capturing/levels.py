@@ -6,7 +6,7 @@ step, and schedulers without such a method, take the levels of `NoiseSchedule` a
 1 (Cosmos 2) has no signal of 1 - sigma there; its steps are those of x = x0 + sigma eps, read so. Where none is there,
 tables of the scheduler's own are read: `alphas_cumprod` at the timestep, or `sigmas` at the step, which are those of
 flow matching if none is above 1 and variance exploding otherwise. The sample has the levels that the rows really reach
-on point-mass data, whose exact network outputs are known (`olss_fast.plan.point_mass`); where a config does not say what the
+on point-mass data, whose exact network outputs are known (see `plan.point_mass`); where a config does not say what the
 network predicts, it is the one prediction under which every row has its levels, or left open.
 """
 
@@ -24,9 +24,9 @@ import torch
 from olss_fast.capturing.arguments import config_of, is_flow
 from olss_fast.capturing.driver import Driver
 from olss_fast.errors import InputError, ScheduleError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Floats, Plan
 from olss_fast.plan.point_mass import EXACT_OUTPUTS, edm_output, levels_of_rows
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 Pair = tuple[float, float]
 

@@ -216,8 +216,8 @@ def sample(
         raise InputError(f"--{next(iter(given))} belongs to --solver: a plan has its own")
     chosen = None if plan is None else load_plan(plan)
     from olss_fast.cli import jobs
-    from olss_fast.support.folders import try_folder
     from olss_fast.report.images import save_images
+    from olss_fast.support.folders import try_folder
 
     folder = try_folder(out)
     subject = jobs.Subject(

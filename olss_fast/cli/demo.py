@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from olss_fast import demo, metrics
 from olss_fast.cli.model import arguments, counted, draw_noise, pick_labels
-from olss_fast.support.folders import make_folder, try_folder
 from olss_fast.methods import ANALYTIC
 from olss_fast.plan.plan import Plan
 from olss_fast.report.plots import plot_grid
 from olss_fast.report.report import Candidate, Report
-from olss_fast.sampling.sampling import sample
 from olss_fast.report.tables import families
+from olss_fast.sampling.sampling import sample
+from olss_fast.support.folders import make_folder, try_folder
 from olss_fast.tuning.tuning import Effort, TuneResult, tune
 
 STEPS = (4, 5, 6, 8, 10)

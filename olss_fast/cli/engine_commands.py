@@ -89,8 +89,8 @@ def build(
     begin = time.perf_counter()
     from olss_fast.cli import jobs
     from olss_fast.engine import describe
-    from olss_fast.support.folders import make_folder
     from olss_fast.plan.plan import Plan
+    from olss_fast.support.folders import make_folder
 
     loaded = [Plan.load(path) for path in plans or []]
     _check_target(out)

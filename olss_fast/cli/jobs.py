@@ -13,11 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from olss_fast.tuning import compare
-
-from olss_fast.tuning import tuning
-from olss_fast.support.arguments import check_prediction
-from olss_fast.support.progress import bar_options, can_draw
 from olss_fast.cli.model import (
     DEMO,
     Model,
@@ -32,6 +27,9 @@ from olss_fast.cli.model import (
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Report
+from olss_fast.support.arguments import check_prediction
+from olss_fast.support.progress import bar_options, can_draw
+from olss_fast.tuning import compare, tuning
 
 if TYPE_CHECKING:
     from olss_fast.engine.engine import Engine
@@ -225,8 +223,8 @@ def build_engine(
 
     batches: how many samples at least, usually and at most.
     """
-    from olss_fast.engine.building import build
     from olss_fast.compiling.shapes import Profile
+    from olss_fast.engine.building import build
 
     loaded = subject.load()
     for plan in plans:

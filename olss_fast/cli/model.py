@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from olss_fast.support.arguments import check_prediction
-from olss_fast.support.progress import evaluation_bar
 from olss_fast.errors import InputError
 from olss_fast.network import Network, module_of
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.support.arguments import check_prediction
+from olss_fast.support.progress import evaluation_bar
 
 DEMO = "demo"
 

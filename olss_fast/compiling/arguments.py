@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from olss_fast.support.tree import as_tensor, dotted, flat, is_array, mapped, with_paths
 from olss_fast.errors import InputError
 from olss_fast.network import call_network
+from olss_fast.support.tree import as_tensor, dotted, flat, is_array, mapped, with_paths
 
 
 def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olss_fast.support.device import pick_device
-from olss_fast.sampling.draws import unit_noise
-from olss_fast.support.text import quoted
-from olss_fast.support.tree import as_tensor, mapped
 from olss_fast.compiling.arguments import FlatNetwork, fixed_value, flatten, require_names
+from olss_fast.compiling.shapes import Profile
 from olss_fast.engine.compiled import shortened
 from olss_fast.engine.manifest import DTYPES
-from olss_fast.compiling.shapes import Profile
 from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.network import Conditioning, Denoiser, network_dtype, require_finite
 from olss_fast.plan.plan import Plan
+from olss_fast.sampling.draws import unit_noise
 from olss_fast.sampling.sampling import check_plan_fits
+from olss_fast.support.device import pick_device
+from olss_fast.support.text import quoted
+from olss_fast.support.tree import as_tensor, mapped
 
 RESERVED = {"noise", "seed", "shape", "steps", "plan", "guidance_scale", "unconditional", "generator"}
 """Arguments of an engine's call."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from olss_fast.schedule.noise_schedule import NoiseSchedule
+
     from .class_pipeline import ClassPipeline
     from .convnet import Classifier
 
@@ -102,6 +103,7 @@ def classifier(device: torch.device | str | None = None) -> Classifier:
         from safetensors.torch import load_file
 
         from olss_fast.support.device import plain_defaults
+
         from .convnet import Classifier
 
         with plain_defaults():

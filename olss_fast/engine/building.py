@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from olss_fast.support.old_forms import takes_old_forms
-from olss_fast.support.progress import bar_options
-from olss_fast.engine import cache as code_cache
-from olss_fast.engine import machine, manifest
-from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name, with_layout
-from olss_fast.support.container import VERSION
-from olss_fast.engine.engine import Engine, warm_up
 from olss_fast.compiling.export import export, graph_text
-from olss_fast.engine.manifest import BATCH, FORMAT, NOTICE
 from olss_fast.compiling.request import Request, checked_request, is_per_sample, named_plans
 from olss_fast.compiling.shapes import Profile
 from olss_fast.compiling.structure import structure_key
+from olss_fast.engine import cache as code_cache
+from olss_fast.engine import machine, manifest
+from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name, with_layout
+from olss_fast.engine.engine import Engine, warm_up
+from olss_fast.engine.manifest import BATCH, FORMAT, NOTICE
 from olss_fast.engine.verifying import plan_facts
 from olss_fast.engine.weights import hash_weights, strides_of, to_blob
 from olss_fast.errors import BuildError, EngineFileError, InputError
 from olss_fast.network import Conditioning
-from olss_fast.plan.plan import Plan
 from olss_fast.plan.file import plan_to_bytes
+from olss_fast.plan.plan import Plan
+from olss_fast.support.container import VERSION
+from olss_fast.support.old_forms import takes_old_forms
+from olss_fast.support.progress import bar_options
 
 # How far the compiled network may be from the one that it was compiled from, relative to the largest output.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}

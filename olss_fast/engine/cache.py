@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from olss_fast.errors import EngineFileError, OlssError
 from olss_fast.support import container
 from olss_fast.support.container import Blob
-from olss_fast.errors import EngineFileError, OlssError
 
 KIND = "olss_fast.code"
 KEPT = 256  # entries, those that were used last

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast.support.files import reason
-from olss_fast.support.container import Refused
 from olss_fast.engine.manifest import CODE_FILE
 from olss_fast.engine.weights import LAYOUT, check_layout, layout_of, read_compiled_for
 from olss_fast.errors import BuildError, EngineFileError, OlssError
+from olss_fast.support.container import Refused
+from olss_fast.support.files import reason
 
 LIBRARY = "network.so"
 MODEL, WRAPPER = "model", "network.wrapper"  # torch's names in a package

@@ -7,11 +7,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 
+from olss_fast.engine import manifest
+from olss_fast.engine.manifest import FORMAT, Manifest
+from olss_fast.support import container
 from olss_fast.support.files import AnyPath
 from olss_fast.support.text import clipped, printable
-from olss_fast.engine import manifest
-from olss_fast.support import container
-from olss_fast.engine.manifest import FORMAT, Manifest
 
 PLANS = 20  # that are listed; an engine may have any number
 _MARK = f'"{FORMAT}"'.encode()

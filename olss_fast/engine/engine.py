@@ -8,24 +8,24 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from olss_fast.support.device import pick_device
-from olss_fast.sampling.draws import Seed, Streams, checked_streams
-from olss_fast.support.files import AnyPath
-from olss_fast.support.text import quoted
-from olss_fast.engine import inputs, machine
-from olss_fast.support import container
 from olss_fast.compiling.arguments import flatten
+from olss_fast.engine import inputs, machine
 from olss_fast.engine.compiled import LoadedCode, hash_code, shortened
-from olss_fast.support.container import Blob
 from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.verifying import Parts, check_unconditional, naming, plan_facts, verified
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
 from olss_fast.errors import InputError, MachineError, NetworkError
 from olss_fast.executors.loop_cache import Loops, Stats
 from olss_fast.network import Conditioning, Denoiser
-from olss_fast.plan.plan import Plan
 from olss_fast.plan.file import plan_to_bytes
+from olss_fast.plan.plan import Plan
+from olss_fast.sampling.draws import Seed, Streams, checked_streams
 from olss_fast.sampling.sampling import check_plan_fits, draw_step_noise
+from olss_fast.support import container
+from olss_fast.support.container import Blob
+from olss_fast.support.device import pick_device
+from olss_fast.support.files import AnyPath
+from olss_fast.support.text import quoted
 
 
 class Engine:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast.sampling.draws import Streams, initial_noise
-from olss_fast.support.text import quoted
 from olss_fast.compiling.arguments import fixed_value, flatten
 from olss_fast.engine.manifest import Input, Manifest
 from olss_fast.errors import InputError
 from olss_fast.network import sums_to_finite
+from olss_fast.sampling.draws import Streams, initial_noise
+from olss_fast.support.text import quoted
 
 
 def given_noise(

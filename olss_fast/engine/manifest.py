@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from olss_fast.support.files import AnyPath
-from olss_fast.support.text import quoted
-from olss_fast.support import container
-from olss_fast.support.container import MOST_AXES, refuse
 from olss_fast.compiling.shapes import Profile
 from olss_fast.errors import EngineFileError, InputError
+from olss_fast.support import container
+from olss_fast.support.container import MOST_AXES, refuse
+from olss_fast.support.files import AnyPath
+from olss_fast.support.text import quoted
 
 FORMAT = "olss_fast.engine"
 NOTICE = (

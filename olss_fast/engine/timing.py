@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from olss_fast.support.progress import bar_options
 from olss_fast.engine import inputs
 from olss_fast.engine.engine import Engine, load_engine
 from olss_fast.plan.plan import Plan
+from olss_fast.support.progress import bar_options
 
 PERCENTILES = (90, 95, 99)
 LEAST = 10  # iterations, however short the duration

@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from olss_fast.support.files import AnyPath
-from olss_fast.support.text import quoted
 from olss_fast.engine import inputs, manifest
-from olss_fast.support import container
 from olss_fast.engine.compiled import LIBRARY, hash_code
-from olss_fast.support.container import Blob, refuse
 from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.weights import LAYOUT, check_compiled_for, check_layout, hash_weights, read_compiled_for
 from olss_fast.errors import EngineFileError, InputError, PlanFileError
-from olss_fast.plan.plan import Plan
 from olss_fast.plan.file import plan_from_bytes
+from olss_fast.plan.plan import Plan
+from olss_fast.support import container
+from olss_fast.support.container import Blob, refuse
+from olss_fast.support.files import AnyPath
+from olss_fast.support.text import quoted
 
 Parts = dict[str, dict[str, Blob]]  # by folder of the file, "code", "plans", "unconditional" and "weights", and name
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast.support.json import strict_object
-from olss_fast.support.text import printable, quoted
 from olss_fast.support import container
 from olss_fast.support.container import Blob, refuse
+from olss_fast.support.json import strict_object
+from olss_fast.support.text import printable, quoted
 
 LAYOUT = "weights.json"
 Layout = dict[str, dict[str, Any]]

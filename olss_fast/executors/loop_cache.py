@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast.support.tree import flat
 from olss_fast.errors import InputError, OlssError
 from olss_fast.executors.fused import Ask, FusedLoop
 from olss_fast.executors.graph import GraphLoop
 from olss_fast.executors.reference import OnStep
 from olss_fast.network import sums_to_finite
 from olss_fast.plan.plan import Plan
+from olss_fast.support.tree import flat
 
 Key = tuple[tuple[Any, ...], object]
 KEPT = 4  # shapes whose buffers and graphs are kept

@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
 
-from olss_fast.support.files import write_atomically
 from olss_fast.errors import BuildError, ModelError
+from olss_fast.support.files import write_atomically
 
 LARGEST_INLINE = 2**31 - 2**26  # bytes of weights; a protobuf message ends at 2 GiB, and the graph takes some
 SMALL = 1024  # bytes: tables stay in the model

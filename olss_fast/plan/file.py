@@ -43,11 +43,11 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from olss_fast.errors import PlanError, PlanFileError
+from olss_fast.plan.plan import Plan
 from olss_fast.support.files import read_bounded, write_atomically
 from olss_fast.support.json import strict_object
 from olss_fast.support.text import quoted
-from olss_fast.errors import PlanError, PlanFileError
-from olss_fast.plan.plan import Plan
 
 FORMAT = "olss_fast.plan"
 VERSION = 1

@@ -143,7 +143,7 @@ class Plan:
     def point_mass_residual(self) -> Floats:
         """Deviation of each row's (signal, noise) from (alphas, sigmas) on point-mass data, (S+1, 2).
 
-        About 1e-12 for every consistent analytic solver; fitted rows need not be small. See `olss_fast.plan.point_mass`.
+        About 1e-12 for every consistent analytic solver; fitted rows need not be small. See `plan.point_mass`.
         Raises PlanError where metadata["prediction_type"] is missing or unknown.
         """
         from olss_fast.plan.point_mass import point_mass_residual

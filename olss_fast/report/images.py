@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from olss_fast.support.files import write_atomically
-from olss_fast.support.text import clipped
 from olss_fast.errors import InputError
+from olss_fast.support.files import write_atomically
 from olss_fast.support.folders import PathLike, make_folder
+from olss_fast.support.text import clipped
 
 GAP = 2  # pixels between the images of a grid
 LEAST_WIDTH = 512  # pixels of a grid that somebody looks at

@@ -24,12 +24,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from olss_fast.support.files import write_atomically
 from olss_fast.errors import InputError
-from olss_fast.support.folders import PathLike
-from olss_fast.report.images import to_uint8
 from olss_fast.methods import ANALYTIC, with_lines
+from olss_fast.report.images import to_uint8
 from olss_fast.report.tables import families
+from olss_fast.support.files import write_atomically
+from olss_fast.support.folders import PathLike
 
 if TYPE_CHECKING:
     from olss_fast.plan.plan import Plan

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast.support.files import read_bounded, write_atomically
 from olss_fast.errors import InputError
-from olss_fast.support.folders import PathLike, make_folder
 from olss_fast.methods import ANALYTIC, is_olss
 from olss_fast.plan.plan import Plan
+from olss_fast.support.files import read_bounded, write_atomically
+from olss_fast.support.folders import PathLike, make_folder
 
 FORMAT = "olss_fast.report"
 VERSION = 1

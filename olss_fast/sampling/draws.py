@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast.support.text import quoted
 from olss_fast.errors import InputError
+from olss_fast.support.text import quoted
 
 Streams = torch.Generator | Sequence[torch.Generator]
 Seed = int | Sequence[int]

@@ -17,11 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast.support.arguments import checked_plan
-from olss_fast.support.device import pick_device
-from olss_fast.sampling.draws import Seed, Streams, checked_shape
-from olss_fast.support.old_forms import takes_old_forms
-from olss_fast.sampling.starts import begun
 from olss_fast.errors import InputError
 from olss_fast.executors.graph import require_cuda
 from olss_fast.executors.loop_cache import Loops, Stats
@@ -39,6 +34,7 @@ from olss_fast.network import (
     network_dtype,
 )
 from olss_fast.plan.plan import Plan
+from olss_fast.sampling.draws import Seed, Streams, checked_shape
 from olss_fast.sampling.sampling import (
     Callback,
     check_plan_fits,
@@ -47,6 +43,10 @@ from olss_fast.sampling.sampling import (
     sampled,
     watching,
 )
+from olss_fast.sampling.starts import begun
+from olss_fast.support.arguments import checked_plan
+from olss_fast.support.device import pick_device
+from olss_fast.support.old_forms import takes_old_forms
 
 BACKENDS = ("auto", "reference", "fused", "graph")
 

@@ -9,12 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from olss_fast.support.arguments import checked_count, checked_plan
-from olss_fast.sampling.draws import Seed, Streams, check_count_of, checked_streams, initial_noise, unit_noise
-from olss_fast.support.old_forms import takes_old_forms
-from olss_fast.support.progress import bar_options
-from olss_fast.sampling.starts import begun
-from olss_fast.support.text import quoted
 from olss_fast.errors import InputError
 from olss_fast.executors.reference import Loop, OnStep
 from olss_fast.network import (
@@ -27,6 +21,12 @@ from olss_fast.network import (
     require_finite,
 )
 from olss_fast.plan.plan import Plan
+from olss_fast.sampling.draws import Seed, Streams, check_count_of, checked_streams, initial_noise, unit_noise
+from olss_fast.sampling.starts import begun
+from olss_fast.support.arguments import checked_count, checked_plan
+from olss_fast.support.old_forms import takes_old_forms
+from olss_fast.support.progress import bar_options
+from olss_fast.support.text import quoted
 
 Callback = Callable[[int, float, Tensor], object]
 """`callback(i, timestep, x)`: after evaluation i, at `timestep`. x (B, ...) is what the network is handed next, after

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast.support.text import quoted
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
+from olss_fast.support.text import quoted
 
 
 def begun(plan: Plan, noise: Tensor, image: Any, strength: Any) -> tuple[Plan | None, Tensor]:

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from olss_fast.errors import ScheduleError
 from olss_fast.schedule.curves import Curve, ExplodingCurve, FloatArray, FlowCurve, TableCurve, number
 from olss_fast.schedule.spacings import SPACINGS, space_timesteps
-from olss_fast.errors import ScheduleError
 
 __all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "SPACINGS", "NoiseSchedule", "beta_schedule"]
 

@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from olss_fast.support.bounds import check_steps
-from olss_fast.schedule.curves import Curve, FloatArray, FlowCurve, TableCurve
 from olss_fast.errors import ScheduleError
+from olss_fast.schedule.curves import Curve, FloatArray, FlowCurve, TableCurve
+from olss_fast.support.bounds import check_steps
 
 KARRAS_RHO = 7.0
 

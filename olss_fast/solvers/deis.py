@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy.typing as npt
 
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import Space, falling_orders, lagrange_rule, multistep
 from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
 

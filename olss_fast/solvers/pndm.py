@@ -15,10 +15,9 @@ from itertools import pairwise
 
 import numpy.typing as npt
 
-from olss_fast.support.bounds import check_steps
 from olss_fast.errors import InputError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import SIGNAL_RATIO_LIMIT, transfer
 from olss_fast.solvers.tape import (
     CLEAN,
@@ -30,6 +29,7 @@ from olss_fast.solvers.tape import (
     evaluation_levels,
     levels_of,
 )
+from olss_fast.support.bounds import check_steps
 
 ADAMS_BASHFORTH = (
     (1.0,),

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from olss_fast import solvers
-from olss_fast.schedule.curves import FLOW_ALPHA_FLOOR
 from olss_fast.errors import InputError, ScheduleError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Floats, Plan
+from olss_fast.schedule.curves import FLOW_ALPHA_FLOOR
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.table import TABLE
 
 Solver = Callable[..., Plan]

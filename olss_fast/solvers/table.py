@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from olss_fast.support.bounds import check_steps
 from olss_fast.errors import InputError, ScheduleError
-from olss_fast.schedule.noise_schedule import SPACINGS, NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import SPACINGS, NoiseSchedule
 from olss_fast.solvers.ddim import ddim, euler, euler_ancestral
 from olss_fast.solvers.deis import deis
 from olss_fast.solvers.dpm_solver import dpm_solver
@@ -21,6 +20,7 @@ from olss_fast.solvers.dpm_solver_pp import dpm_solver_pp
 from olss_fast.solvers.heun import heun
 from olss_fast.solvers.pndm import ipndm, pndm
 from olss_fast.solvers.unipc import unipc
+from olss_fast.support.bounds import check_steps
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from olss_fast.errors import InputError
+from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.arguments import checked_number, checked_schedule
 from olss_fast.support.bounds import check_count
-from olss_fast.errors import InputError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.plan.plan import Plan
 
 Vector = npt.NDArray[np.float64]
 

@@ -17,8 +17,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import (
     Node,
     Rule,

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast.support.text import quoted
 from olss_fast.errors import InputError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.support.text import quoted
 
 
 def checked_plan(plan: Any, name: str = "plan") -> Plan:

@@ -32,10 +32,10 @@ from itertools import islice
 from math import prod
 from typing import Any, BinaryIO, NoReturn
 
+from olss_fast.errors import EngineFileError
 from olss_fast.support.files import AnyPath, write_atomically
 from olss_fast.support.json import strict_object
 from olss_fast.support.text import quoted
-from olss_fast.errors import EngineFileError
 
 VERSION = 2  # 2: what code was compiled for stands beside it
 MAX_HEADER_BYTES = 16 * 2**20

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from olss_fast.support.text import printable
 from olss_fast.errors import OlssError, PlanFileError
+from olss_fast.support.text import printable
 
 AnyPath = str | os.PathLike[str]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olss_fast.errors import NetworkError
 from olss_fast.support.text import quoted
 from olss_fast.support.tree import spelled, with_paths
-from olss_fast.errors import NetworkError
 
 
 @contextmanager

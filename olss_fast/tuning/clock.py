@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from olss_fast.support.progress import evaluation_bar
 from olss_fast.network import Denoiser
+from olss_fast.support.progress import evaluation_bar
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from olss_fast import solvers
-from olss_fast.support.arguments import check_prediction, checked_count, checked_plans, checked_schedule
-from olss_fast.support.bounds import check_count
-from olss_fast.tuning.clock import Clock
 from olss_fast.errors import InputError
-from olss_fast.tuning.judge import Judge, recorded
 from olss_fast.network import Conditioning, Denoiser, Network
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Report
 from olss_fast.sampling.sampling import check_plan_fits
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.support.arguments import check_prediction, checked_count, checked_plans, checked_schedule
+from olss_fast.support.bounds import check_count
+from olss_fast.tuning.clock import Clock
+from olss_fast.tuning.judge import Judge, recorded
 from olss_fast.tuning.tuning import ddim_teacher, whole_steps
 
 FIRST = 8  # samples on which every candidate is scored

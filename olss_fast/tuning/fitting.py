@@ -25,8 +25,8 @@ from olss_fast import solvers
 from olss_fast.errors import StoreError
 from olss_fast.executors.reference import Loop
 from olss_fast.network import Denoiser, require_finite
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.tuning.recording import Recording, merge_triangles, triangle
 
 Float64 = npt.NDArray[np.float64]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from olss_fast import solvers
-from olss_fast.tuning.clock import Clock
-from olss_fast.tuning.fitting import Task
 from olss_fast.methods import ANALYTIC, kind_of, title_of
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Candidate
-from olss_fast.tuning.scoring import expected_evaluations, kept_scores, tournament
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.tuning.clock import Clock
+from olss_fast.tuning.fitting import Task
 from olss_fast.tuning.recording import Split, record, recording_store
+from olss_fast.tuning.scoring import expected_evaluations, kept_scores, tournament
 
 LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
 

@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from olss_fast import _C
-from olss_fast.support.arguments import checked_count
 from olss_fast.errors import InputError
+from olss_fast.support.arguments import checked_count
 
 __all__ = ["PathPlan", "measure_path", "plan_path", "refine_all", "uniform_path"]
 

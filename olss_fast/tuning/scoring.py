@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from olss_fast.executors.reference import Evaluate, Loop
-from olss_fast.tuning.fitting import Float64, Task
-from olss_fast.support.identity import digest
 from olss_fast.plan.plan import Plan
+from olss_fast.support.identity import digest
+from olss_fast.tuning.fitting import Float64, Task
 from olss_fast.tuning.store import Store
 
 Progress = Callable[[int], object]

@@ -27,11 +27,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from olss_fast.errors import StoreError
 from olss_fast.support.files import open_regular, read_bounded, write_atomically
+from olss_fast.support.identity import Identity, Table, differences, digest, moving
 from olss_fast.support.json import strict_object
 from olss_fast.support.text import quoted
-from olss_fast.errors import StoreError
-from olss_fast.support.identity import Identity, Table, differences, digest, moving
 
 MANIFEST = "manifest.json"
 FORMAT = "olss-fast-recording"

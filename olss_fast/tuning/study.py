@@ -9,15 +9,13 @@ from functools import cached_property
 
 import numpy as np
 
-from olss_fast.tuning import fitting
-
-from olss_fast.tuning import path_planning
+from olss_fast.plan.plan import Plan
+from olss_fast.tuning import fitting, path_planning
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.fitting import Student, Task
-from olss_fast.tuning.path_search import Path, PathSearch, bent_paths
-from olss_fast.plan.plan import Plan
-from olss_fast.tuning.polish import evaluations_of_jacobian, polish
 from olss_fast.tuning.gram import roll
+from olss_fast.tuning.path_search import Path, PathSearch, bent_paths
+from olss_fast.tuning.polish import evaluations_of_jacobian, polish
 
 RIDGES = (1e-7, 1e-5)
 PUBLISHED_RIDGE = 1e-10  # as good as none, but a singular system still has an answer
@@ -85,7 +83,9 @@ class Study:
     def planned(self) -> Path:
         """The path whose worst stride on the teacher's own outputs is the least (`planning.plan_path`)."""
         recording = self.task.recording
-        return path_planning.plan_path(recording.r, recording.teacher.rows, self.steps, samples_count=recording.pixels).path
+        return path_planning.plan_path(
+            recording.r, recording.teacher.rows, self.steps, samples_count=recording.pixels
+        ).path
 
     @cached_property
     def uniform(self) -> Path:

@@ -20,19 +20,19 @@ import numpy as np
 from torch import Tensor
 
 from olss_fast import solvers
+from olss_fast.errors import InputError, PlanFileError, StoreError
+from olss_fast.methods import METHODS, OLSS, Method
+from olss_fast.network import Conditioning, Denoiser, Network
+from olss_fast.plan.plan import Plan
+from olss_fast.report.report import Candidate, Report
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.arguments import check_prediction, checked_count, checked_plan, checked_plans, checked_schedule
 from olss_fast.support.bounds import check_steps
 from olss_fast.support.text import quoted
 from olss_fast.tuning.clock import Clock
-from olss_fast.errors import InputError, PlanFileError, StoreError
 from olss_fast.tuning.judge import Judge, recorded
-from olss_fast.methods import METHODS, OLSS, Method
-from olss_fast.network import Conditioning, Denoiser, Network
-from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.plan.plan import Plan
-from olss_fast.report.report import Candidate, Report
-from olss_fast.tuning.study import Effort, Study
 from olss_fast.tuning.recording import Split
+from olss_fast.tuning.study import Effort, Study
 
 __all__ = ["Effort", "TuneResult", "tune", "tune_denoiser"]
 

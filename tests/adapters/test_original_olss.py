@@ -13,8 +13,8 @@ from torch import Tensor
 
 from olss_fast.adapters.original_olss import load_original
 from olss_fast.errors import InputError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 STEPS = 5
 TIMES = torch.tensor([898, 700, 431, 160, 3], dtype=torch.int32)

@@ -12,8 +12,8 @@ from plan_runs import BETAS, DDIM, DPM, NOISE, SCHEDULE, learned, network, refer
 
 from olss_fast import NoiseSchedule, PlanScheduler, capture, solvers
 from olss_fast.errors import InputError
-from olss_fast.solvers.table import TABLE
 from olss_fast.solvers.rederive import rederive, truncate
+from olss_fast.solvers.table import TABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,8 +15,8 @@ import pytest
 
 from olss_fast import solvers
 from olss_fast.errors import InputError, ScheduleError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -19,9 +19,9 @@ from olss_fast.cli.commands import app, parse_numbers
 from olss_fast.cli.demo import duration, run_demo
 from olss_fast.cli.model import DEMO, arguments, load_model, pick_labels, tuned_guidance
 from olss_fast.errors import InputError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Report
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 COMMANDS = ("demo", "tune", "sample", "compare", "inspect")

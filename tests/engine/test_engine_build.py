@@ -13,8 +13,8 @@ from torch import Tensor
 
 from olss_fast import Profile, solvers
 from olss_fast.engine import building
-from olss_fast.support import container
 from olss_fast.errors import BuildError, InputError, NetworkError, OlssError
+from olss_fast.support import container
 
 PLAN = GUIDED["two"]
 SHAPES = Profile((1, 2, 8, 8), (2, 2, 8, 8), (4, 2, 8, 8))

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import olss_fast
 from olss_fast import Profile
-from olss_fast.engine import building
-from olss_fast.support import container
 from olss_fast.compiling import structure
+from olss_fast.engine import building
 from olss_fast.engine import cache as code_cache
+from olss_fast.support import container
 
 PLAN = GUIDED["two"]
 SHAPES = Profile((1, 2, 8, 8), (2, 2, 8, 8), (4, 2, 8, 8))
@@ -260,7 +260,7 @@ def test_a_build_killed_at_any_time_leaves_no_half_file(tmp_path: Path) -> None:
     place, scratch = tmp_path / "place", tmp_path / "scratch"
     for each in (place, scratch, place / "warm"):
         each.mkdir()
-    helpers = str(Path(__file__).with_name("helpers"))
+    helpers = str(Path(__file__).parents[1] / "helpers")
     environment = os.environ | {"PYTHONPATH": helpers, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(engine_file("plain")), str(place)]
     subprocess.run(command, check=True, env=environment)

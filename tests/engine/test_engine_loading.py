@@ -14,11 +14,11 @@ from engine_bytes import EngineBytes, framed
 from engines import engine_file, tiny_engine
 
 import olss_fast
-from olss_fast.support.json import MOST_DEPTH, MOST_PARTS, strict_object
 from olss_fast.engine.compiled import LoadedCode
 from olss_fast.engine.describe import inspected
 from olss_fast.engine.engine import verify_file
 from olss_fast.errors import EngineFileError
+from olss_fast.support.json import MOST_DEPTH, MOST_PARTS, strict_object
 
 MB = 10**6
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import olss_fast
 from olss_fast import solvers
-from olss_fast.tuning.compare import compare
 from olss_fast.executors.reference import LONG, Loop, run
 from olss_fast.testing import NULL_CLASS, ExactMixture
+from olss_fast.tuning.compare import compare
 
 SCHEDULE = olss_fast.NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 SHAPE = (2, 3, 3)

@@ -22,9 +22,9 @@ from engines import engine_file
 from hostile_engines import Mapped, flipped, light, nothing_mapped, outcome, whole
 
 import olss_fast
-from olss_fast.support import container
 from olss_fast.engine.describe import inspected
 from olss_fast.errors import EngineFileError
+from olss_fast.support import container
 
 
 @pytest.fixture

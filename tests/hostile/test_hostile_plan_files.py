@@ -19,8 +19,8 @@ import pytest
 import safetensors.numpy
 
 from olss_fast.errors import PlanFileError
-from olss_fast.plan.plan import Plan
 from olss_fast.plan.file import FORMAT, MAX_FILE_BYTES, MAX_HEADER_BYTES, plan_from_bytes, plan_to_bytes
+from olss_fast.plan.plan import Plan
 
 ZEROS = "0" * 64
 PLAN = Plan(

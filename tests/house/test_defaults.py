@@ -20,8 +20,8 @@ from torch import Tensor
 import olss_fast
 from olss_fast import PlanScheduler, Sampler, capture, demo, solvers
 from olss_fast.cli.model import draw_noise
-from olss_fast.tuning.compare import compare
 from olss_fast.kernels import StepState, lincomb, start, step
+from olss_fast.tuning.compare import compare
 from olss_fast.tuning.tuning import Effort
 
 pytestmark = pytest.mark.filterwarnings("ignore")

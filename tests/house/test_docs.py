@@ -16,8 +16,8 @@ import torch
 import olss_fast
 from olss_fast import solvers, tune_pipeline
 from olss_fast.errors import OlssError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.tuning.tuning import Effort
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "migration").glob("*.md"))

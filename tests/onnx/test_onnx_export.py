@@ -30,8 +30,8 @@ from torch import Tensor
 
 import olss_fast
 from olss_fast import demo, export_onnx, solvers
-from olss_fast.onnx import file as onnx_file
 from olss_fast.executors.increments import increments
+from olss_fast.onnx import file as onnx_file
 
 EVERYTHING: dict[str, Any] = {
     "y": Y,

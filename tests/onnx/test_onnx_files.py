@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import olss_fast
 from olss_fast import demo, export_onnx
-from olss_fast.onnx import file as onnx_file
-from olss_fast.onnx import export as onnx_export
 from olss_fast.cli.commands import app
 from olss_fast.errors import BuildError, InputError, ModelError, NetworkError
+from olss_fast.onnx import export as onnx_export
+from olss_fast.onnx import file as onnx_file
 
 
 @pytest.fixture

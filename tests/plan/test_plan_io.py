@@ -16,11 +16,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olss_fast.plan import file as plan_file
-from olss_fast.support.files import read_bounded, write_atomically
 from olss_fast.errors import OlssError, PlanFileError, StoreError
-from olss_fast.plan.plan import Plan
+from olss_fast.plan import file as plan_file
 from olss_fast.plan.file import load_plan, plan_from_bytes, plan_to_bytes, save_plan
+from olss_fast.plan.plan import Plan
+from olss_fast.support.files import read_bounded, write_atomically
 
 EXTREMES = np.array([0.0, 5e-324, -5e-324, 1.7976931348623157e308, -1.7976931348623157e308, 1 / 3, np.pi])
 
@@ -213,7 +213,9 @@ def test_write_that_stops_half_way_leaves_nothing(tmp_path: Path) -> None:
     """A true failure of the system in the middle of the data, by a limit on the size of files."""
     pytest.importorskip("resource")
     code = (
-        "import resource, sys; from olss_fast.support.files import write_atomically; from olss_fast.errors import OlssError\n"
+        "import resource, sys\n"
+        "from olss_fast.support.files import write_atomically\n"
+        "from olss_fast.errors import OlssError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: write_atomically(sys.argv[1], bytes(5000))\n"
         "except OlssError as error: print(type(error).__name__, error)"

@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import olss_fast
-from olss_fast.support import progress
-from olss_fast.support.progress import LogLines, evaluation_bar
 from olss_fast.cli import commands, jobs
 from olss_fast.cli import demo as demo_job
+from olss_fast.support import progress
+from olss_fast.support.progress import LogLines, evaluation_bar
 
 PACKAGE = Path(olss_fast.__file__).parent
 

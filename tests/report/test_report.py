@@ -12,14 +12,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from olss_fast.report import plots
 from olss_fast.errors import InputError
-from olss_fast.support.folders import make_folder
-from olss_fast.report.images import save_images, tile, to_uint8
 from olss_fast.plan.plan import Plan
+from olss_fast.report import plots
+from olss_fast.report.images import save_images, tile, to_uint8
 from olss_fast.report.plots import log_snr, plot_grid, spread
 from olss_fast.report.report import Candidate, Report
 from olss_fast.report.tables import families
+from olss_fast.support.folders import make_folder
 
 HELD_OUT = 24
 SPACINGS = ("trailing", "logsnr", "karras")

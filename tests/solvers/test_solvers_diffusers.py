@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from olss_fast import solvers
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

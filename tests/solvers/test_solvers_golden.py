@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from olss_fast import solvers
-from olss_fast.schedule.noise_schedule import SPACINGS, NoiseSchedule
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import SPACINGS, NoiseSchedule
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "solvers.safetensors"
 SD = {"beta_start": 0.00085, "beta_end": 0.012}

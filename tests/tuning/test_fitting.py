@@ -10,15 +10,15 @@ import torch
 
 import olss_fast
 from olss_fast import solvers
-from olss_fast.tuning.fitting import Student, Task, analytic_student, on_policy, ridge_solve, teacher_forced
 from olss_fast.network import Denoiser
+from olss_fast.testing import NULL_CLASS, ExactMixture
+from olss_fast.tuning.fitting import Student, Task, analytic_student, on_policy, ridge_solve, teacher_forced
+from olss_fast.tuning.gram import huber, roll
 from olss_fast.tuning.path_search import PathSearch, bent_paths
 from olss_fast.tuning.polish import Direction, _difference, _directions, evaluations_of_jacobian, polish
-from olss_fast.tuning.gram import huber, roll
+from olss_fast.tuning.recording import Split, merge_triangles, record, triangle
 from olss_fast.tuning.scoring import score, tournament
 from olss_fast.tuning.store import Store
-from olss_fast.tuning.recording import Split, merge_triangles, record, triangle
-from olss_fast.testing import NULL_CLASS, ExactMixture
 
 SHAPE = (2, 3, 3)
 SAMPLES = 24

@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 import olss_fast
 from olss_fast import NoiseSchedule, Plan, Report, solvers
-from olss_fast.tuning.compare import compare
 from olss_fast.testing import NULL_CLASS, ExactMixture
+from olss_fast.tuning.compare import compare
 from olss_fast.tuning.tuning import Effort
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "runs.json"

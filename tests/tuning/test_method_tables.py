@@ -17,11 +17,11 @@ from olss_fast import solvers
 from olss_fast.cli import jobs
 from olss_fast.cli.commands import app
 from olss_fast.cli.model import solver_plan
-from olss_fast.tuning.compare import compare
 from olss_fast.errors import InputError
 from olss_fast.methods import METHODS, Method, is_olss
-from olss_fast.solvers.table import TABLE, Solver
 from olss_fast.solvers.rederive import rederive
+from olss_fast.solvers.table import TABLE, Solver
+from olss_fast.tuning.compare import compare
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = olss_fast.NoiseSchedule.named("linear")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_twin import Array, Problem, Twin, dense, dependent, mixture, smooth
 
-from olss_fast.tuning import path_planning
 from olss_fast.errors import InputError
+from olss_fast.tuning import path_planning
 
 Family = Callable[[int, int], Problem]
 FAMILIES = [mixture, smooth, dense, dependent]
@@ -262,7 +262,9 @@ def test_planning_leaves_the_interpreter_to_others() -> None:
     thread = threading.Thread(target=tick)
     thread.start()
     before = ticks
-    path_planning._C.improve(r, rows, list(path_planning.uniform_path(400, 20)), np.inf, 8, 1)  # a good part of a second
+    path_planning._C.improve(
+        r, rows, list(path_planning.uniform_path(400, 20)), np.inf, 8, 1
+    )  # a good part of a second
     during = ticks - before
     done.set()
     thread.join()

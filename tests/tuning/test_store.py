@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import olss_fast
+from olss_fast.errors import StoreError
 from olss_fast.tuning import store as stores
 from olss_fast.tuning.compare import compare
-from olss_fast.errors import StoreError
 from olss_fast.tuning.tuning import Effort
 
 SAMPLES = 24

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import olss_fast
-from olss_fast.tuning.compare import compare
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.testing import NULL_CLASS, ExactMixture
+from olss_fast.tuning.compare import compare
 from olss_fast.tuning.tuning import Effort, split_samples
 
 SAMPLES, SHAPE = 48, (2, 4, 4)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast.support.device import pick_device, plain_defaults
-from olss_fast.support.files import read_bounded
 from olss_fast.errors import InputError, ModelError
 from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.support.device import pick_device, plain_defaults
+from olss_fast.support.files import read_bounded
 
 LARGEST_CONFIG = 2**24  # bytes
 DENOISERS = ("unet", "transformer")

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast.capturing.facts import CapturedFacts, captured_facts, scheduler_class
-from olss_fast.schedule.from_diffusers import check_config
-from olss_fast.support.text import quoted
 from olss_fast.adapters.diffusers.plan_book import Entry, name_of
+from olss_fast.capturing.facts import CapturedFacts, captured_facts, scheduler_class
 from olss_fast.errors import InputError
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Floats, Integers, Plan
+from olss_fast.schedule.from_diffusers import check_config
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.support.text import quoted
 
 SCALING = {
     "CMStochasticIterativeScheduler", "DPMSolverSDEScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",

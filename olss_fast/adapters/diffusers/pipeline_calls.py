@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from olss_fast.support.files import read_bounded
 from olss_fast.errors import InputError
+from olss_fast.support.files import read_bounded
 
 Call = Mapping[str, Any]
 LARGEST_PROMPTS = 2**24  # bytes

@@ -23,9 +23,6 @@ from diffusers.utils import logging
 from tqdm import tqdm
 
 from olss_fast import solvers
-from olss_fast.support.arguments import check_prediction, checked_count, checked_plans
-from olss_fast.support.bounds import check_steps
-from olss_fast.support.progress import bar_options, evaluation_bar
 from olss_fast.adapters.diffusers.pipeline_calls import (
     Call,
     argument,
@@ -35,14 +32,17 @@ from olss_fast.adapters.diffusers.pipeline_calls import (
 )
 from olss_fast.adapters.diffusers.pipeline_network import PipelineNetwork, open_pipeline
 from olss_fast.capturing.capturing import capture
-from olss_fast.tuning.clock import Clock
-from olss_fast.tuning.compare import compare_denoiser
-from olss_fast.tuning.fitting import Float64
-from olss_fast.tuning.judge import recorded
 from olss_fast.methods import ANALYTIC
 from olss_fast.network import Denoiser
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import GuidanceRow, Report
+from olss_fast.support.arguments import check_prediction, checked_count, checked_plans
+from olss_fast.support.bounds import check_steps
+from olss_fast.support.progress import bar_options, evaluation_bar
+from olss_fast.tuning.clock import Clock
+from olss_fast.tuning.compare import compare_denoiser
+from olss_fast.tuning.fitting import Float64
+from olss_fast.tuning.judge import recorded
 from olss_fast.tuning.scoring import kept_scores, score
 from olss_fast.tuning.tuning import Effort, TuneResult, steps_to_teach, tune_denoiser
 

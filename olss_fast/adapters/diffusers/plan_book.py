@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast.capturing.facts import MOST_STEPS, CapturedFacts, captured_facts, scheduler_class
-from olss_fast.schedule.from_diffusers import check_config
-from olss_fast.support.text import quoted
 from olss_fast.capturing.capturing import recapture
+from olss_fast.capturing.facts import MOST_STEPS, CapturedFacts, captured_facts, scheduler_class
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.executors.stepwise import check_runnable
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.plan.plan import Floats, Plan
+from olss_fast.schedule.from_diffusers import check_config
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.rederive import is_analytic, rederive, schedule_of, truncate
+from olss_fast.support.text import quoted
 
 REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
 SHOWN, WIDTH = 8, 120  # plans and characters a line of a summary

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from olss_fast.capturing.facts import captured_facts, scheduler_class
-from olss_fast.support.text import quoted
 from olss_fast.adapters.diffusers.plan_book import name_of
+from olss_fast.capturing.facts import captured_facts, scheduler_class
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Floats, Plan
+from olss_fast.support.text import quoted
 
 NEUTRAL = {"s_noise": 1.0, "s_tmax": math.inf}
 """Values, other than None, 0 and False, that ask for nothing of a plan that expects nothing."""
