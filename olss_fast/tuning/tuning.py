@@ -136,74 +136,57 @@ def tune_denoiser(
     _check_teacher(checked_plan(teacher, "teacher"), checked_schedule(schedule))
     wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
     split, clock = split_samples(denoiser.noise, wanted, held_out), Clock(denoiser, progress)
+    effort = effort or Effort()
     how: dict[str, Any] = {"store": store, "batch_size": batch_size, "fixed_start": fixed_start}
     with recorded(teacher, schedule, clock=clock, split=split, **how) as task:
         judge = Judge(task, clock, rivals, admits, stage="accept", first=max(3, len(split.held_out) // 8))
-        tuner = Tuner(judge, effort or Effort(), seed)
-        candidates = [each for n in wanted for each in tuner.candidates(n)]
-    report = Report(
-        candidates=tuple(candidates),
-        teacher=teacher,
-        held_out=len(split.held_out),
-        settings=tuner.settings() | {"steps": wanted},
-        evaluations=dict(clock.evaluations),
-        seconds=dict(clock.seconds),
-    )
+        candidates = [each for n in wanted for each in _candidates(Study(task, effort, clock, seed, n), judge)]
+    settings = {
+        "samples": {name: len(part) for name, part in vars(split).items()},
+        "teacher_steps": teacher.nfe,
+        "guidance_scale": denoiser.guidance_scale,
+        "schedule": schedule.metadata(),
+        "effort": asdict(effort),
+        "seed": seed,
+        "steps": wanted,
+    }
+    spent = dict(clock.evaluations), dict(clock.seconds)
+    report = Report(tuple(candidates), teacher, len(split.held_out), settings, *spent)
     return TuneResult({n: report.best(n).plan for n in wanted}, report)
 
 
-@dataclass(frozen=True)
-class Tuner:
-    """Makes the plan of each method, and has them judged. Finished plans are kept in the store of the recording."""
+def _candidates(study: Study, judge: Judge) -> list[Candidate]:
+    """Every method's plan and every analytic one, scored, the winner marked."""
+    plans = [_made(study, kind, method) for kind, method in METHODS.items() if method.offered(study)]
+    scored = judge.candidates(study.steps, plans)
+    for i, plan in enumerate(plans):
+        path = json.loads(plan.metadata["path"]) if "path" in plan.metadata else None
+        scored[i] = replace(scored[i], spacing="fitted", path=path)
+    winner = min(range(len(scored)), key=lambda i: (-scored[i].samples, scored[i].mean))
+    scored[winner] = replace(scored[winner], accepted=True)
+    return scored
 
-    judge: Judge
-    effort: Effort
-    seed: int
 
-    def settings(self) -> dict[str, Any]:
-        """What the run was asked to do, for the report."""
-        task = self.judge.task
-        return {
-            "samples": {name: len(part) for name, part in vars(task.recording.split).items()},
-            "teacher_steps": task.recording.teacher.nfe,
-            "guidance_scale": task.denoiser.guidance_scale,
-            "schedule": task.schedule.metadata(),
-            "effort": asdict(self.effort),
-            "seed": self.seed,
-        }
-
-    def candidates(self, steps: int) -> list[Candidate]:
-        """Every method's plan and every analytic one of `steps` evaluations, scored, the winner marked."""
-        study = Study(self.judge.task, self.effort, self.judge.clock, self.seed, steps)
-        plans = [self._plan(kind, method, study) for kind, method in METHODS.items() if method.offered(study)]
-        scored = self.judge.candidates(steps, plans)
-        for i, plan in enumerate(plans):
-            path = json.loads(plan.metadata["path"]) if "path" in plan.metadata else None
-            scored[i] = replace(scored[i], spacing="fitted", path=path)
-        winner = min(range(len(scored)), key=lambda i: (-scored[i].samples, scored[i].mean))
-        scored[winner] = replace(scored[winner], accepted=True)
-        return scored
-
-    def _plan(self, kind: str, method: Method, study: Study) -> Plan:
-        """The method's plan: of an earlier run with the same store, effort and seed, or made now."""
-        task = study.task
-        key = hashlib.sha256(repr((VERSION, self.effort, self.seed, task.fixed_start)).encode()).hexdigest()[:16]
-        file = task.recording.store.path(f"fit-{study.steps:03d}-{kind}-{key}")
-        if file.exists():
-            with suppress(PlanFileError):  # damaged: making it again is cheaper than asking what to do
-                return Plan.load(file)
-        plan, teacher = method.make(study), task.recording.teacher
-        facts = {
-            "variant" if plan.metadata.get("method") == OLSS else "kind": kind,
-            "teacher": f"{teacher.metadata.get('method', 'plan')} {teacher.nfe}",
-            "guidance_scale": repr(task.denoiser.guidance_scale),
-        }
-        plan = plan.replace(metadata={**plan.metadata, **facts})
-        try:
-            plan.save(file)
-        except PlanFileError as error:
-            raise StoreError(f"{error}. {task.recording.store.advice}") from error
-        return plan
+def _made(study: Study, kind: str, method: Method) -> Plan:
+    """The method's plan: of an earlier run with the same store, effort and seed, or made now and kept there."""
+    task, store = study.task, study.task.recording.store
+    key = hashlib.sha256(repr((VERSION, study.effort, study.seed, task.fixed_start)).encode()).hexdigest()[:16]
+    file = store.path(f"fit-{study.steps:03d}-{kind}-{key}")
+    if file.exists():
+        with suppress(PlanFileError):  # damaged: making it again is cheaper than asking what to do
+            return Plan.load(file)
+    plan, teacher = method.make(study), task.recording.teacher
+    facts = {
+        "variant" if plan.metadata.get("method") == OLSS else "kind": kind,
+        "teacher": f"{teacher.metadata.get('method', 'plan')} {teacher.nfe}",
+        "guidance_scale": repr(task.denoiser.guidance_scale),
+    }
+    plan = plan.replace(metadata={**plan.metadata, **facts})
+    try:
+        plan.save(file)
+    except PlanFileError as error:
+        raise StoreError(f"{error}. {store.advice}") from error
+    return plan
 
 
 def ddim_teacher(schedule: NoiseSchedule, steps: int) -> Plan:
