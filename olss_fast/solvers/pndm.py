@@ -19,16 +19,7 @@ from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import SIGNAL_RATIO_LIMIT, transfer
-from olss_fast.solvers.tape import (
-    CLEAN,
-    Level,
-    Output,
-    Tape,
-    Vector,
-    check_choice,
-    evaluation_levels,
-    levels_of,
-)
+from olss_fast.solvers.tape import CLEAN, Level, Output, Tape, Vector, check_choice, evaluation_levels, levels_of
 from olss_fast.support.bounds import check_steps
 
 ADAMS_BASHFORTH = (

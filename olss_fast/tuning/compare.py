@@ -50,11 +50,7 @@ def compare(
     if batch_size is not None:
         checked_count("batch_size", batch_size)
     denoiser = Denoiser(
-        network,
-        noise,
-        conditioning=conditioning,
-        unconditional=unconditional,
-        guidance_scale=guidance_scale,
+        network, noise, conditioning=conditioning, unconditional=unconditional, guidance_scale=guidance_scale
     )
     return compare_denoiser(
         denoiser,

@@ -79,12 +79,7 @@ def uniform_path(teacher_steps: int, steps: int) -> tuple[int, ...]:
 
 
 def plan_path(
-    r: npt.ArrayLike,
-    rows: npt.ArrayLike,
-    steps: int,
-    *,
-    samples_count: int = 1,
-    proof_visits: int | None = None,
+    r: npt.ArrayLike, rows: npt.ArrayLike, steps: int, *, samples_count: int = 1, proof_visits: int | None = None
 ) -> PathPlan:
     """The path of n = `steps` evaluations whose worst stride is the least that greedy strides reach.
 

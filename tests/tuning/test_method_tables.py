@@ -22,6 +22,8 @@ from olss_fast.methods import METHODS, Method, is_olss
 from olss_fast.solvers.rederive import rederive
 from olss_fast.solvers.table import TABLE, Solver
 from olss_fast.tuning.compare import compare
+from olss_fast.tuning.path_search import PathSearch
+from olss_fast.tuning.study import Effort
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = olss_fast.NoiseSchedule.named("linear")
@@ -96,6 +98,17 @@ def test_a_method_is_one_row(two_methods_more: None, tmp_path: Path) -> None:
         app, ["compare", *where, "--samples", "2", "--plan", str(tmp_path / "early.safetensors")]
     )
     assert "\n  Early times " in again.output, again.output
+
+
+def test_what_methods_share_is_made_once(two_methods_more: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[Any] = []
+    best = PathSearch.best
+    monkeypatch.setattr(PathSearch, "best", lambda self, *given: searches.append(given) or best(self, *given))
+    noise = torch.randn((16, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    effort = Effort(polish_iterations=0, path_samples=2, node_moves=())
+    how = {"schedule": SCHEDULE, "teacher_steps": 12, "effort": effort, "progress": False}
+    result = olss_fast.tune(network, noise=noise, steps=[2, 3], **how)
+    assert len(result.plans) == len(searches) == 2
 
 
 def text_of_the_picture(report: olss_fast.Report, folder: Path) -> str:
