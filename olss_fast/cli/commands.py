@@ -152,18 +152,23 @@ def tune(
 
     from olss_fast.cli import jobs
     from olss_fast.cli.demo import time_spent, try_folders, write_result
+    from olss_fast.tuning.tuning import Effort
 
     start = time.perf_counter()
     folder = try_folders(out)
-    result = jobs.tune(
-        jobs.Subject(model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet),
-        wanted,
-        teacher_steps,
-        samples=samples,
-        guidance_scales=scales,
-        light=light,
-        store=store,
+    subject = jobs.subject(
+        model,
+        prompts,
+        dtype=dtype,
+        null_class=null_class,
+        device=device,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        seed=seed,
+        progress=not quiet,
     )
+    effort = Effort.light() if light else Effort()
+    result = subject.tune(wanted, teacher_steps, samples=samples, guidance_scales=scales, effort=effort, store=store)
     write_result(result, folder)
     typer.echo(result.report.table())
     typer.echo(time_spent(result.report, time.perf_counter() - start))
@@ -220,10 +225,18 @@ def sample(
     from olss_fast.support.folders import try_folder
 
     folder = try_folder(out)
-    subject = jobs.Subject(
-        model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
+    subject = jobs.subject(
+        model,
+        prompts,
+        dtype=dtype,
+        null_class=null_class,
+        device=device,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        seed=seed,
+        progress=not quiet,
     )
-    images, nfe, names = jobs.sample(subject, chosen, given, count, labels)
+    images, nfe, names = subject.sample(chosen, given, count, labels)
     written = save_images(images, folder, names)
     typer.echo(f"{count} images at {nfe} NFE are in {folder}, all of them in {written[-1]}")
 
@@ -275,10 +288,18 @@ def compare(
     from olss_fast.support.folders import make_folder, try_folder
 
     try_folder(out)
-    subject = jobs.Subject(
-        model, prompts, device, dtype, null_class, guidance_scale, batch_size, seed, progress=not quiet
+    subject = jobs.subject(
+        model,
+        prompts,
+        dtype=dtype,
+        null_class=null_class,
+        device=device,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        seed=seed,
+        progress=not quiet,
     )
-    report = jobs.compare_with(subject, wanted, teacher_steps, samples=samples, plans=loaded_plans)
+    report = subject.compare(wanted, teacher_steps, samples=samples, plans=loaded_plans)
     folder = make_folder(out)
     report.to_json(folder / "report.json")
     report.plot(folder)
@@ -337,8 +358,8 @@ def export_onnx(
     chosen = None if plan is None else load_plan(plan)
     from olss_fast.cli import jobs
 
-    subject = jobs.Subject(model, None, device, None, null_class, guidance_scale)
-    exported = jobs.export_onnx(subject, chosen, {"solver": solver, "steps": steps}, out)
+    subject = jobs.NetworkSubject(model=model, device=device, null_class=null_class, guidance_scale=guidance_scale)
+    exported = subject.export_onnx(chosen, {"solver": solver, "steps": steps}, out)
     typer.echo(f"{exported.nfe} NFE of {exported.metadata.get('method', 'a plan')} are in {out}")
 
 

@@ -94,9 +94,13 @@ def build(
 
     loaded = [Plan.load(path) for path in plans or []]
     _check_target(out)
-    subject = jobs.Subject(model, None, device, None, null_class, guidance_scale, progress=not quiet)
+    subject = jobs.NetworkSubject(
+        model=model, device=device, null_class=null_class, guidance_scale=guidance_scale, progress=not quiet
+    )
     chosen = settings if solver is not None else {**SOLVER, **settings}
-    engine = jobs.build_engine(subject, loaded, nfes, chosen, batches, dtype=dtype, cache=not no_cache)
+    every = [subject.plan(each, {}) for each in loaded]
+    every += [subject.plan(None, {**chosen, "steps": nfe}) for nfe in nfes]
+    engine = subject.build_engine(every, batches, dtype=dtype, cache=not no_cache)
     make_folder(out.parent)
     engine.save(out)
     took, compiling = time.perf_counter() - begin, engine.manifest.facts["measured"]["seconds_to_compile"]

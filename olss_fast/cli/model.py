@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from olss_fast.errors import InputError
-from olss_fast.network import Network, module_of
+from olss_fast.network import Network, network_device
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.support.arguments import check_prediction
 from olss_fast.support.progress import evaluation_bar
 
 DEMO = "demo"
@@ -60,9 +57,7 @@ def draw_noise(model: Model, count: int, seed: int) -> Tensor:
 
 
 def device_of(model: Model) -> torch.device:
-    module = module_of(model.network)
-    parameters = () if module is None else module.parameters()
-    return next((each.device for each in parameters), torch.device("cpu"))
+    return network_device([model.network]) or torch.device("cpu")
 
 
 def pick_labels(model: Model, count: int, classes: Sequence[int] = ()) -> list[int]:
@@ -139,28 +134,3 @@ def solver_plan(schedule: NoiseSchedule, settings: Mapping[str, Any]) -> Plan:
     if foreign:
         raise InputError(f"the solver {name!r} has no {foreign[0]}: leave it out")
     return solver(schedule, **settings)
-
-
-def sample_images(
-    plan: Plan,
-    model: Model,
-    count: int,
-    *,
-    classes: Sequence[int] = (),
-    guidance_scale: float | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> NDArray[np.float32]:
-    """(count, C, H, W) samples of `model`, labels in turn; guided as the plan was tuned if no scale is given."""
-    from olss_fast.sampling.sampling import sample
-
-    check_prediction(plan, model.schedule)
-    how = arguments(model, pick_labels(model, count, classes), tuned_guidance([plan], guidance_scale))
-    total = count * plan.nfe * (2 if "unconditional" in how else 1)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with counted(model.network, "Sampling", total, progress=progress) as network:
-        images = sample(
-            network, plan, draw_noise(model, count, seed), generator=generator, batch_size=batch_size, **how
-        )
-    return images.float().cpu().numpy()

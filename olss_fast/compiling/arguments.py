@@ -61,6 +61,11 @@ class FlatNetwork(nn.Module):
         self.network = network
         self._example = example
 
+    @property
+    def form(self) -> str:
+        """How the arguments are nested."""
+        return str(flat(self._example)[1])
+
     def forward(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
         left = iter(tensors)
         arguments = mapped(lambda leaf: next(left) if isinstance(leaf, Tensor) else leaf, self._example)

@@ -8,7 +8,7 @@ Python code nor diffusers to run, from Python or from a C++ program.
 | `machine` | what this machine is, and why an engine may not fit it |
 | `shapes`, `arguments`, `inputs` | shapes and conditioning: what is built for, and whether a call keeps to it |
 | `compiled`, `weights` | export, compilation, and compiled code that is loaded |
-| `structure`, `cache` | what a network is apart from its weights; compiled code by what it was compiled from |
+| `cache` | compiled code by what it was compiled from |
 | `request`, `building` | `build`: what is asked, checked; how it is done |
 | `engine` | `Engine` and `load_engine` |
 | `describe`, `timing` | what `olss-fast inspect` shows and `olss-fast bench` measures |

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from olss_fast.compiling.export import export, graph_text
 from olss_fast.compiling.request import Request, checked_request, is_per_sample, named_plans
 from olss_fast.compiling.shapes import Profile
-from olss_fast.compiling.structure import structure_key
 from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
 from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name, with_layout
@@ -30,6 +29,7 @@ from olss_fast.network import Conditioning
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
 from olss_fast.support.container import VERSION
+from olss_fast.support.identity import structure
 from olss_fast.support.old_forms import takes_old_forms
 from olss_fast.support.progress import bar_options
 
@@ -90,8 +90,8 @@ def build(
     with _stages(progress) as stage:
         stage("look for compiled code")
         facts = _facts(request, plans)
-        structure = _structure(request, facts, settings)
-        known = _by_structure(request, plans, facts, folder, structure)
+        name = _structure(request, facts, settings)
+        known = _by_structure(request, plans, facts, folder, name)
         if known is not None:
             return known
         stage("export")
@@ -103,17 +103,17 @@ def build(
         bound = TOLERANCE[str(request.dtype).removeprefix("torch.")]
         engine = _checked(_engine(request, plans, facts, code, constants, seconds), request, bound)
         measured = engine.manifest.facts["measured"]
-        for name in {structure, _structure(request, facts, settings)} if folder is not None else ():
-            code_cache.point(folder, name, key, measured["largest_difference"] / max(measured["largest_output"], TINY))
+        for each in {name, _structure(request, facts, settings)}:  # a network may note something when it is called
+            code_cache.point(folder, each, key, measured["largest_difference"] / max(measured["largest_output"], TINY))
         return engine
 
 
 def _by_structure(
-    request: Request, plans: Mapping[str, Plan], facts: Facts, folder: Path | None, structure: str | None
+    request: Request, plans: Mapping[str, Plan], facts: Facts, folder: Path | None, name: str
 ) -> Engine | None:
     """The engine from code that was compiled of a network of this structure: without tracing it. None if there is none,
     or if it turns out that it is not this network's."""
-    found = code_cache.follow(folder, structure)
+    found = code_cache.follow(folder, name)
     if found is None:
         return None
     network = request.flat
@@ -146,9 +146,11 @@ def _by_graph(
     return key, code, seconds
 
 
-def _structure(request: Request, facts: Facts, settings: dict[str, Any]) -> str | None:
-    key = structure_key(request.flat)
-    return None if key is None else _key(request, facts, settings, {"structure": key, "fixed": request.fixed})
+def _structure(request: Request, facts: Facts, settings: dict[str, Any]) -> str:
+    flat = request.flat
+    asked = {"network": flat.network, "form": flat.form, "lends_x": flat.lends_x}
+    key = structure(asked, [*flat.network.parameters(), *flat.network.buffers()])
+    return _key(request, facts, settings, {"structure": key, "fixed": request.fixed})
 
 
 def _key(request: Request, facts: Facts, settings: dict[str, Any], about: Mapping[str, object]) -> str:

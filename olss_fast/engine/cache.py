@@ -51,13 +51,12 @@ def store(folder: Path | None, key: str, code: Mapping[str, bytes], seconds: flo
     _write(folder, key, {"seconds_to_compile": seconds}, code)
 
 
-def point(folder: Path | None, name: str | None, key: str, difference: float) -> None:
+def point(folder: Path | None, name: str, key: str, difference: float) -> None:
     """Remembers that whatever has `name` was compiled to the entry `key`, which is this far from it at most."""
-    if name is not None:
-        _write(folder, name, {"same_as": key, "difference": difference}, {})
+    _write(folder, name, {"same_as": key, "difference": difference}, {})
 
 
-def follow(folder: Path | None, name: str | None) -> tuple[dict[str, bytes], float, float] | None:
+def follow(folder: Path | None, name: str) -> tuple[dict[str, bytes], float, float] | None:
     """What `point` remembered: code and seconds as `load` gives them, and the difference."""
     entry = _read(folder, name)
     if entry is None:
@@ -69,9 +68,8 @@ def follow(folder: Path | None, name: str | None) -> tuple[dict[str, bytes], flo
     return None if found is None else (*found, difference)
 
 
-def _read(folder: Path | None, key: str | None) -> tuple[dict[str, Any], dict[str, bytes]] | None:
-    path = folder / f"{key}.safetensors" if folder is not None and key is not None else None
-    if folder is None or path is None or not path.exists() or not _private(folder):
+def _read(folder: Path | None, key: str) -> tuple[dict[str, Any], dict[str, bytes]] | None:
+    if folder is None or not (path := folder / f"{key}.safetensors").exists() or not _private(folder):
         return None
     try:
         manifest, blobs = container.read(path, KIND)

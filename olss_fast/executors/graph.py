@@ -9,7 +9,7 @@ was replaced (adapters are put in so), the graph reads memory that is no longer 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +20,7 @@ from olss_fast.executors.fused import Ask, FusedLoop
 from olss_fast.executors.reference import OnStep
 from olss_fast.network import module_of
 from olss_fast.plan.plan import Plan
-
-Watched = tuple[Mapping[str, Any], str, str, object]
-"""What holds a parameter, buffer or module, under which key, its name, and its identity when a graph was captured."""
+from olss_fast.support.identity import Watched, first_moved, watched
 
 CAPTURING = threading.RLock()
 """One capture at a time in this process: a second would break off the first."""
@@ -98,7 +96,9 @@ class GraphLoop(FusedLoop):
 
     def run(self, on_step: OnStep | None = None) -> Tensor:
         assert self.plan is not None
-        self._forget_if_moved()
+        if self._graphs and (name := first_moved(self._watched)):
+            self.moved = name
+            self._graphs.clear()
         models = self.plan.models.tolist()
         if self.unroll and on_step is None:
             self._graph(("loop", *models), super().run).replay()
@@ -118,40 +118,14 @@ class GraphLoop(FusedLoop):
         if key not in self._graphs:
             self.start()
             self._graphs[key] = capture(function, self.pool(), self.x.device)
-            self._watched = watched(self.networks)
+            self._watched = watched([module_of(each) for each in self.networks])
             self.captures += 1
         return self._graphs[key]
-
-    def _forget_if_moved(self) -> None:
-        """Drops the graphs if a parameter's storage, or a module, was replaced since they were captured."""
-        for owner, key, name, before in self._watched if self._graphs else []:
-            if identity(owner.get(key)) != before:
-                self.moved = name
-                self._graphs.clear()
-                return
 
     @property
     def alive(self) -> bool:
         """Whether it holds graphs."""
         return bool(self._graphs)
-
-
-def watched(networks: Sequence[Any]) -> list[Watched]:
-    """Each parameter, buffer and module of the networks: where its module keeps it, its name, and its identity."""
-    found: list[Watched] = []
-    for i, network in enumerate(networks):
-        root = module_of(network)
-        prefix = f"{i}." if len(networks) > 1 else ""
-        for path, module in () if root is None else root.named_modules():
-            where = prefix + path + "." * bool(path)
-            for owner in (module._parameters, module._buffers, module._modules):
-                found += [(owner, key, where + key, identity(each)) for key, each in owner.items()]
-    return found
-
-
-def identity(value: Tensor | torch.nn.Module | None) -> object:
-    """What stays the same while a graph reads the right memory."""
-    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def require_cuda(device: torch.device) -> None:

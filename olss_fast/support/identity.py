@@ -1,4 +1,12 @@
-"""What was asked, as a table of places and digests: two equal tables are one question.
+"""Whether a network, or whatever else was asked, is the same as before.
+
+| who wants to know | what is compared |
+|---|---|
+| the store of a recording | `identity`: everything, by value |
+| the cache of compiled code | `structure`: everything but the values of weights |
+| a CUDA graph | `watched`: the memory in which weights lie |
+
+An identity is a table of places and digests; two equal tables are one question.
 
     {"network.first.weight": "3b1f…", "network.shift": "…", "network.(code).forward": "…", "guidance_scale": "…"}
 
@@ -15,11 +23,13 @@ them out.
 from __future__ import annotations
 
 import collections
+import copyreg
 import dis
 import enum
 import functools
 import hashlib
 import logging
+import os
 import re
 import sys
 import sysconfig
@@ -40,6 +50,7 @@ OPAQUE = (logging.Logger, logging.Handler, torch.device, types.ModuleType, types
 OPAQUE_PACKAGES = ("torch._", "accelerate.hooks")  # compilers and where weights lie: how it is computed, not what
 UNTOLD = {"_name_or_path", "name_or_path", "_diffusers_version", "_commit_hash", "transformers_version"}
 UNTOLD |= {"_use_default_values", "deprecation_warnings", "_torchdynamo_wrapper_id"}  # in a chance order, or counted
+VERSIONED = {"builtins", "numpy", "olss_fast", "torch"}  # whose versions are known to whoever keeps code
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OF_MODULES = set(vars(nn.Module())) - {"training"}
 Children = Iterable[tuple[str, Any]]
@@ -53,12 +64,28 @@ class Identity:
     digests: Table = field(default_factory=dict)
     parents: Table = field(default_factory=dict)
     tensors: dict[int, tuple[tuple[int, int], str, Tensor]] = field(default_factory=dict)  # kept, for ids return
+    packages: set[str] = field(default_factory=set)  # that are told by name
 
 
 def identity(question: Mapping[str, Any], before: Identity | None = None) -> Identity:
     """The identity of the objects of `question`, by their names. Tensors that are as they were `before` are not read
     again."""
     return _Walk({} if before is None else before.tensors).through(question)
+
+
+def structure(question: Mapping[str, Any], weights: Iterable[Tensor]) -> str:
+    """A digest of the objects of `question` without the values of `weights`: equal digests, equal graphs. Of packages
+    that are told by name it holds the times and sizes of their files."""
+    found = _Walk({}, {id(each) for each in weights}).through(question)
+    files = _files(found.packages - VERSIONED)
+    return digest(*(part for place in sorted(found.digests.items()) for part in place), repr(files))
+
+
+def _files(packages: Set[str]) -> list[tuple[str, int, int]]:
+    """The loaded modules of packages, with time and size of their files."""
+    files = [(name, getattr(module, "__file__", None) or "") for name, module in sorted(sys.modules.items())]
+    mine = [(name, file) for name, file in files if name.partition(".")[0] in packages and os.path.exists(file)]
+    return [(name, os.stat(file).st_mtime_ns, os.stat(file).st_size) for name, file in mine]
 
 
 def moving(before: Identity, after: Identity) -> list[str]:
@@ -83,8 +110,8 @@ def _within(place: str, others: Iterable[str]) -> bool:
 class _Walk:
     """Visits every object once, however they are tied together; a second place of one is told by the first."""
 
-    def __init__(self, known: Mapping[int, tuple[tuple[int, int], str, Tensor]]) -> None:
-        self.found, self.known = Identity(), known
+    def __init__(self, known: Mapping[int, tuple[tuple[int, int], str, Tensor]], weights: Collection[int] = ()) -> None:
+        self.found, self.known, self.weights = Identity(), known, dict.fromkeys(weights, "")
         self.places: dict[int, str] = {}
         self.kept: list[Any] = []  # else another object could get the id of one that was made on the way
 
@@ -97,24 +124,25 @@ class _Walk:
 
     def visit(self, place: str, value: Any) -> Children:
         """Notes what `value` is by itself, and returns what it consists of."""
+        digests = self.found.digests
         if isinstance(value, Tensor):
-            self.note(place, self.tensor(value))
+            digests[place] = self.tensor(place, value)
         elif (spelled := spell(value)) is not None:
-            self.note(place, digest(type(value).__qualname__, spelled))
+            digests[place] = digest(type(value).__qualname__, spelled)
         elif (seen := self.places.setdefault(id(value), place)) != place:
-            self.note(place, digest("as", seen))
+            digests[place] = digest("as", seen)
         else:
             self.kept.append(value)
             try:
                 told, children = consists_of(value)
             except Exception:  # whatever somebody's object raises when it is looked into
                 told, children = "", ()
-            self.note(place, digest(_name(type(value)), told))
+            digests[place] = digest(_name(type(value)), told)
+            kind = value if isinstance(value, (type, types.FunctionType)) else type(value)
+            if _installed(kind.__module__):
+                self.found.packages.add(str(kind.__module__).partition(".")[0])
             return self.remembered(place, children)
         return ()
-
-    def note(self, place: str, told: str) -> None:
-        self.found.digests[place] = told
 
     def remembered(self, place: str, children: Children) -> Iterator[tuple[str, Any]]:
         for name, each in children:
@@ -122,7 +150,10 @@ class _Walk:
                 self.found.parents[place + name] = place
             yield name, each
 
-    def tensor(self, value: Tensor) -> str:
+    def tensor(self, place: str, value: Tensor) -> str:
+        if id(value) in self.weights:  # one weight in two places is not two weights
+            first = self.weights[id(value)] = self.weights[id(value)] or place
+            return digest(first, repr((value.dtype, value.shape, value.stride(), value.device)))
         try:
             state = (value._version, value.data_ptr())
         except RuntimeError:  # inference tensors have no version, and some have no memory of their own
@@ -207,14 +238,10 @@ def _attributes(members: Mapping[str, Any]) -> Children:
 
 
 def _members(value: Any) -> dict[str, Any]:
-    slots = {name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)}
-    return {name: getattr(value, name) for name in sorted(slots)} | dict(getattr(value, "__dict__", {}))
-
-
-def _slots(kind: type) -> Sequence[str]:
-    slots = vars(kind).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else slots
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
+    slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+    return {name: getattr(value, name) for name in sorted(slots) if hasattr(value, name)} | getattr(
+        value, "__dict__", {}
+    )
 
 
 def _module(value: nn.Module) -> tuple[str, Children]:
@@ -296,10 +323,6 @@ def _code(kind: type) -> Children:
     return [] if _installed(kind.__module__) else [(".(code)", kind)]
 
 
-def _partial(value: functools.partial[Any]) -> tuple[str, Children]:
-    return "", _attributes({"func": value.func, "args": value.args, "keywords": value.keywords, **vars(value)})
-
-
 def _builtin(value: types.BuiltinFunctionType) -> tuple[str, Children]:
     owner = value.__self__
     return value.__qualname__, [] if isinstance(owner, types.ModuleType) else [(".self", owner)]
@@ -334,8 +357,38 @@ _KINDS: tuple[tuple[Any, Callable[[Any], tuple[str | bytes, Children]]], ...] = 
     (types.FunctionType, _function),
     (types.MethodType, lambda value: ("", [(".self", value.__self__), (".function", value.__func__)])),
     (types.BuiltinFunctionType, _builtin),
-    (functools.partial, _partial),
+    (
+        functools.partial,
+        lambda value: ("", _attributes({"func": value.func, "args": value.args, "keywords": value.keywords})),
+    ),
     ((staticmethod, classmethod), lambda value: ("", [(".function", value.__func__)])),
     (property, lambda value: ("", [(".get", value.fget)])),
     (type, _class),
 )
+
+
+# --- the memory in which weights lie ----------------------------------------------------------------------------------
+
+Watched = tuple[Mapping[str, Any], str, str, object]
+"""What holds a parameter, buffer or module, under which key, its name, and what stays while it is in its place."""
+
+
+def watched(networks: Sequence[nn.Module | None]) -> list[Watched]:
+    """Each parameter, buffer and module of the networks, as a graph captures it."""
+    found: list[Watched] = []
+    for i, root in enumerate(networks):
+        prefix = f"{i}." if len(networks) > 1 else ""
+        for path, module in () if root is None else root.named_modules():
+            where = prefix + path + "." * bool(path)
+            for owner in (module._parameters, module._buffers, module._modules):
+                found += [(owner, key, where + key, _place(each)) for key, each in owner.items()]
+    return found
+
+
+def first_moved(before: Iterable[Watched]) -> str:
+    """The name of what has another place since, or was replaced; "" where there is none."""
+    return next((name for owner, key, name, place in before if _place(owner.get(key)) != place), "")
+
+
+def _place(value: Tensor | nn.Module | None) -> object:
+    return value.data_ptr() if isinstance(value, Tensor) else value

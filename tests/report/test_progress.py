@@ -84,9 +84,9 @@ def test_every_bar_of_the_package_asks_where_it_is_drawn() -> None:
 
 
 COMMANDS: dict[str, tuple[Any, str, list[str]]] = {
-    "tune": (jobs, "tune", ["--model", "demo"]),
-    "sample": (jobs, "sample", ["--model", "demo", "--solver", "ddim", "--steps", "3"]),
-    "compare": (jobs, "compare_with", ["--model", "demo"]),
+    "tune": (jobs.NetworkSubject, "tune", ["--model", "demo"]),
+    "sample": (jobs.NetworkSubject, "sample", ["--model", "demo", "--solver", "ddim", "--steps", "3"]),
+    "compare": (jobs.NetworkSubject, "compare", ["--model", "demo"]),
     "demo": (demo_job, "tune", []),
 }
 
@@ -112,7 +112,7 @@ def test_an_interrupted_build_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "build_engine", interrupted)
+    monkeypatch.setattr(jobs.NetworkSubject, "build_engine", interrupted)
     words = ["build", "--model", "demo", "--steps", "2", "--out", str(tmp_path / "new" / "demo.olss")]
     assert CliRunner().invoke(commands.app, words).exit_code == 130
     assert list(tmp_path.iterdir()) == []
