@@ -21,7 +21,7 @@ OLSS = "olss"
 class Method:
     """How one kind of plan is made.
 
-    title    what tables and plots call it
+    title    its name in tables and plots
     make     the plan for a number of steps: fitted, or of an analytic solver at times that the method found. Gradients
              are off: a method that differentiates the network turns them on for itself
     line     colour and dashes of a line of its own in plots, and a column of its own in tables; None for variants of
@@ -88,4 +88,5 @@ def kind_of(plan: Plan) -> str:
 
 
 def title_of(kind: str) -> str:
+    """The method's title; an unknown kind is its own."""
     return METHODS[kind].title if kind in METHODS else kind

@@ -1,4 +1,4 @@
-"""What was tried and how well it did: figures, tables, pictures."""
+"""Results of tuning and comparing: figures, tables, pictures."""
 
 from __future__ import annotations
 

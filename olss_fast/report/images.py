@@ -16,7 +16,7 @@ from olss_fast.support.folders import PathLike, make_folder
 from olss_fast.support.text import clipped
 
 GAP = 2  # pixels between the images of a grid
-LEAST_WIDTH = 512  # pixels of a grid that somebody looks at
+LEAST_WIDTH = 512  # pixels: a narrower grid is enlarged
 LINE, LETTER = 16, 7  # height of a line of text, and the most that one of its letters is wide
 
 

@@ -141,7 +141,7 @@ def _draw(axes: Axes, line: Line) -> None:
 
 
 def _dot_others(axes: Axes, report: Report) -> None:
-    """What is behind the best analytic solver."""
+    """The analytic solvers behind the best one."""
     others = [each for nfe in report.nfes for each in report.at(nfe, ANALYTIC)[1:] if math.isfinite(each.mean)]
     axes.plot([each.nfe for each in others], [each.mean for each in others], ".", color=FAINT, markersize=3, zorder=1)
 
@@ -198,7 +198,7 @@ def within(text: str, inches: float, size: float) -> str:
 
 
 def _legend(axes: Axes, report: Report) -> None:
-    """What no name at the end of a line tells."""
+    """Explains bands and grey marks; lines have their names at their ends."""
     full = {"marker": "o", "markersize": 3.5, "label": "grey: a family at its best; dot: scored on all samples"}
     rest = {"marker": ".", "markersize": 3, "linestyle": "", "label": "small dot: its other orders and spacings"}
     lines = [full, rest] if any(len(report.at(nfe, ANALYTIC)) > 1 for nfe in report.nfes) else []

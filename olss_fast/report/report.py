@@ -1,4 +1,4 @@
-"""What was tried and how well it did: every candidate's held-out error, NFE, path and times.
+"""The results of tuning or comparing: the held-out error, NFE, path and times of every candidate.
 
 The error of a candidate is the RMSE of each of its samples to the teacher's sample from the same noise (see
 `metrics.rmse`). Hopeless candidates are dropped after a few samples; only those scored on all held-out samples are
@@ -32,9 +32,9 @@ LARGEST_FILE = 2**30  # bytes
 class Candidate:
     """One sampler with its score.
 
-    `kind` is "analytic" or one of `methods.METHODS`; `errors` are per-sample
-    RMSEs on the first `len(errors)` held-out samples (inf where the sampler diverged); `path` are the teacher's steps
-    at which a fitted sampler was planned; `accepted` marks the winner among those of its NFE.
+    `kind` is "analytic" or one of `methods.METHODS`; `errors` are per-sample RMSEs on the first `len(errors)` held-out
+    samples (inf where the sampler diverged); `path` holds the teacher's steps that a fit was planned at; `accepted`
+    marks the best of its NFE.
     """
 
     name: str
@@ -67,10 +67,12 @@ class Candidate:
 
     @cached_property
     def mean(self) -> float:
+        """Mean RMSE over the samples it was scored on."""
         return float(np.mean(self.errors))
 
     @cached_property
     def median(self) -> float:
+        """Median RMSE over the samples it was scored on."""
         return float(np.median(self.errors))
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
@@ -82,7 +84,7 @@ class Candidate:
         return bootstrap_interval(np.asarray(self.errors), level=level)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: `errors` that are infinite become null; mean, median and interval are there for readers."""
+        """For JSON: infinite `errors` become null; mean, median and interval are for people."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -100,6 +102,7 @@ class Candidate:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        """The candidate whose `to_dict` is `data`."""
         return cls(
             name=str(data["name"]),
             kind=str(data["kind"]),
@@ -172,11 +175,11 @@ class Report:
         return found
 
     def find(self, nfe: int, kind: str | None = None) -> Candidate | None:
-        """As `best`, but None where there is none."""
+        """Like `best`, but None if there is none."""
         return next(iter(self.at(nfe, kind)), None)
 
     def olss(self, nfe: int) -> Candidate | None:
-        """The best fit of this NFE, whatever its variant, methods shown beside OLSS aside; or None."""
+        """The best variant of OLSS at this NFE, or None; methods shown beside OLSS do not count."""
         return next((each for each in self.at(nfe) if is_olss(each.kind)), None)
 
     def matching_nfe(self, error: float, kind: str = ANALYTIC) -> float:
@@ -224,7 +227,7 @@ class Report:
         return plot_path(self, path)
 
     def plot(self, folder: PathLike) -> list[Path]:
-        """`error.png`, and `path.png` if there are fitted samplers, in `folder`, which is made."""
+        """Writes `error.png`, and `path.png` if there are fitted samplers, into `folder`, and makes it if need be."""
         folder = make_folder(folder)
         pictures = [self.plot_error(folder / "error.png")]
         if any(is_olss(candidate.kind) for candidate in self.candidates):
@@ -232,6 +235,7 @@ class Report:
         return pictures
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON: the errors of all candidates, and all that was set and measured."""
         return {
             "format": FORMAT,
             "version": VERSION,

@@ -137,7 +137,7 @@ def equivalent(report: Report, fitted: Candidate | None) -> str:
 
 
 def render(table: Table, *, width: int | None = None) -> str:
-    """As text: with colours where standard output is a terminal, else plain. `width` defaults to the terminal's."""
+    """The table as text: coloured on a terminal, plain elsewhere. `width` defaults to the terminal's."""
     terminal = sys.stdout.isatty()
     width = width or max(80, shutil.get_terminal_size((110, 24)).columns)
     how: dict[str, Any] = {"force_terminal": terminal, "no_color": not terminal, "highlight": False}

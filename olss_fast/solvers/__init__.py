@@ -8,7 +8,7 @@
 at the clean sample (no noise) and takes `start`, the amplitude of the initial noise in the first state (default
 sqrt(alpha^2 + sigma^2)). `timesteps` are the evaluation times; heun and pndm ask some of them twice.
 
-All raise InputError for arguments that cannot be and ScheduleError for times or spacings that the schedule lacks.
+All raise InputError for impossible arguments, and ScheduleError for times or spacings that the schedule lacks.
 """
 
 from __future__ import annotations

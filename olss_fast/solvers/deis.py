@@ -3,7 +3,7 @@
     x_t / alpha_t = x_s / alpha_s + int_{rho_s}^{rho_t} p(log rho) d rho,     rho = sigma / alpha
 
 p is the polynomial through the last `order` answers eps. As log rho = -lam, this is the noise-space integral of
-`_exponential` with exact weights.
+`exponential` with exact weights.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Space(Enum):
         return output.x0 if self is Space.DATA else output.eps
 
     def factor(self, target: Level) -> float:
-        """What the integral is multiplied by."""
+        """The factor in front of the integral."""
         return target.alpha if self is Space.DATA else -target.sigma
 
 
@@ -90,7 +90,7 @@ def midpoint_rule(h: float, ratios: Sequence[float], space: Space) -> Vector:
 
 
 def correction(target: Level, nodes: Sequence[Node], rule: Rule, space: Space) -> Vector | float:
-    """What the nodes beyond the first add to `transfer`; nodes[0] is the source, the rest in order of preference.
+    """The correction to `transfer` from the nodes beyond the first; nodes[0] is the source, the rest by preference.
 
     Drops nodes from the end while the weights would grow out of bounds, so unevenly spaced times stay well-conditioned.
     """

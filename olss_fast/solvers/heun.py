@@ -5,7 +5,7 @@ In straight coordinates the probability flow is dy = k du: y = x / c, u = sigma 
 - c = alpha + sigma: k = eps - x0 (flow matching, and schedules that start without signal).
 A step from s to t is Euler's (which is `transfer`) plus c_t (u_t - u_s) (k_t - k_s) / 2.
 
-Two evaluations a step, one for the last, which is Euler's: N times make S = 2 N - 1 evaluations. For even S the first
+Two evaluations a step, one in the last, which is Euler's: N times take S = 2 N - 1 evaluations. For even S the first
 step, where the answer hardly changes, is Euler's too.
 """
 

@@ -62,7 +62,7 @@ def pndm(
     """PNDM of order 4. `steps` counts evaluations; `timesteps` are the N nodes between steps.
 
     The first step is a trapezoid that asks the second node twice, N + 1 evaluations ("PLMS", the default), or the
-    first three are Runge-Kutta steps of 4 evaluations, N + 9 in all. InputError for counts that cannot be.
+    first three are Runge-Kutta steps of 4 evaluations, N + 9 in all. InputError for impossible counts.
     """
     extra = 9 if runge_kutta else 1
     levels, spacing_name = evaluation_levels(schedule, _nodes(steps, extra), timesteps, spacing)

@@ -1,4 +1,4 @@
-"""Analytic plans derived again from what their metadata says: for other timesteps, or for a start part of the way.
+"""Rebuild an analytic plan from its metadata: at other timesteps, or for a start part of the way.
 
 Image-to-image sampling begins at evaluation b with alpha image + sigma noise in place of row b. A plan for that start
 has timesteps[b:] and the rows of the same solver begun there, without history, with rows[0, 0] = 1: its column x_T
@@ -22,8 +22,6 @@ from olss_fast.plan.plan import Floats, Plan
 from olss_fast.schedule.curves import FLOW_ALPHA_FLOOR
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.table import TABLE
-
-Solver = Callable[..., Plan]
 
 _READERS: Mapping[str, Callable[[str], Any]] = {"order": int, "variant": str, "eta": float}
 
@@ -90,7 +88,7 @@ def schedule_of(plan: Plan) -> NoiseSchedule:
         levels = np.concatenate([[[levels[0, 0] + 1.0], [0.0], [1.0]], levels], axis=1)
     try:
         return NoiseSchedule(
-            PlanCurve(levels[0], levels[1], levels[2], description, exploding),
+            _PlanCurve(levels[0], levels[1], levels[2], description, exploding),
             told,
             sigma_data=float(plan.metadata.get("sigma_data", 0.5)),
             unit_input=exploding and told != "edm" and bool(scales[0] < 1.0),
@@ -100,7 +98,7 @@ def schedule_of(plan: Plan) -> NoiseSchedule:
 
 
 @dataclass(frozen=True, eq=False)
-class PlanCurve:
+class _PlanCurve:
     """Signal and noise level of the states of a plan, known at its own timesteps alone (`_noise_curves.Curve`)."""
 
     timesteps: Floats
@@ -131,11 +129,11 @@ class PlanCurve:
     def describe(self) -> str:
         return self.description
 
-    def begun_at(self, timestep: float) -> PlanCurve:
+    def begun_at(self, timestep: float) -> _PlanCurve:
         return self
 
 
-def _solver(plan: Plan, schedule: NoiseSchedule) -> Solver:
+def _solver(plan: Plan, schedule: NoiseSchedule) -> Callable[..., Plan]:
     if not is_analytic(plan):
         raise InputError(f"the method {plan.metadata.get('method')!r} is not one of {', '.join(TABLE)}")
     if problem := mismatch(plan, schedule):

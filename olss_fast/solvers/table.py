@@ -1,6 +1,6 @@
-"""The table of analytic solvers, and what follows from it: which plans are compared, and what plans are called.
+"""The table of analytic solvers. Which plans are compared, and what they are called, follows from it.
 
-A new solver is a file with its function, and a row here.
+A new solver is a file with its function, and a row here (docs/adding.md).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from olss_fast.support.bounds import check_steps
 
 @dataclass(frozen=True)
 class Solver:
-    """What `plan.metadata["method"]` stands for.
+    """One solver, known as `plan.metadata["method"]`.
 
     function  writes the plan; its order, variant and eta stand in the plan's metadata
-    family    what all its plans together are called
-    title     what one of them is called; {order} is that of the plan
+    family    name of all its plans together
+    title     name of one of them; {order} is that of the plan
     tried     the settings that `candidates` tries on each of `spacings`: none for solvers that draw fresh noise, and
               for those whose plans another row has too
     """
@@ -93,8 +93,8 @@ def candidates(schedule: NoiseSchedule, nfe: int) -> list[Plan]:
 
 
 def display_name(plan: Plan) -> str:
-    """What to call a plan in tables: "DPM-Solver++ 2M (logsnr)". A captured plan has its own title,
-    unknown methods go by their own name."""
+    """The name of a plan in tables: "DPM-Solver++ 2M (logsnr)". A captured plan has its own title; an unknown method
+    goes by its own name."""
     facts = plan.metadata
     if "title" in facts:
         return facts["title"]
@@ -111,7 +111,7 @@ def display_name(plan: Plan) -> str:
 
 
 def family_name(plan: Plan) -> str:
-    """What to call all orders, variants and spacings of a plan's solver together; a captured plan's is diffusers."""
+    """The name of a plan's solver, whatever the order, variant and spacing."""
     method = plan.metadata.get("method", "")
     if method == "captured":
         return "diffusers' schedulers"

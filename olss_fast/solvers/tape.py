@@ -24,7 +24,7 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One evaluation time: x = alpha x0 + sigma eps, lam = log(alpha / sigma), and what the network makes of it."""
+    """One evaluation time: x = alpha x0 + sigma eps, lam = log(alpha / sigma), and how outputs convert to both."""
 
     timestep: float
     alpha: float
@@ -45,7 +45,7 @@ CLEAN = Level(timestep=np.nan, alpha=1.0, sigma=0.0, lam=np.inf)
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one evaluation says about the clean data and about the noise, as coefficient vectors."""
+    """The clean data and the noise by one evaluation, as coefficient vectors."""
 
     level: Level
     x0: Vector

@@ -1,4 +1,4 @@
-"""Score every analytic solver, and plans of one's own, against the same teacher at many numbers of evaluations."""
+"""Score all analytic solvers, and given plans, against one teacher at several numbers of evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records a teacher, and judges plans by their distance to it: those of one's own, analytic solvers, and rivals."""
+"""Records a teacher, and scores plans by their distance to it: given ones, analytic solvers, and rivals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def recorded(
 
 
 def default_batch_size(teacher: Plan, noise: Tensor) -> int:
-    """As many samples at once as keep a chunk's float64 and float32 basis below `LARGEST_CHUNK`, at most 64."""
+    """The most samples, up to 64, whose float64 and float32 basis stays below `LARGEST_CHUNK`."""
     return int(min(64, max(1, LARGEST_CHUNK // (12 * teacher.columns * noise[0].numel()))))
 
 
@@ -61,7 +61,7 @@ class Judge:
     """Scores plans on held-out noise, beside the analytic solvers and `rivals` that `admits` lets through.
 
     stage  what the report calls the work
-    first  the samples on which every plan is scored; hopeless ones are then dropped
+    first  how many samples every plan is scored on before hopeless ones are dropped
     """
 
     task: Task
@@ -72,7 +72,7 @@ class Judge:
     first: int
 
     def candidates(self, nfe: int, own: Sequence[Plan]) -> list[Candidate]:
-        """All plans of `nfe` evaluations with their errors, first `own`, which are scored on all samples."""
+        """All plans of `nfe` evaluations with their errors: first `own`, which are scored on all samples."""
         held_out, store = self.task.recording.split.held_out, self.task.recording.store
         others = with_rivals(solvers.candidates(self.task.schedule, nfe), self.rivals)
         plans = [*own, *(plan for plan in others if plan not in own and self.admits(plan))]

@@ -1,4 +1,4 @@
-"""What the methods of one number of steps share: paths, students and their polish, each made when first asked for."""
+"""The work that methods share at one number of steps: paths, fits and their polish, each done when first needed."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class Effort:
 
     @staticmethod
     def light() -> Effort:
+        """About a tenth of the default's polish, and a coarser search for paths."""
         return Effort(
             polish_iterations=2,
             jacobian_samples=16,
@@ -89,6 +90,7 @@ class Study:
 
     @cached_property
     def uniform(self) -> Path:
+        """The evenly spaced path."""
         return path_planning.uniform_path(self.task.recording.teacher.nfe, self.steps)
 
     @cached_property
@@ -114,6 +116,7 @@ class Study:
         return self.on_policy(self.searched)
 
     def teacher_forced(self, path: Path, ridge: float = PUBLISHED_RIDGE) -> Fit:
+        """Rows fitted on the teacher's own outputs, without a network call."""
         return Fit(fitting.teacher_forced(self.task, path, ridge), path, ridge)
 
     def on_policy(self, path: Path, *, ridges: Sequence[float] = RIDGES, branches: int = 1) -> Fit:

@@ -190,6 +190,7 @@ def _made(study: Study, kind: str, method: Method) -> Plan:
 
 
 def ddim_teacher(schedule: NoiseSchedule, steps: int) -> Plan:
+    """The default teacher: DDIM of `steps` evaluations, trailing spacing."""
     return solvers.ddim(schedule, check_steps(steps, "teacher_steps"), spacing="trailing")
 
 
@@ -239,6 +240,6 @@ def _set_aside(samples: int, held_out: int | None) -> tuple[int, int]:
 
 
 def _enough(needed: int, held_out: int | None) -> int:
-    """The least number of samples of which `needed` remain: from a bound that forgets the rounding, upwards."""
+    """The least number of samples of which `needed` remain: counted up from a bound that ignores rounding."""
     least = (needed - 2) * 8 // 5 if held_out is None else (needed + held_out - 1) * 8 // 7
     return next(n for n in itertools.count(max(1, least)) if n - sum(_set_aside(n, held_out)) >= needed)
