@@ -15,7 +15,7 @@ from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.verifying import Parts, check_unconditional, naming, plan_facts, verified
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
 from olss_fast.errors import InputError, MachineError, NetworkError
-from olss_fast.executors.loop_cache import Loops, Stats
+from olss_fast.executors.loop_cache import Loops, Stats, Work
 from olss_fast.network import Conditioning, Denoiser
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
@@ -91,19 +91,19 @@ class Engine:
             )
         without = {**self.unconditional, **flatten(unconditional or {})}
         tensors = inputs.network_inputs(self.manifest, noise.shape[0], self.device, conditioning, without)
-        step_noise = draw_step_noise(chosen, noise, streams)
+        work = Work(
+            chosen,
+            noise,
+            tensors,
+            lambda held: lambda x, time, model: self.network(x, time, *held),
+            dtype=noise.dtype,
+            device=self.device,
+            doubled=self.manifest.doubled,
+            guidance_scale=float(scale),
+            step_noise=draw_step_noise(chosen, noise, streams),
+        )
         try:
-            return self._loops.run(
-                chosen,
-                noise,
-                tensors,
-                lambda held: lambda x, time, model: self.network(x, time, *held),
-                dtype=noise.dtype,
-                device=self.device,
-                doubled=self.manifest.doubled,
-                guidance_scale=float(scale),
-                step_noise=step_noise,
-            )
+            return self._loops.run(work)
         except RuntimeError as cause:
             if isinstance(cause, torch.OutOfMemoryError):
                 raise

@@ -7,7 +7,7 @@ plan, a guidance scale or a noise is replaced by writing over it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,15 @@ from olss_fast.plan.plan import Plan
 Ask = Callable[[Tensor, Tensor, int], Tensor]
 """`ask(x, time, model)`: the raw output of network number `model`, of x's shape and dtype."""
 
-LEAST_ROOM = 16  # evaluations that a loop has room for at least, so that most plans fit where another was
+
+class Room(NamedTuple):
+    """What there is memory for, or what a plan takes."""
+
+    steps: int
+    noises: int
+
+
+LEAST_ROOM = Room(steps=16, noises=0)  # so that most plans fit where another was
 
 
 class FusedLoop:
@@ -32,24 +40,23 @@ class FusedLoop:
     like: an empty tensor (B, …) of the network's dtype, device and memory format. doubled: the network is handed both
     halves of a guided pair, unconditional first. The network gets the same two tensors, x and its times, in every call,
     or a copy of x if it writes to it.
-    room: evaluations and noises that there is room for at least.
+    room: what there is room for at least.
     """
 
     backend = "fused"
-    captures = replays = 0  # of graphs
     moved = ""  # the parameter or module because of which the last capture was repeated
 
-    def __init__(self, ask: Ask, like: Tensor, plan: Plan, *, doubled: bool, room: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, ask: Ask, like: Tensor, plan: Plan, *, doubled: bool, room: Room = LEAST_ROOM) -> None:
         if plan.branches == 2 and not doubled:
             raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
         self.ask, self.batch = ask, like.shape[0]
         self.x = torch.cat([like, like]) if doubled else torch.empty_like(like)
         self.time = torch.zeros(self.x.shape[0], dtype=torch.float32, device=like.device)
-        self.state: Any = StepState.empty(
+        self.state = StepState.empty(
             self.x,
             self.time,
-            steps=max(LEAST_ROOM, plan.nfe, room[0]),
-            noises=max(plan.noises, room[1]),
+            steps=max(plan.nfe, room.steps),
+            noises=max(plan.noises, room.noises),
             branches=plan.branches,
             doubled=doubled,
         )
@@ -58,15 +65,13 @@ class FusedLoop:
         self._asked, self._lends = 0, True  # evaluations since the start; whether the network is handed x itself
 
     @property
-    def room(self) -> tuple[int, int, int]:
-        """The largest plan that fits: evaluations, noises, branches."""
-        state = self.state
-        return state.rows.shape[0] - 1, state.history.shape[0] - self._noise_start, state.branches
+    def room(self) -> Room:
+        return Room(len(self.state.rows) - 1, self.state.history.shape[0] - self._noise_start)
 
     @property
     def _noise_start(self) -> int:
-        steps: int = self.state.rows.shape[0] - 1
-        return 1 + steps * int(self.state.branches)
+        start: int = 1 + (len(self.state.rows) - 1) * self.state.branches
+        return start
 
     @property
     def bytes(self) -> int:
@@ -74,8 +79,8 @@ class FusedLoop:
         return sum(each.numel() * each.element_size() for each in self.state if isinstance(each, Tensor))
 
     def fits(self, plan: Plan) -> bool:
-        steps, noises, branches = self.room
-        return plan.nfe <= steps and plan.noises <= noises and plan.branches == branches
+        room = self.room
+        return plan.nfe <= room.steps and plan.noises <= room.noises and plan.branches == self.state.branches
 
     def load(self, plan: Plan, guidance_scale: float) -> None:
         """Writes the plan's tables and the guidance scale into device memory, where they differ from what is there."""

@@ -9,6 +9,7 @@ was replaced (adapters are put in so), the graph reads memory that is no longer 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError
-from olss_fast.executors.fused import Ask, FusedLoop
+from olss_fast.executors.fused import Ask, FusedLoop, Room
 from olss_fast.executors.reference import OnStep
 from olss_fast.network import module_of
 from olss_fast.plan.plan import Plan
@@ -72,7 +73,8 @@ class GraphLoop(FusedLoop):
     """One graph of network and step for each network of a plan, or with `unroll` one of the whole loop.
 
     networks: whose parameters the graphs read. pool: gives the memory that is shared with other loops, which never run
-    at the same time. Whatever else a graph depends on (adapters' scales, train or eval) is as it was when captured.
+    at the same time. counts: of captures and replays, which it adds to. Whatever else a graph depends on (adapters'
+    scales, train or eval) is as it was when captured.
     """
 
     backend = "graph"
@@ -84,13 +86,14 @@ class GraphLoop(FusedLoop):
         plan: Plan,
         *,
         doubled: bool,
-        networks: Sequence[Any] = (),
-        pool: Callable[[], Any] = lambda: None,
-        unroll: bool = False,
-        room: tuple[int, int] = (0, 0),
+        networks: Sequence[Any],
+        pool: Callable[[], Any],
+        counts: Counter[str],
+        unroll: bool,
+        room: Room,
     ) -> None:
         super().__init__(ask, like, plan, doubled=doubled, room=room)
-        self.networks, self.pool, self.unroll = networks, pool, unroll
+        self.networks, self.pool, self.counts, self.unroll = networks, pool, counts, unroll
         self._graphs: dict[object, Graph] = {}
         self._watched: list[Watched] = []
 
@@ -102,7 +105,7 @@ class GraphLoop(FusedLoop):
         models = self.plan.models.tolist()
         if self.unroll and on_step is None:
             self._graph(("loop", *models), super().run).replay()
-            self.replays += 1
+            self.counts["replays"] += 1
             return self.x.narrow(0, 0, self.batch)
         for model in dict.fromkeys(models):  # before the first step: a warm-up runs the step too
             self._graph(model, lambda model=model: self.evaluate(model))  # type: ignore[misc]
@@ -111,7 +114,7 @@ class GraphLoop(FusedLoop):
             self._graphs[model].replay()
             if on_step is not None:
                 on_step(i, self.x.narrow(0, 0, self.batch))
-        self.replays += len(models)
+        self.counts["replays"] += len(models)
         return self.x.narrow(0, 0, self.batch)
 
     def _graph(self, key: object, function: Callable[[], Any]) -> Graph:
@@ -119,7 +122,7 @@ class GraphLoop(FusedLoop):
             self.start()
             self._graphs[key] = capture(function, self.pool(), self.x.device)
             self._watched = watched([module_of(each) for each in self.networks])
-            self.captures += 1
+            self.counts["captures"] += 1
         return self._graphs[key]
 
     @property

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError, OlssError
-from olss_fast.executors.fused import Ask, FusedLoop
+from olss_fast.executors.fused import LEAST_ROOM, Ask, FusedLoop, Room
 from olss_fast.executors.graph import GraphLoop
 from olss_fast.executors.reference import OnStep
 from olss_fast.network import sums_to_finite
 from olss_fast.plan.plan import Plan
-from olss_fast.support.tree import flat
+from olss_fast.support.tree import Flat, flat
 
-Key = tuple[tuple[Any, ...], object]
 KEPT = 4  # shapes whose buffers and graphs are kept
+
+
+class Key(NamedTuple):
+    """What a loop's buffers and graphs were made for."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    doubled: bool
+    branches: int
+    autocast: tuple[bool, torch.dtype]
+    arguments: object
 
 
 @dataclass(frozen=True)
@@ -38,20 +51,43 @@ class Stats:
     kernels_per_step: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Work:
-    """One call: what `Loops.run` was given, and `like`, an empty tensor of the network's dtype and device."""
+    """One call: samples (B, …) of `noise` with `plan`, in the noise's dtype and on its device.
+
+    dtype, device: of the network's input. arguments: the network's, nested as they like; `asking(held)` makes of a
+    loop's own copy of them the function `ask(x, time, model)`. step_noise: (Z, B, …) of a stochastic plan. Where
+    somebody looks on (`on_step`), a graph of the whole loop is replayed step by step.
+    """
 
     plan: Plan
     noise: Tensor
-    leaves: Sequence[Any]  # of the network's arguments
-    asking: Callable[[Sequence[Any]], Ask]  # of leaves of its own
-    like: Tensor
+    arguments: Any
+    asking: Callable[[Any], Ask]
+    dtype: torch.dtype
+    device: torch.device
     doubled: bool
     guidance_scale: float
-    step_noise: Tensor | None
-    on_step: OnStep | None
+    step_noise: Tensor | None = None
+    on_step: OnStep | None = None
     told: list[int] = field(default_factory=list)  # the steps that `on_step` was called with
+
+    @cached_property
+    def like(self) -> Tensor:
+        """An empty tensor of the network's dtype, device and memory format."""
+        return torch.empty_like(self.noise, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def tree(self) -> Flat:
+        return flat(self.arguments)
+
+    @cached_property
+    def key(self) -> Key:
+        like, (leaves, form), autocast = self.like, self.tree, autocast_of(self.device)
+        given = (form, *map(signature, leaves))
+        return Key(
+            like.shape, like.stride(), like.dtype, like.device, self.doubled, self.plan.branches, autocast, given
+        )
 
     def done_by(self, loop: FusedLoop) -> Tensor:
         loop.load(self.plan, self.guidance_scale)
@@ -76,11 +112,6 @@ class Kept:
     calls: int = 0
     busy: bool = True
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Captures and replays."""
-        return self.loop.captures, self.loop.replays
-
 
 class Loops:
     """Runs plans on `networks` with the backend "fused" or "graph"; a network that cannot be captured runs fused.
@@ -99,7 +130,7 @@ class Loops:
         self._stream: Any = None
         self._pool: Any = None
         self._not_captured: set[Key] = set()
-        self._counts = 0, 0  # captures and replays
+        self._counts: Counter[str] = Counter()  # captures and replays
         self._reason = ""
 
     def __getstate__(self) -> tuple[Sequence[Any], str, bool]:
@@ -109,46 +140,13 @@ class Loops:
     def __setstate__(self, state: tuple[Sequence[Any], str, bool]) -> None:
         self.__init__(*state[:2], unroll=state[2])  # type: ignore[misc]
 
-    def run(
-        self,
-        plan: Plan,
-        noise: Tensor,
-        arguments: Any,
-        asking: Callable[[Any], Ask],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        doubled: bool,
-        guidance_scale: float,
-        step_noise: Tensor | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Samples (B, …) of `noise`, in its dtype and on its device.
-
-        `arguments` are those of the network, nested as they like; `asking(held)` makes of the loop's own copy of them
-        the function `ask(x, time, model)`. With `on_step` a graph of the whole loop is replayed step by step.
-        NetworkError for samples on the CPU that are not finite.
-        """
-        backend = ("graph" if device.type == "cuda" else "fused") if self.backend == "auto" else self.backend
-        with torch.inference_mode(False), torch.no_grad(), self._in_turn(backend, device):  # buffers outlive the mode
-            like = torch.empty_like(noise, dtype=dtype, device=device)
-            leaves, form = flat(arguments)
-            work = Work(
-                plan,
-                noise,
-                leaves,
-                lambda held: asking(form.unflatten(held)),
-                like,
-                doubled,
-                guidance_scale,
-                step_noise,
-                on_step,
-            )
-            kind = (like.shape, like.stride(), dtype, device, doubled, plan.branches, autocast_of(device))
-            key = (kind, (form, *map(signature, leaves)))
-            graph = backend == "graph" and key not in self._not_captured
+    def run(self, work: Work) -> Tensor:
+        """The samples. NetworkError for samples on the CPU that are not finite."""
+        backend = ("graph" if work.device.type == "cuda" else "fused") if self.backend == "auto" else self.backend
+        with torch.inference_mode(False), torch.no_grad(), self._in_turn(backend, work.device):  # buffers outlive it
+            graph = backend == "graph" and work.key not in self._not_captured
             try:
-                return self._run(key, work, graph=graph)
+                return self._run(work, graph=graph)
             except (OlssError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
@@ -157,9 +155,9 @@ class Loops:
                 message = " ".join(str(error).split())[:200]
                 reason = f"the network cannot be captured: {type(error).__name__}: {message}"
             with self._lock:
-                self._kept.pop(key, None)
-            result = self._run(key, work, graph=False)  # where this fails too, that says nothing about graphs
-            self._not_captured.add(key)
+                self._kept.pop(work.key, None)
+            result = self._run(work, graph=False)  # where this fails too, that says nothing about graphs
+            self._not_captured.add(work.key)
             self._reason = reason
             return result
 
@@ -185,12 +183,11 @@ class Loops:
         """Of all threads."""
         with self._lock:
             loops = [kept.loop for each in self._kept.values() for kept in each]
-            captures, replays = self._counts
         moved = [f"captured again, {each.moved} was replaced" for each in loops if each.moved]
         return Stats(
             backend=self._used,
-            captures=captures,
-            replays=replays,
+            captures=self._counts["captures"],
+            replays=self._counts["replays"],
             reason="; ".join([*([self._reason] if self._reason else []), *moved]),
             bytes=sum(loop.bytes for loop in loops),
             kernels_per_step=1,
@@ -210,44 +207,42 @@ class Loops:
                 self._stream = stream
             yield
 
-    def _run(self, key: Key, work: Work, *, graph: bool) -> Tensor:
-        kept = self._lent(key, work, graph)
-        before = kept.counts
+    def _run(self, work: Work, *, graph: bool) -> Tensor:
+        kept = self._lent(work, graph)
         try:
-            write_over(kept.held, work.leaves)
+            write_over(kept.held, work.tree.leaves)
             kept.calls += 1
             self._threads.last, self._used = (kept, kept.calls), kept.loop.backend
             return work.done_by(kept.loop)
         finally:
-            self._give_back(key, kept, before)
+            self._give_back(work.key, kept)
 
-    def _lent(self, key: Key, work: Work, graph: bool) -> Kept:
+    def _lent(self, work: Work, graph: bool) -> Kept:
         """A loop for this shape of noise and of arguments that no other call is in."""
         with self._lock:
-            idle = [kept for kept in self._kept.get(key, ()) if not kept.busy]
+            idle = [kept for kept in self._kept.get(work.key, ()) if not kept.busy]
             if idle and idle[0].loop.fits(work.plan):
                 idle[0].busy = True
                 return idle[0]
             if idle:
-                self._kept[key].remove(idle[0])
-        held = [each.clone() if isinstance(each, Tensor) else each for each in work.leaves]
-        loop = self._new_loop(work, work.asking(held), graph, idle[0].loop.room[:2] if idle else (0, 0))
+                self._kept[work.key].remove(idle[0])
+        held = [each.clone() if isinstance(each, Tensor) else each for each in work.tree.leaves]
+        ask = work.asking(work.tree.form.unflatten(held))
+        loop = self._new_loop(work, ask, graph, idle[0].loop.room if idle else LEAST_ROOM)
         with self._lock:
-            self._kept.setdefault(key, []).append(kept := Kept(loop, held))
+            self._kept.setdefault(work.key, []).append(kept := Kept(loop, held))
         return kept
 
-    def _give_back(self, key: Key, kept: Kept, before: tuple[int, int]) -> None:
-        """`before`: its counts when it was lent. The shapes that were used longest ago go, with all their loops."""
+    def _give_back(self, key: Key, kept: Kept) -> None:
+        """The shapes that were used longest ago go, with all their loops."""
         with self._lock:
             kept.busy = False
-            captures, replays = self._counts
-            self._counts = captures + kept.counts[0] - before[0], replays + kept.counts[1] - before[1]
             if key in self._kept:
                 self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
 
-    def _new_loop(self, work: Work, ask: Ask, graph: bool, room: tuple[int, int]) -> FusedLoop:
+    def _new_loop(self, work: Work, ask: Ask, graph: bool, room: Room) -> FusedLoop:
         if not graph:
             return FusedLoop(ask, work.like, work.plan, doubled=work.doubled, room=room)
         return GraphLoop(
@@ -257,6 +252,7 @@ class Loops:
             doubled=work.doubled,
             networks=self.networks,
             pool=self._memory,
+            counts=self._counts,
             unroll=self.unroll,
             room=room,
         )

@@ -87,7 +87,8 @@ class Loop:
     def x(self) -> Tensor:
         """The next network input (B, ...), after the last evaluation the sample."""
         if self._x is None:
-            self._x = combine(self._rows[self.evaluation, : self._known], self._basis[: self._known])
+            row, known = self._rows[self.evaluation, : self._known], self._basis[: self._known]
+            self._x = (row @ known.flatten(1)).reshape(known.shape[1:])
         return self._x
 
     def push(self, outputs: Tensor) -> None:
@@ -121,12 +122,6 @@ class Loop:
         """A loop of other steps, none longer than those that memory was made for, from the columns so far. Both share
         memory: a fork is run to its end before this loop, or another fork of it, goes on."""
         return copy.copy(self).follow(steps)
-
-
-def combine(row: Tensor, columns: Tensor) -> Tensor:
-    """sum_j row[j] columns[j] for columns (C, B, ...), in float64."""
-    shape = columns.shape[1:]
-    return (row @ columns.reshape(columns.shape[0], -1)).reshape(shape)
 
 
 def run(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from olss_fast.errors import InputError
 from olss_fast.executors.graph import require_cuda
-from olss_fast.executors.loop_cache import Loops, Stats
+from olss_fast.executors.loop_cache import Loops, Stats, Work
 from olss_fast.executors.reference import OnStep
 from olss_fast.network import (
     FLOATS,
@@ -190,7 +190,7 @@ class Sampler:
         check_plan_fits(plan, denoiser)
         doubled = plan.branches == 2 or denoiser.guided
         with denoiser.naming_arguments():
-            return self._loops.run(
+            work = Work(
                 plan,
                 noise,
                 denoiser.arguments(slice(None), device, doubled=doubled),
@@ -202,6 +202,7 @@ class Sampler:
                 step_noise=draw_step_noise(plan, noise, denoiser.streams),
                 on_step=on_step,
             )
+            return self._loops.run(work)
 
 
 def _name_of(network: Any) -> str:

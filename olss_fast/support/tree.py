@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from torch.utils import _pytree as pytree
 Path = tuple[Any, ...]  # of torch's keys, each of which is spelled "['a']", "[1]" or ".a"
 
 
-Flat = tuple[list[Any], pytree.TreeSpec]
-"""The leaves, and the form that `form.unflatten(leaves)` brings them back to."""
+class Flat(NamedTuple):
+    """The leaves, and the form that `form.unflatten(leaves)` brings them back to."""
+
+    leaves: list[Any]
+    form: pytree.TreeSpec
 
 
 def flat(tree: Any) -> Flat:
@@ -27,7 +30,7 @@ def flat(tree: Any) -> Flat:
     leaves, form = pytree.tree_flatten(tree)
     if any(map(_holds_more, leaves)):
         leaves, form = pytree.tree_flatten(form.unflatten([_opened(leaf) for leaf in leaves]))
-    return leaves, form
+    return Flat(leaves, form)
 
 
 def with_paths(tree: Any, whole: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:

@@ -30,7 +30,7 @@ from olss_fast.adapters.diffusers.stand_in import check_slot
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
-from olss_fast.executors.loop_cache import Loops, Stats
+from olss_fast.executors.loop_cache import Loops, Stats, Work
 from olss_fast.plan.plan import Plan
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline")
@@ -127,7 +127,7 @@ class LoopNetwork(torch.nn.Module):
             return self.network(sample, timestep, *args, **arguments)
         plan = scheduler._chosen().plan
         doubled = bool(getattr(pipe, "do_classifier_free_guidance", False))
-        scheduler.finished = self.loops.run(
+        work = Work(
             plan,
             (sample.chunk(2)[0] if doubled else sample) / float(plan.rows[0, 0]),
             [list(args), {**arguments, "return_dict": False}],
@@ -137,6 +137,7 @@ class LoopNetwork(torch.nn.Module):
             doubled=doubled,
             guidance_scale=float(pipe.guidance_scale) if doubled else 1.0,
         )
+        scheduler.finished = self.loops.run(work)
         return (sample,) if arguments.get("return_dict") is False else Finished(sample)
 
 
