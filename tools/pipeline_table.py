@@ -24,8 +24,9 @@ diffusers {version}: each class as a tiny random network, once with its own sche
 
 What makes a pipeline unfit is found by what it does, not by its name. `from_pipe` refuses pipelines of pipelines, whose
 inner slots are the ones to fill, and schedulers whose step needs more than output, time and sample. In a call,
-a pipeline that looks at something that its scheduler has and a plan has not (its betas, its list of outputs) gets an
-InputError that says what; one that asks for the class of its scheduler is told the one that the plan stands in for.
+a pipeline that looks at something that its scheduler has and a plan has not (its betas, its list of outputs), or writes
+into its sigmas, gets an InputError that says what; one that asks for the class of its scheduler is told the one that
+the plan stands in for.
 `tune_pipeline` first asks two steps of the pipeline's own loop again from outside, and refuses where the answers differ
 (StableDiffusionLatentUpscalePipeline).
 
@@ -45,7 +46,12 @@ InputError that says what; one that asks for the class of its scheduler is told 
 |---|---|
 {missing}
 """
-BECAUSE = {"per_token_timesteps": "gives each token a time of its own"}
+BECAUSE = {
+    "per_token_timesteps": "gives each token a time of its own",
+    r"scheduler\._step_index": "takes steps of its scheduler back",
+    r"scheduler\._get_conditioning_c_in": "computes with methods of its scheduler",
+    r"writes into scheduler\.sigmas": "writes into its scheduler's sigmas (plans that were not captured run)",
+}
 
 
 def page() -> str:

@@ -44,7 +44,7 @@ def linear(scheduler: Any) -> Any:
     off: dict[str, Any] = {name: False for name in NONLINEAR if scheduler.config.get(name)}
     if str(scheduler.config.get("variance_type")).startswith("learned"):
         off["variance_type"] = "fixed_small"
-    return type(scheduler).from_config(scheduler.config, **off)
+    return type(scheduler).from_config(scheduler.config, **off) if off else scheduler
 
 
 @dataclass

@@ -318,6 +318,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         if session.loaded is None:
             raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
         self._find_start(session, timestep)
+        _check_sigmas(session)
         session.run = Run(session.loaded.layout, sample, _noise_dtype(session.loaded.noise_of, sample))
         return session.run
 
@@ -362,6 +363,18 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
             raise InputError(
                 f"step {index - 1} was asked to go to prev_timestep={quoted(told)}; the plan goes to its next timestep"
             )
+
+
+def _check_sigmas(session: Session) -> None:
+    """InputError for a pipeline that would have a scheduler take other steps by writing into its sigmas (Cosmos 2)."""
+    assert session.loaded is not None
+    assert session.levels is not None
+    facts = captured_facts(session.loaded.layout.plan)
+    if facts and not torch.compiler.is_compiling() and not torch.equal(session.sigmas, session.levels.sigmas()):
+        raise InputError(
+            f"the pipeline writes into scheduler.sigmas, from which {facts.class_name} takes its steps, and a plan's "
+            "coefficients stay what was captured. Run this pipeline with its own scheduler, or with a fitted plan"
+        )
 
 
 def _noise_dtype(kind: str, sample: Any) -> torch.dtype | None:
