@@ -131,10 +131,13 @@ class Denoiser:
         asked = {"noise": self.noise, "guidance_scale": self.guidance_scale}
         return {**asked, **arguments, **dict(zip(names, self.networks, strict=True))}
 
-    def __call__(self, x: Tensor, timestep: float, samples: slice, *, branches: int = 1, model: int = 0) -> Tensor:
-        """Raw outputs of shape (branches, B, ...) for x (B, ...), the network inputs of `samples`."""
+    def __call__(
+        self, x: Tensor, timestep: float | Tensor, samples: slice, *, branches: int = 1, model: int = 0
+    ) -> Tensor:
+        """Raw outputs of shape (branches, B, ...) for x (B, ...), the network inputs of `samples`. Gradients go through
+        it, to a timestep too that is a tensor ()."""
         self.evaluations += x.shape[0]
-        time = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        time = torch.ones(x.shape[0], dtype=torch.float32, device=x.device) * timestep
         doubled = branches == 2 or self.guided
         with self.naming_arguments():
             ask = asking_with(self.networks, self.arguments(samples, x.device, doubled=doubled))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +63,28 @@ def triangle(columns: Tensor) -> Float64:
 
 @dataclass(frozen=True)
 class Recording:
-    """A finished teacher run.
-
-    `r` (T+1, T+1) is the triangle of the fit samples' basis, `pixels` the rows of the matrix it came from.
-    """
+    """A finished teacher run; `pixels` are those of all fit samples."""
 
     teacher: Plan
     store: Store
     split: Split
     batch_size: int
-    r: Float64
     pixels: int
+
+    @cached_property
+    def r(self) -> Float64:
+        """The triangle (T+1, T+1) of the fit samples' basis."""
+        return merge_triangles([self._triangle(chunk) for chunk in batches(self.split.fit, self.batch_size)])
+
+    def _triangle(self, chunk: slice) -> Float64:
+        r: Float64 = self.store.read(chunk_name(chunk), "r").numpy()
+        columns = self.teacher.columns
+        if r.shape != (columns, columns) or not np.isfinite(r).all():
+            raise StoreError(
+                f"{self.store.path(chunk_name(chunk))} holds no finite triangle of shape ({columns}, {columns}) but "
+                f"{r.shape}. Delete this file and resume"
+            )
+        return r
 
     def recorded(self) -> list[slice]:
         """The chunks as they lie in the store."""
@@ -124,48 +136,31 @@ def record(
     `progress(samples)` is called after every evaluation with the number of samples evaluated (or skipped).
     Raises `NetworkError` (evaluation and sample named) and `StoreError`.
     """
-    triangles = []
-    for part in (split.fit, split.validation, split.held_out):
-        keep = part is split.fit  # of the others only the teacher's sample is ever looked at
-        for chunk in batches(part, batch_size):
-            if store.has(chunk_name(chunk)):
-                store.check(chunk_name(chunk))
-                progress((chunk.stop - chunk.start) * teacher.nfe)
-            else:
-                store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, chunk, keep, progress))
-            if keep:
-                triangles.append(_stored_triangle(store, chunk, teacher.columns))
-    r = merge_triangles(triangles) if triangles else np.zeros((teacher.columns, teacher.columns))
-    return Recording(teacher, store, split, batch_size, r, len(split.fit) * denoiser.noise[0].numel())
-
-
-def _stored_triangle(store: Store, chunk: slice, columns: int) -> Float64:
-    r: Float64 = store.read(chunk_name(chunk), "r").numpy()
-    if r.shape != (columns, columns) or not np.isfinite(r).all():
-        raise StoreError(
-            f"{store.path(chunk_name(chunk))} holds no finite triangle of shape ({columns}, {columns}) but {r.shape}. "
-            "Delete this file and resume"
-        )
-    return r
+    recording = Recording(teacher, store, split, batch_size, len(split.fit) * denoiser.noise[0].numel())
+    for chunk in recording.recorded():
+        if store.has(chunk_name(chunk)):
+            store.check(chunk_name(chunk))
+            progress((chunk.stop - chunk.start) * teacher.nfe)
+        else:
+            store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, chunk, chunk.start in split.fit, progress))
+    return recording
 
 
 def _run_chunk(
-    teacher: Plan,
-    denoiser: Denoiser,
-    chunk: slice,
-    keep: bool,
-    progress: Callable[[int], object],
+    teacher: Plan, denoiser: Denoiser, chunk: slice, fits: bool, progress: Callable[[int], object]
 ) -> dict[str, Tensor]:
-    loop, states, evaluate = Loop(teacher, denoiser.noise[chunk][None]), [], denoiser.asking(chunk)
+    """The teacher's samples; of those to fit on also its states and their triangle, which nobody asks of the others."""
+    noise, evaluate = denoiser.noise[chunk], denoiser.asking(chunk)
+    loop, states = Loop(teacher, noise[None]), noise.new_empty((fits * teacher.nfe, *noise.shape), dtype=torch.float32)
     while not loop.done:
-        if keep:
-            states.append(loop.x.to(torch.float32))
+        if fits:
+            states[loop.evaluation] = loop.x
         outputs = loop.ask(evaluate)
         require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
         progress(chunk.stop - chunk.start)
     tensors = {"result": loop.x.to(torch.float32)}
-    if keep:
-        tensors |= {"states": torch.stack(states), "r": torch.from_numpy(triangle(loop.columns))}
+    if fits:
+        tensors |= {"states": states, "r": torch.from_numpy(triangle(loop.columns))}
     return tensors
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import olss_fast
 from olss_fast import solvers
 from olss_fast.executors.reference import LONG, Loop, run
+from olss_fast.network import Denoiser
 from olss_fast.testing import NULL_CLASS, ExactMixture
 from olss_fast.tuning.compare import compare
 
@@ -54,6 +55,23 @@ def test_gradients_by_rows_and_timesteps_are_those_of_finite_differences(plan: o
     assert rows[1:, 0].all()
     assert timesteps.all()
     torch.testing.assert_close(sample(*arrays), run(plan, evaluate, NOISE[:1, :1, :1]), rtol=0, atol=1e-14)
+
+
+def test_gradients_go_through_networks_with_guidance() -> None:
+    def network(x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
+        return torch.sin(x + ((1 + y) * timestep / 1000).view(-1, 1, 1, 1))
+
+    def sample(plan: olss_fast.Plan, timesteps: Tensor) -> Tensor:
+        rows = torch.tensor(plan.rows)
+        steps = SimpleNamespace(rows=rows, timesteps=timesteps, models=plan.models, branches=plan.branches)
+        return Loop(steps, NOISE[None]).finish(Denoiser(network, NOISE, **GUIDED).asking(slice(None))).x.sum()
+
+    timesteps = torch.tensor(SPLIT.timesteps).requires_grad_()
+    inside, apart = (torch.autograd.grad(sample(plan, timesteps), timesteps)[0] for plan in (TWO_STEP, SPLIT))
+    torch.testing.assert_close(inside, apart, rtol=1e-5, atol=1e-7)  # networks are handed their times in float32
+    step = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    slope = (sample(TWO_STEP, timesteps + step) - sample(TWO_STEP, timesteps - step)) / 2
+    assert inside[1].item() == pytest.approx(slope.item(), rel=1e-2)  # slopes of elements cancel in the sum
 
 
 @pytest.mark.parametrize("gradients", [False, True])
