@@ -21,6 +21,7 @@ from torch import Tensor
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.sampling.draws import Streams
 from olss_fast.support.network_failures import naming_arguments
+from olss_fast.support.text import quoted
 from olss_fast.support.tree import Flat, Path, as_tensor, flat, in_list, is_array, mapped, spelled, with_paths
 
 Network = Callable[..., Any]
@@ -178,11 +179,15 @@ class Denoiser:
         return [form.unflatten([torch.cat(pair) if self._per_sample(whole) else pair[1] for whole, *pair in triples])]
 
     @cached_property
-    def _without(self) -> Flat:
-        """The unconditional arguments in the shapes of the conditional ones."""
+    def without(self) -> dict[str, Any]:
+        """The unconditional arguments in the shapes and dtypes of the conditional ones."""
         if self.unconditional is None:
             raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
-        return flat({name: _matched(self.unconditional[name], each, name) for name, each in self.conditioning.items()})
+        return {name: _matched(self.unconditional[name], each, name) for name, each in self.conditioning.items()}
+
+    @cached_property
+    def _without(self) -> Flat:
+        return flat(self.without)
 
     @cached_property
     def _joins(self) -> bool:
@@ -279,19 +284,24 @@ def _matched(without: Any, given: Any, name: str) -> Any:
 def _expanded(without: Any, given: Any, place: str) -> Any:
     if not isinstance(given, Tensor):
         return without
-    if isinstance(without, (bool, int, float)):
-        return torch.full_like(given, without)
-    if not isinstance(without, Tensor):
+    if not isinstance(without, (Tensor, bool, int, float)):
         raise InputError(
-            f"unconditional{place} is {type(without).__name__}, but conditioning{place} is a tensor of shape "
+            f"unconditional{place} is {quoted(without)}, but conditioning{place} is a tensor of shape "
             f"{tuple(given.shape)}: give a tensor that broadcasts to it, or a number"
         )
+    exact = torch.float64 if isinstance(without, float) else None
+    value = without if isinstance(without, Tensor) else torch.as_tensor(without, dtype=exact, device=given.device)
+    plain = value.to(given.dtype)
+    if value.dtype != plain.dtype and not plain.is_floating_point() and not torch.equal(plain.to(value.dtype), value):
+        raise InputError(
+            f"unconditional{place} is {quoted(without)}, which is no {given.dtype}; expected whole numbers"
+        )
     try:
-        return without if without.shape == given.shape else without.expand(given.shape)
+        return plain.expand(given.shape)
     except RuntimeError as error:
         raise InputError(
-            f"unconditional{place} has shape {tuple(without.shape)}, which does not broadcast to "
-            f"conditioning{place} of shape {tuple(given.shape)}"
+            f"unconditional{place} has shape {tuple(value.shape)}, which does not broadcast to conditioning{place} "
+            f"of shape {tuple(given.shape)}"
         ) from error
 
 

@@ -156,17 +156,7 @@ def tune(
 
     start = time.perf_counter()
     folder = try_folders(out)
-    subject = jobs.subject(
-        model,
-        prompts,
-        dtype=dtype,
-        null_class=null_class,
-        device=device,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        seed=seed,
-        progress=not quiet,
-    )
+    subject = jobs.subject(model, prompts, dtype, null_class, device, guidance_scale, batch_size, seed, not quiet)
     effort = Effort.light() if light else Effort()
     result = subject.tune(wanted, teacher_steps, samples=samples, guidance_scales=scales, effort=effort, store=store)
     write_result(result, folder)
@@ -225,17 +215,7 @@ def sample(
     from olss_fast.support.folders import try_folder
 
     folder = try_folder(out)
-    subject = jobs.subject(
-        model,
-        prompts,
-        dtype=dtype,
-        null_class=null_class,
-        device=device,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        seed=seed,
-        progress=not quiet,
-    )
+    subject = jobs.subject(model, prompts, dtype, null_class, device, guidance_scale, batch_size, seed, not quiet)
     images, nfe, names = subject.sample(chosen, given, count, labels)
     written = save_images(images, folder, names)
     typer.echo(f"{count} images at {nfe} NFE are in {folder}, all of them in {written[-1]}")
@@ -288,17 +268,7 @@ def compare(
     from olss_fast.support.folders import make_folder, try_folder
 
     try_folder(out)
-    subject = jobs.subject(
-        model,
-        prompts,
-        dtype=dtype,
-        null_class=null_class,
-        device=device,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        seed=seed,
-        progress=not quiet,
-    )
+    subject = jobs.subject(model, prompts, dtype, null_class, device, guidance_scale, batch_size, seed, not quiet)
     report = subject.compare(wanted, teacher_steps, samples=samples, plans=loaded_plans)
     folder = make_folder(out)
     report.to_json(folder / "report.json")

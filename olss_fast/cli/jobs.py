@@ -40,7 +40,7 @@ Images = tuple[NDArray[np.float32], int, list[str]]
 """(P, C, H, W) in [-1, 1], their NFE, and what each is of: its class or prompt, else its number."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Subject:
     """What a command is about, and how it is asked."""
 
@@ -219,15 +219,16 @@ class PipelineSubject(Subject):
 
 
 def subject(
-    model: str, prompts: Path | None, *, dtype: str | None, null_class: int | None, **how: Any
+    model: str, prompts: Path | None, dtype: str | None, null_class: int | None, *how: Any
 ) -> NetworkSubject | PipelineSubject:
-    """What `--model` is about: with `--prompts` a pipeline. `how` are the fields of `Subject`."""
+    """What `--model` is about: with `--prompts` a pipeline. how: the other fields of `Subject`, in turn."""
+    common = Subject(model, *how)
     if prompts is None:
         if dtype is not None:
             raise InputError("--dtype belongs to --prompts: other models run in float32")
-        return NetworkSubject(model=model, null_class=null_class, **how)
+        return NetworkSubject(**vars(common), null_class=null_class)
     if null_class is not None:
         raise InputError("--null-class is for class-conditional models: leave it out with --prompts")
     if model == DEMO:
         raise InputError("the demo takes no prompts: leave --prompts out for it")
-    return PipelineSubject(model=model, prompts=prompts, dtype=dtype, **how)
+    return PipelineSubject(**vars(common), prompts=prompts, dtype=dtype)

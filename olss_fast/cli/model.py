@@ -13,6 +13,7 @@ from torch import Tensor
 from olss_fast.errors import InputError
 from olss_fast.network import Network, network_device
 from olss_fast.plan.plan import Plan
+from olss_fast.sampling.draws import unit_noise
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.progress import evaluation_bar
 
@@ -51,9 +52,7 @@ def load_model(name: str, *, device: str | None = None, null_class: int | None =
 
 def draw_noise(model: Model, count: int, seed: int) -> Tensor:
     """(count, *shape) unit Gaussian noise, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((count, *model.shape), generator=generator, dtype=torch.float32, device="cpu")
-    return noise.to(device_of(model))
+    return unit_noise((count, *model.shape), torch.Generator().manual_seed(seed), device_of(model))
 
 
 def device_of(model: Model) -> torch.device:

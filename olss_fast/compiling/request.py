@@ -21,7 +21,6 @@ from olss_fast.plan.plan import Plan
 from olss_fast.sampling.draws import unit_noise
 from olss_fast.sampling.sampling import check_plan_fits
 from olss_fast.support.device import pick_device
-from olss_fast.support.text import quoted
 from olss_fast.support.tree import as_tensor, mapped
 
 RESERVED = {"noise", "seed", "shape", "steps", "plan", "guidance_scale", "unconditional", "generator"}
@@ -90,9 +89,7 @@ def checked_request(
     denoiser = Denoiser(network, noise, conditioning=given, unconditional=unconditional, guidance_scale=scale)
     for each in plans.values():
         check_plan_fits(each, denoiser)
-        if each.branches == 2 and unconditional is None:
-            raise InputError("a plan keeps the unconditional and the conditional output apart: pass unconditional")
-    flat, without = flatten(given), flatten(unconditional or {})
+    flat, without = flatten(given), {} if unconditional is None else flatten(denoiser.without)
     for name in sorted(set(flat) & set(without)):
         if not isinstance(flat[name], Tensor) and flat[name] != without[name]:
             raise InputError(f"conditioning and unconditional differ in {name!r}, which is no tensor: it is baked in")
@@ -101,7 +98,11 @@ def checked_request(
         flat=FlatNetwork(_prepared(network, dtype, device), given),
         profile=profile,
         tensors=tensors,
-        unconditional=_one_row(tensors, without, profile, device),
+        unconditional={
+            name: _one_row(name, without[name].to(device), is_per_sample(each, profile))
+            for name, each in tensors.items()
+            if name in without
+        },
         fixed={name: fixed_value(each) for name, each in flat.items() if not isinstance(each, Tensor)},
         doubled=unconditional is not None,
         guidance_scale=scale,
@@ -201,31 +202,9 @@ def _repeated(value: Tensor, batch: int) -> Tensor:
     return value[torch.arange(batch, device=value.device) % value.shape[0]]
 
 
-def _one_row(
-    tensors: Mapping[str, Tensor], given: Mapping[str, Any], profile: Profile, device: torch.device
-) -> dict[str, Tensor]:
-    """The default unconditional arguments: one row for every sample, in the form of the example's tensors."""
-    return {name: _row(name, given[name], each, profile, device) for name, each in tensors.items() if name in given}
-
-
-def _row(name: str, value: Any, like: Tensor, profile: Profile, device: torch.device) -> Tensor:
-    shape = (1, *like.shape[1:]) if is_per_sample(like, profile) else tuple(like.shape)
-    if not isinstance(value, (Tensor, bool, int, float)):
-        raise InputError(f"unconditional[{name!r}] is {quoted(value)}; expected a tensor, or a number")
-    exact = torch.float64 if isinstance(value, float) else None
-    given = torch.as_tensor(value, dtype=exact, device=device)
-    plain = given.to(like.dtype)
-    if not like.is_floating_point() and not torch.equal(plain.to(given.dtype), given):
-        raise InputError(
-            f"unconditional[{name!r}] is {quoted(value)}, which is no {like.dtype}; expected whole numbers"
-        )
-    try:
-        whole = plain.expand(like.shape)
-    except RuntimeError as error:
-        raise InputError(
-            f"unconditional[{name!r}] has shape {tuple(plain.shape)}; expected one that stands for {tuple(like.shape)}"
-        ) from error
-    first = whole[:1] if is_per_sample(like, profile) else whole
+def _one_row(name: str, whole: Tensor, own: bool) -> Tensor:
+    """What stands for every sample in the unconditional half."""
+    first = whole[:1] if own else whole
     if not torch.equal(whole, first.expand(whole.shape)):
         raise InputError(f"the rows of unconditional[{name!r}] differ; expected one row that stands for every sample")
-    return first.reshape(shape).clone(memory_format=torch.contiguous_format)
+    return first.clone(memory_format=torch.contiguous_format)

@@ -152,6 +152,8 @@ def check_plan_fits(plan: Plan, denoiser: Denoiser) -> None:
     highest = int(plan.models.max())
     if highest >= len(denoiser.networks):
         raise InputError(f"the plan uses network {highest}, but {len(denoiser.networks)} came: pass a list of networks")
+    if plan.branches == 2:
+        _ = denoiser.without  # raises where there is none
     tuned = plan.metadata.get("guidance_scale")
     if plan.branches == 2 and tuned is not None and float(tuned) != denoiser.guidance_scale:
         raise InputError(

@@ -182,3 +182,17 @@ def test_a_network_that_fails_over_an_argument_inside_names_it() -> None:
     given = {**values(1), "c": torch.zeros(5, 2)}
     with pytest.raises(NetworkError, match=r"added\['extra'\]\.c has 5 rows; expected 12"):
         olss_fast.sample(Nested(), PLAN, NOISE, conditioning=nested(given))
+
+
+def test_a_number_that_a_class_cannot_be_is_refused_everywhere() -> None:
+    """It used to be rounded in `sample`, and to be refused by `build`."""
+    how = {"conditioning": {"y": torch.zeros(SAMPLES, dtype=torch.int64)}, "unconditional": {"y": 1.5}}
+    how["guidance_scale"] = 2.0
+    doors: list[Callable[[], Any]] = [
+        lambda: olss_fast.sample(Flat(), PLAN, NOISE, **how),
+        lambda: olss_fast.Sampler(Flat(), PLAN, **how)(NOISE),
+        lambda: olss_fast.build(Flat().eval(), PLAN, shapes=tuple(NOISE.shape), **how),
+    ]
+    for door in doors:
+        with pytest.raises(InputError, match=r"unconditional\['y'\] is 1\.5, which is no torch\.int64"):
+            door()

@@ -26,6 +26,7 @@ from olss_fast.adapters.diffusers.pipeline_slot import Slot
 from olss_fast.adapters.diffusers.pipeline_trial import check_answer, questions
 from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.plan.plan import Plan
+from olss_fast.support.tree import mapped
 
 SAME_ANSWER = 1e-3  # of the norm: more than two runs of the same kernels differ by
 OWN = ("num_inference_steps", "timesteps", "sigmas")  # arguments of a call that are ours to choose
@@ -71,7 +72,7 @@ class Session:
     def _arguments(self, steps: int) -> dict[str, Any]:
         arguments = {**self.call, "num_inference_steps": steps}
         if "generator" in arguments:
-            arguments["generator"] = _copies(arguments["generator"])
+            arguments["generator"] = mapped(_copied, arguments["generator"])
         return arguments
 
     def check(self) -> None:
@@ -125,10 +126,8 @@ def _set_attributes(pipe: Any, attributes: Mapping[str, Any]) -> None:
     own.update(attributes)
 
 
-def _copies(generator: Any) -> Any:
-    """Generators in the same state, so that the caller's stay where they are."""
-    if isinstance(generator, (list, tuple)):
-        return [_copies(each) for each in generator]
+def _copied(generator: Any) -> Any:
+    """A generator in the same state, so that the caller's stays where it is."""
     if not isinstance(generator, torch.Generator):
         return generator
     copied = torch.Generator(generator.device)
