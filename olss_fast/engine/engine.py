@@ -15,7 +15,7 @@ from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.verifying import Parts, check_unconditional, naming, plan_facts, verified
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
 from olss_fast.errors import InputError, MachineError, NetworkError
-from olss_fast.executors.loop_cache import Loops, Stats, Work
+from olss_fast.executors.loop_cache import LoopCache, Stats, Work
 from olss_fast.network import Conditioning, Denoiser
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
@@ -51,7 +51,7 @@ class Engine:
         self.manifest, self.plans, self.device = manifest, dict(plans), device
         self._code, self.unconditional = dict(code), dict(unconditional)
         self.network = LoadedCode(code, weights, device)
-        self._loops = Loops([], "auto")
+        self._loops = LoopCache([], "auto")
         self._agreed: tuple[Plan, float] | None = None
 
     def __call__(

@@ -6,7 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ class Work:
     guidance_scale: float
     step_noise: Tensor | None = None
     on_step: OnStep | None = None
-    told: list[int] = field(default_factory=list)  # the steps that `on_step` was called with
+    told: bool = False  # whether `on_step` was called
 
     @cached_property
     def like(self) -> Tensor:
@@ -98,7 +98,7 @@ class Work:
         return result
 
     def _tell(self, i: int, x: Tensor) -> None:
-        self.told.append(i)
+        self.told = True
         if self.on_step is not None:
             self.on_step(i, x)
 
@@ -113,7 +113,7 @@ class Kept:
     busy: bool = True
 
 
-class Loops:
+class LoopCache:
     """Runs plans on `networks` with the backend "fused" or "graph"; a network that cannot be captured runs fused.
 
     "auto" is graph on CUDA and fused elsewhere. Several threads may run at once, and a network may call what it is

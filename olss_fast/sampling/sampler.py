@@ -19,7 +19,7 @@ from torch import Tensor
 
 from olss_fast.errors import InputError
 from olss_fast.executors.graph import require_cuda
-from olss_fast.executors.loop_cache import Loops, Stats, Work
+from olss_fast.executors.loop_cache import LoopCache, Stats, Work
 from olss_fast.executors.reference import OnStep
 from olss_fast.network import (
     FLOATS,
@@ -98,7 +98,7 @@ class Sampler:
         self.backend, self.dtype = backend, dtype
         self._conditioning = checked_arguments(conditioning, "conditioning")
         self._unconditional = None if unconditional is None else checked_arguments(unconditional, "unconditional")
-        self._loops = Loops(self.networks, backend, unroll=unroll)
+        self._loops = LoopCache(self.networks, backend, unroll=unroll)
         self.shape = None if shape is None else checked_shape(shape)
         if self.shape is not None:
             self._warm_up(self.shape)

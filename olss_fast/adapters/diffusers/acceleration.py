@@ -30,7 +30,7 @@ from olss_fast.adapters.diffusers.stand_in import check_slot
 from olss_fast.errors import InputError
 from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
-from olss_fast.executors.loop_cache import Loops, Stats, Work
+from olss_fast.executors.loop_cache import LoopCache, Stats, Work
 from olss_fast.plan.plan import Plan
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline")
@@ -114,7 +114,7 @@ class Finished:
 class LoopNetwork(torch.nn.Module):
     """Stands for `pipe.unet` in one call of the pipeline: it runs the whole loop where it is asked for its timestep."""
 
-    def __init__(self, pipe: Any, loops: Loops) -> None:
+    def __init__(self, pipe: Any, loops: LoopCache) -> None:
         super().__init__()
         vars(self).update(pipe=pipe, network=pipe.unet, loops=loops)  # the network is no submodule: it is only used
 
@@ -161,7 +161,7 @@ class Acceleration:
         self.pipe, self.original = pipe, pipe.scheduler
         self.kind: Any = pipe.__class__
         self.reasons: dict[str, None] = {}  # why calls ran step by step
-        self.loops: Loops | None = None
+        self.loops: LoopCache | None = None
         known = self.kind.__name__ in PIPELINES and self.kind is getattr(diffusers, self.kind.__name__)
         if known and backend == "graph":
             require_cuda(torch.device(pipe.device))
@@ -170,7 +170,7 @@ class Acceleration:
         if not known:
             self._say(f"only {', '.join(PIPELINES)} can be made one call")
             return
-        self.loops = Loops([pipe.unet], backend)
+        self.loops = LoopCache([pipe.unet], backend)
         vars(pipe)["_acceleration"] = self
         pipe.__class__ = _accelerated(self.kind)
 
@@ -204,7 +204,7 @@ class Acceleration:
             self._say(reason)
             return run(pipe, *args, **how)
         if loops.networks[0] is not pipe.unet:
-            self.loops = loops = Loops([pipe.unet], loops.backend)
+            self.loops = loops = LoopCache([pipe.unet], loops.backend)
         before, alone = dict(vars(pipe)), object.__new__(self.kind)
         scheduler = LoopScheduler.of(self.scheduler)
         vars(alone).update(before, scheduler=scheduler, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
