@@ -1,7 +1,6 @@
 #include "container.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstring>
 
 #include "parallel.h"
@@ -13,11 +12,16 @@ namespace olss {
 namespace {
 
 constexpr auto kind = Error::Kind::file;
-constexpr std::size_t most_header = std::size_t{16} << 20, piece = std::size_t{4} << 20, most_dimensions = 16;
-constexpr std::int64_t most_bytes = std::int64_t{1} << 40;  // of a file
-constexpr const char* entry_name = "olss_fast.engine";
-constexpr std::int64_t newest_version = 2;
-constexpr const char* again = "; copy or build the file again";
+constexpr std::size_t piece = std::size_t{16} << 20, block = std::size_t{1} << 20, most_dimensions = 16;
+constexpr std::int64_t most_bytes = std::int64_t{1} << 40;  // of any file
+constexpr const char* again = "; copy the file again, or make it again";
+
+// Where a tensor lies, counted from the end of the header.
+struct TableEntry {
+    std::string name, dtype;
+    Shape shape;
+    std::size_t begin, end;
+};
 
 struct Dtype {
     const char *file, *torch;
@@ -92,103 +96,102 @@ TableEntry table_entry(const std::string& name, const Json& json, std::size_t ex
     return entry;
 }
 
-std::size_t header_size(const InputFile& file) {
+// The length of the header, and the header.
+Bytes head_of(const Source& source, const Format& format) {
     unsigned char digits[8];
-    if (file.size() < 8)
-        fail(kind, "it has ", file.size(), " bytes; an engine file begins with 8 bytes of header length", again);
-    file.read(0, digits, 8);
+    if (source.size > format.most_bytes)
+        fail(kind, "it has ", source.size, " bytes; expected at most ", format.most_bytes);
+    if (source.size < 8)
+        fail(kind, "it has ", source.size, " bytes; a safetensors file begins with 8 bytes of header length", again);
+    source.read(0, digits, 8);
     std::uint64_t size = 0;
     for (int i = 7; i >= 0; --i) size = size << 8 | digits[i];
-    if (size > most_header || size % 8)
+    if (size > format.most_header || size % 8)
         fail(kind, "its first 8 bytes announce a header of ", size, " bytes; expected a multiple of 8 up to ",
-             most_header, "; is it an engine file at all?");
-    if (8 + size > file.size())
-        fail(kind, "it has ", file.size(), " bytes, but its header should reach to byte ", 8 + size, ": truncated",
+             format.most_header, "; is it a safetensors file at all?");
+    if (8 + size > source.size)
+        fail(kind, "it has ", source.size, " bytes, but its header should reach to byte ", 8 + size, ": truncated",
              again);
-    return static_cast<std::size_t>(size);
+    Bytes head(8 + static_cast<std::size_t>(size));
+    source.read(0, head.data.get(), head.size);
+    return head;
 }
 
-// Looked at before anything else of the manifest: whatever follows may mean something else in another version.
-void check_version(const Json& manifest) {
-    const Json* format = manifest.find("format");
-    if (!format || !format->as<std::string>() || *format->as<std::string>() != entry_name)
-        fail(kind, "its format is ", format ? format->summary() : "missing", "; expected ", quote(entry_name));
-    const Json* version = manifest.find("version");
+// Looked at before anything else of the entry: whatever follows may mean something else in another version.
+void check_version(const Json& entry, const Format& format) {
+    const Json* name = entry.find("format");
+    if (!name || !name->as<std::string>() || *name->as<std::string>() != format.name)
+        fail(kind, "its format is ", name ? name->summary() : "missing", "; expected ", quote(format.name));
+    const Json* version = entry.find("version");
     const std::int64_t* number = version ? version->as<std::int64_t>() : nullptr;
     if (!number || *number < 1)
         fail(kind, "its version is ", version ? version->summary() : "missing", "; expected a positive integer");
-    if (*number > newest_version)
-        fail(Error::Kind::version, "it was written in version ", *number,
-             " of the format, by a newer olss_fast; this runtime reads version ", newest_version,
-             "; build the runtime of that olss_fast, or build the engine again with this one");
-    if (*number < newest_version)
-        fail(Error::Kind::version, "it was written in version ", *number, " of the format, by an older olss_fast; this "
-             "runtime reads version ", newest_version, ": build the engine again");
+    if (*number != format.version)
+        fail(Error::Kind::version, "it was written in version ", *number, " of the format, by ",
+             *number > format.version ? "a newer" : "an older", " olss_fast; this runtime reads version ",
+             format.version, ": make the file again with this release, or use the runtime of the one that made it");
 }
 
-const std::string& claimed_digest(const Json& manifest) {
-    const Json::Object* members = manifest.as<Json::Object>();
-    if (!members || members->empty() || members->front().first != "sha256")
-        fail(kind, "the manifest is ", manifest.summary(), "; expected an object whose first member is sha256");
-    const std::string* digits = members->front().second.as<std::string>();
+// The header's only metadata entry, of this format and version.
+Json entry_of(const Json& header, const Format& format) {
+    const Json* metadata = header.find("__metadata__");
+    const Json::Object* entries = metadata ? metadata->as<Json::Object>() : nullptr;
+    const Json* text = entries && entries->size() == 1 ? metadata->find(format.name) : nullptr;
+    if (!text || !text->as<std::string>())
+        fail(kind, "its __metadata__ is ", metadata ? metadata->summary() : "missing", "; expected the single entry ",
+             quote(format.name), ". Perhaps a model, or another kind of file?");
+    Json entry = parse_json(*text->as<std::string>(), concat("the entry ", quote(format.name)));
+    check_version(entry, format);
+    return entry;
+}
+
+const std::string& claimed_checksum(const Json& entry) {
+    const auto& [name, value] = entry.as<Json::Object>()->front();
+    if (name != "sha256") fail(kind, "its first member is ", quote(name), "; expected sha256");
+    const std::string* digits = value.as<std::string>();
     if (!digits || digits->size() != 64 || digits->find_first_not_of("0123456789abcdef") != std::string::npos)
-        fail(kind, "its sha256 is ", members->front().second.summary(), "; expected 64 lower-case hexadecimal digits",
-             again);
+        fail(kind, "its sha256 is ", value.summary(), "; expected 64 lower-case hexadecimal digits");
     return *digits;
 }
 
-// Reads `size` bytes from `begin` on; those of the header are the ones that were looked at before.
-void read_behind(const InputFile& file, const Bytes& head, std::size_t begin, unsigned char* into, std::size_t size) {
-    const std::size_t known = begin < head.size ? std::min(size, head.size - begin) : 0;
-    if (known) std::memcpy(into, head.data.get() + begin, known);
-    file.read(begin + known, into + known, size - known);
+// SHA-256 of `size` bytes from `begin` on; those of the header are the ones in `head`, which were looked at before.
+Digest sum_of(const Source& source, const Bytes& head, std::size_t begin, std::size_t size) {
+    Sha256 total;
+    if (begin < head.size) {
+        const std::size_t known = std::min(size, head.size - begin);
+        total.add(head.data.get() + begin, known);
+        begin += known, size -= known;
+    }
+    Bytes part(std::min(size, block));
+    for (const std::size_t end = begin + size; begin < end; begin += part.size) {
+        part.size = std::min(part.size, end - begin);
+        source.read(begin, part.data.get(), part.size);
+        total.add(part.data.get(), part.size);
+    }
+    return total.finish();
 }
 
-// SHA-256 of the SHA-256 of each piece of 4 MiB, so that all processors can take part.
-std::string digest_of_pieces(const InputFile& file, const Bytes& head) {
-    std::vector<Digest> digests((file.size() + piece - 1) / piece);
-    in_parallel(digests.size(), [&](std::size_t i) {
-        Bytes part(std::min(piece, file.size() - i * piece));
-        read_behind(file, head, i * piece, part.data.get(), part.size);
-        digests[i] = sha256(part.data.get(), part.size);
+// Of the file, or beyond one piece of the sums of its pieces, so that all processors can take part.
+std::string checksum(const Source& source, const Bytes& head) {
+    std::vector<Digest> sums((source.size + piece - 1) / piece);
+    in_parallel(sums.size(), [&](std::size_t i) {
+        sums[i] = sum_of(source, head, i * piece, std::min(piece, source.size - i * piece));
     });
-    return hexadecimal(sha256(digests.front().data(), digests.size() * sizeof(Digest)));
+    return hexadecimal(sums.size() == 1 ? sums[0] : sha256(sums[0].data(), sums.size() * sizeof(Digest)));
 }
 
-// The digest is that of the file in which its own digits are zeros; they are where they occur first in the header.
-void check_digest(const InputFile& file, Bytes& head, const std::string& claimed) {
+// The checksum is that of the file in which its own digits are zeros; they are where they occur first in the header.
+void check_checksum(const Source& source, Bytes& head, const std::string& claimed) {
     const std::size_t place = head.text().substr(8).find(claimed);
     if (place == std::string_view::npos)
         fail(kind, "the digits of its sha256 are written in escapes; expected plain ones", again);
     std::memset(head.data.get() + 8 + place, '0', claimed.size());
-    const std::string found = digest_of_pieces(file, head);
+    const std::string found = checksum(source, head);
     std::memcpy(head.data.get() + 8 + place, claimed.data(), claimed.size());
     if (found != claimed)
-        fail(kind, "its content has the digest ", found.substr(0, 12), "… and it says ", claimed.substr(0, 12),
+        fail(kind, "its content has the SHA-256 ", found.substr(0, 12), "… and it says ", claimed.substr(0, 12),
              "…: damaged or altered", again);
 }
-
-std::string lower(std::string digits) {
-    if (digits.size() != 64 || digits.find_first_not_of("0123456789abcdefABCDEF") != std::string::npos)
-        fail(Error::Kind::input, "sha256 is ", quote(digits), "; expected 64 hexadecimal digits, as sha256sum prints them");
-    for (char& digit : digits) digit = static_cast<char>(std::tolower(static_cast<unsigned char>(digit)));
-    return digits;
-}
-
-void check_sha256(const InputFile& file, const Bytes& head, const std::string& expected) {
-    Sha256 whole;
-    Bytes part(piece);
-    for (std::size_t begin = 0; begin < file.size(); begin += piece) {
-        const std::size_t size = std::min(piece, file.size() - begin);
-        read_behind(file, head, begin, part.data.get(), size);
-        whole.add(part.data.get(), size);
-    }
-    const std::string found = hexadecimal(whole.finish());
-    if (found != expected)
-        fail(kind, "its sha256 is ", found, "; expected ", expected, ": it is another file than you mean");
-}
-
-}  // namespace
 
 std::vector<TableEntry> tensor_table(const Json& header, std::size_t data_size) {
     std::vector<TableEntry> table;
@@ -204,16 +207,16 @@ std::vector<TableEntry> tensor_table(const Json& header, std::size_t data_size) 
     return table;
 }
 
-const std::string& metadata_entry(const Json& header, const std::string& name) {
-    const Json* metadata = header.find("__metadata__");
-    const Json::Object* entries = metadata ? metadata->as<Json::Object>() : nullptr;
-    const std::string* text = entries && entries->size() == 1
-                                  ? metadata->find(name) ? metadata->find(name)->as<std::string>() : nullptr
-                                  : nullptr;
-    if (!text)
-        fail(kind, "its __metadata__ is ", metadata ? metadata->summary() : "missing", "; expected the single entry ",
-             quote(name), ". Perhaps a model, or another kind of file?");
-    return *text;
+}  // namespace
+
+Source source_of(const InputFile& file) {
+    return {file.size(), [&file](std::size_t begin, void* into, std::size_t count) { file.read(begin, into, count); }};
+}
+
+Source source_of(std::string_view bytes) {
+    return {bytes.size(), [bytes](std::size_t begin, void* into, std::size_t count) {
+                if (count) std::memcpy(into, bytes.data() + begin, count);
+            }};
 }
 
 std::string dtype_in_files(const std::string& torch_name) {
@@ -222,23 +225,21 @@ std::string dtype_in_files(const std::string& torch_name) {
     return "";
 }
 
-Container::Container(const std::string& path, const std::optional<std::string>& sha256) : bytes_(0) {
-    const std::string expected = sha256 ? lower(*sha256) : "";
-    const InputFile file(path);
-    Bytes head(8 + header_size(file));
-    file.read(0, head.data.get(), head.size);
+Container::Container(const Source& source, const Format& format, const std::string& sha256) : bytes_(0) {
+    Bytes head = head_of(source, format);
     const Json header = parse_json(head.text().substr(8), "the header");
-    manifest_ = parse_json(metadata_entry(header, entry_name), "the manifest");
-    check_version(manifest_);
-    const std::string claimed = claimed_digest(manifest_);
-    const std::vector<TableEntry> table = tensor_table(header, file.size() - head.size);
-    check_digest(file, head, claimed);
-    if (!expected.empty() && expected != claimed) check_sha256(file, head, expected);
+    entry_ = entry_of(header, format);
+    const std::string claimed = claimed_checksum(entry_);
+    const std::vector<TableEntry> table = tensor_table(header, source.size - head.size);
+    check_checksum(source, head, claimed);
+    if (!sha256.empty() && sha256 != claimed)
+        if (const std::string found = hexadecimal(sum_of(source, head, 0, source.size)); found != sha256)
+            fail(kind, "its sha256 is ", found, "; expected ", sha256, ": it is another file than you mean");
 
-    bytes_ = Bytes(file.size() - head.size);
-    file.read(head.size, bytes_.data.get(), bytes_.size);
-    for (const TableEntry& entry : table)
-        tensors_.push_back({entry.name, entry.dtype, entry.shape, bytes_.data.get() + entry.begin, entry.end - entry.begin});
+    bytes_ = Bytes(source.size - head.size);
+    source.read(head.size, bytes_.data.get(), bytes_.size);
+    for (const TableEntry& each : table)
+        tensors_.push_back({each.name, each.dtype, each.shape, bytes_.data.get() + each.begin, each.end - each.begin});
 }
 
 }  // namespace olss

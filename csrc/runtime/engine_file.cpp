@@ -14,6 +14,14 @@ namespace olss {
 namespace {
 
 constexpr auto kind = Error::Kind::file;
+constexpr Format format{"olss_fast.engine", 2, "engine file", std::size_t{16} << 20, std::size_t{1} << 40};
+
+std::string lower(std::string digits) {
+    if (digits.size() != 64 || digits.find_first_not_of("0123456789abcdefABCDEF") != std::string::npos)
+        fail(Error::Kind::input, "sha256 is ", quote(digits), "; expected 64 hexadecimal digits, as sha256sum prints them");
+    for (char& digit : digits) digit = static_cast<char>(std::tolower(static_cast<unsigned char>(digit)));
+    return digits;
+}
 
 const TensorView* named(const std::vector<TensorView>& views, const std::string& name) {
     const auto found =
@@ -110,8 +118,10 @@ Plan plan_of(const PlanEntry& entry, const std::vector<TensorView>& files, bool 
 
 EngineFile::EngineFile(const std::string& path, const std::optional<std::string>& sha256) {
     try {
-        container_ = std::make_shared<const Container>(path, sha256);
-        description = description_of(container_->manifest());
+        const std::string expected = sha256 ? lower(*sha256) : "";
+        const InputFile file(path);
+        container_ = std::make_shared<const Container>(source_of(file), format, expected);
+        description = description_of(container_->entry());
         std::vector<TensorView> plan_files;
         const std::vector<std::pair<std::string, std::vector<TensorView>*>> folders = {
             {"weights/", &weights}, {"code/", &code}, {"unconditional/", &unconditional}, {"plans/", &plan_files}};
@@ -128,7 +138,7 @@ EngineFile::EngineFile(const std::string& path, const std::optional<std::string>
         check_hash("weights", hash_of_weights(weights), description);
         check_hash("code", hash_of_code(code), description);
         check_code(code);
-        check_compiled_for(*named(code, "weights.json"), container_->manifest(), weights, description.strides);
+        check_compiled_for(*named(code, "weights.json"), container_->entry(), weights, description.strides);
         check_truths(weights), check_truths(unconditional);
         if (plan_files.size() != description.plans.size())
             fail(kind, "it holds ", plan_files.size(), " plans and names ", description.plans.size());

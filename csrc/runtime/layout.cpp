@@ -43,7 +43,7 @@ Entry entry_of(const std::string& name, const Json& json) {
 
 Json read(const TensorView& file) {
     if (file.size > most_bytes) fail(kind, "weights.json has ", file.size, " bytes; expected at most ", most_bytes);
-    return parse_json({reinterpret_cast<const char*>(file.data), file.size}, "weights.json");
+    return parse_json(file.text(), "weights.json");
 }
 
 void check_manifest(const Json& compiled_for, const Json& manifest) {

@@ -152,10 +152,11 @@ def validate(
     elif problems:
         typer.secho("\n".join(f"Error: {each}" for each in problems), fg=typer.colors.RED, err=True)
     else:
+        from olss_fast.engine.manifest import FORMAT
         from olss_fast.support.container import file_sha256
 
         typer.echo(f"{file} is whole and fits this machine" + (", and it samples" if run else ""))
-        typer.echo(f"sha256 {file_sha256(file)}\n{PROGRAM}")
+        typer.echo(f"sha256 {file_sha256(file, FORMAT)}\n{PROGRAM}")
     if problems:
         raise typer.Exit(BAD_INPUT)
 

@@ -3,8 +3,7 @@ Python code nor diffusers to run, from Python or from a C++ program.
 
 | module | what it knows |
 |---|---|
-| `container` | the bytes of a file |
-| `manifest` | what a file says about itself |
+| `manifest` | what a file says about itself; its bytes are a matter of `container`, as those of plan files |
 | `machine` | what this machine is, and why an engine may not fit it |
 | `shapes`, `arguments`, `inputs` | shapes and conditioning: what is built for, and whether a call keeps to it |
 | `compiled`, `weights` | export, compilation, and compiled code that is loaded |
@@ -14,5 +13,5 @@ Python code nor diffusers to run, from Python or from a C++ program.
 | `describe`, `timing` | what `olss-fast inspect` shows and `olss-fast bench` measures |
 | `runtime` | builds the C++ program `olss-run` |
 
-The first three need the standard library alone, so that looking at a file costs no start of torch.
+`manifest` and `machine` need the standard library alone, so that looking at a file costs no start of torch.
 """

@@ -28,7 +28,6 @@ from olss_fast.errors import BuildError, EngineFileError, InputError
 from olss_fast.network import Conditioning
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
-from olss_fast.support.container import VERSION
 from olss_fast.support.identity import structure
 from olss_fast.support.old_forms import takes_old_forms
 from olss_fast.support.progress import bar_options
@@ -165,8 +164,8 @@ def _facts(request: Request, plans: Mapping[str, Plan]) -> Facts:
     """The manifest as far as it is known before there is code."""
     return {
         "sha256": "0" * 64,
-        "format": FORMAT,
-        "version": VERSION,
+        "format": FORMAT.name,
+        "version": FORMAT.version,
         "notice": NOTICE,
         "built_with": machine.versions(),
         "machine": machine.describe(str(request.device)),

@@ -19,9 +19,9 @@ from typing import Any
 
 from olss_fast.errors import EngineFileError, OlssError
 from olss_fast.support import container
-from olss_fast.support.container import Blob
+from olss_fast.support.container import Blob, Format
 
-KIND = "olss_fast.code"
+FORMAT = Format("olss_fast.code", 2, "compiled code", EngineFileError)
 KEPT = 256  # entries, those that were used last
 
 
@@ -72,7 +72,7 @@ def _read(folder: Path | None, key: str) -> tuple[dict[str, Any], dict[str, byte
     if folder is None or not (path := folder / f"{key}.safetensors").exists() or not _private(folder):
         return None
     try:
-        manifest, blobs = container.read(path, KIND)
+        manifest, blobs = container.read(path, FORMAT)
     except OlssError:
         return None  # a damaged entry is compiled again, and then replaced
     with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ def _write(folder: Path | None, key: str, facts: Mapping[str, object], code: Map
     blobs = {name: Blob.of_bytes(content) for name, content in code.items()}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        container.write(folder / f"{key}.safetensors", container.encode(KIND, {"key": key, **facts}, blobs))
+        container.write(folder / f"{key}.safetensors", FORMAT, {"key": key, **facts}, blobs)
         _forget_oldest(folder)
     except (OSError, EngineFileError) as cause:
         warnings.warn(f"compiled code could not be kept for the next build: {cause}", UserWarning, stacklevel=2)

@@ -14,7 +14,7 @@ from olss_fast.support.files import AnyPath
 from olss_fast.support.text import clipped, printable
 
 PLANS = 20  # that are listed; an engine may have any number
-_MARK = f'"{FORMAT}"'.encode()
+_MARK = f'"{FORMAT.name}"'.encode()
 
 
 def is_engine_file(path: AnyPath) -> bool:
@@ -33,7 +33,7 @@ def inspected(path: AnyPath, *, as_json: bool = False) -> str:
     """What `olss-fast inspect` prints: `describe`, or the manifest, whose sha256 is then that of the whole file and not
     the format's own checksum. Raises EngineFileError."""
     found = manifest.read(path)
-    sha256 = container.file_sha256(path)
+    sha256 = container.file_sha256(path, FORMAT)
     if as_json:
         return json.dumps({**found.facts, "sha256": sha256}, indent=1)
     return describe(found, container.read_header(path, FORMAT)[1], sha256=sha256)

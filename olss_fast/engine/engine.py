@@ -12,7 +12,7 @@ from olss_fast.compiling.arguments import flatten
 from olss_fast.engine import inputs, machine
 from olss_fast.engine.compiled import LoadedCode, hash_code, shortened
 from olss_fast.engine.manifest import FORMAT, Manifest
-from olss_fast.engine.verifying import Parts, check_unconditional, naming, plan_facts, verified
+from olss_fast.engine.verifying import Parts, check_unconditional, plan_facts, verified
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
 from olss_fast.errors import InputError, MachineError, NetworkError
 from olss_fast.executors.loop_cache import LoopCache, Stats, Work
@@ -179,13 +179,11 @@ class Engine:
         blobs |= {f"plans/{name}": blob for name, blob in plans.items()}
         blobs |= {f"unconditional/{name}": to_blob(each) for name, each in self.unconditional.items()}
         blobs |= {f"weights/{name}": blob for name, blob in weights.items()}
-        facts = {
-            name: fact for name, fact in self.manifest.facts.items() if name not in ("sha256", "format", "version")
-        }
+        facts = {name: fact for name, fact in self.manifest.facts.items() if name != "sha256"}
         facts["plans"] = [plan_facts(name, plan, plans[name].data) for name, plan in self.plans.items()]
         facts["strides"] = strides_of(self.weights)
         facts["hashes"] = {"weights": hash_weights(weights), "code": hash_code(self._code)}
-        container.write(path, container.encode(FORMAT, facts, blobs))
+        container.write(path, FORMAT, facts, blobs)
 
     def chosen_plan(self, steps: int | None = None, plan: str | Plan | None = None) -> Plan:
         """The plan that a call with these arguments runs. Raises InputError."""
@@ -231,7 +229,7 @@ def load_engine(path: AnyPath, *, device: torch.device | str | None = None, sha2
         EngineFileError: no engine file, damaged, altered, of another version, or another one than `sha256` says.
         MachineError: built for another machine, or other versions; all that does not fit is named.
     """
-    with naming(path):
+    with container.naming(path, FORMAT):
         found, plans, parts = verified(path, sha256)
         return _assembled(found, plans, parts, _place(found, device))
 
@@ -241,7 +239,7 @@ def verify_file(path: AnyPath, *, sha256: str | None = None) -> Manifest:
 
     Raises EngineFileError, as `load_engine`.
     """
-    with naming(path):
+    with container.naming(path, FORMAT):
         found, _, parts = verified(path, sha256)
         _tensors(found, parts, torch.device("cpu"))
         return found

@@ -1,4 +1,4 @@
-"""What an engine file says about itself: the JSON object in its header. See `container` for where it lies.
+"""What an engine file says about itself: the entry of its container (`support.container`).
 
 The names below are those in the file. Every member is always there, and no other.
 """
@@ -13,11 +13,11 @@ from typing import Any
 from olss_fast.compiling.shapes import Profile
 from olss_fast.errors import EngineFileError, InputError
 from olss_fast.support import container
-from olss_fast.support.container import MOST_AXES, refuse
+from olss_fast.support.container import MOST_AXES, Format, refuse
 from olss_fast.support.files import AnyPath
 from olss_fast.support.text import quoted
 
-FORMAT = "olss_fast.engine"
+FORMAT = Format("olss_fast.engine", 2, "engine file", EngineFileError)  # 2: code says what it was compiled for
 NOTICE = (
     "This file contains machine code, which runs when the file is loaded. Load only what comes from somebody you trust."
 )
@@ -114,11 +114,8 @@ def compiled_for(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def read(path: AnyPath) -> Manifest:
     """The manifest of an engine file, from its header alone; the rest is not read. Raises EngineFileError."""
-    facts, _ = container.read_header(path, FORMAT)
-    try:
-        return parse(facts)
-    except container.Refused as cause:
-        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
+    with container.naming(path, FORMAT):
+        return parse(container.read_header(path, FORMAT)[0])
 
 
 def parse(facts: Mapping[str, Any]) -> Manifest:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from olss_fast.engine import inputs, manifest
 from olss_fast.engine.compiled import LIBRARY, hash_code
 from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.weights import LAYOUT, check_compiled_for, check_layout, hash_weights, read_compiled_for
-from olss_fast.errors import EngineFileError, InputError, PlanFileError
+from olss_fast.errors import InputError, PlanFileError
 from olss_fast.plan.file import plan_from_bytes
 from olss_fast.plan.plan import Plan
 from olss_fast.support import container
@@ -26,14 +25,6 @@ from olss_fast.support.files import AnyPath
 from olss_fast.support.text import quoted
 
 Parts = dict[str, dict[str, Blob]]  # by folder of the file, "code", "plans", "unconditional" and "weights", and name
-
-
-@contextmanager
-def naming(path: AnyPath) -> Iterator[None]:
-    try:
-        yield
-    except container.Refused as cause:
-        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
 
 
 def verified(path: AnyPath, sha256: str | None) -> tuple[Manifest, dict[str, Plan], Parts]:

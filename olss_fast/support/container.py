@@ -1,22 +1,27 @@
-"""The bytes of an engine file, and of an entry of the cache.
+"""The container of plan files, engine files and compiled code: an entry of JSON, tensors, and a checksum of it all.
 
 An ordinary safetensors file: 8 bytes little-endian length of the header, the header as UTF-8 JSON padded with spaces
-to a multiple of 8, the data. The header's `__metadata__` has one entry, named after the format ("olss_fast.engine"):
-the manifest, a JSON object as a string. Its first member is
+to a multiple of 8, the data. The header's `__metadata__` has one entry, named after the format ("olss_fast.plan"): a
+JSON object as a string. Beside the format's own members it has
 
-    sha256    64 lower-case hexadecimal digits, SHA-256(SHA-256(piece 0) SHA-256(piece 1) …), the pieces being 4 MiB of
-              the file each, the last one what is left, in which these digits are read as zeros. Their place is the
-              first in the header where they occur.
+    sha256    the first of all: 64 lower-case hexadecimal digits, the SHA-256 of the file in which these digits are
+              read as zeros; their place is the first in the header where they occur. Of a file beyond 16 MiB it is
+              the SHA-256 of the SHA-256s of its pieces of 16 MiB, the last one what is left: for all cores.
+    format    the entry's name
+    version   a positive integer
 
-so that any altered bit is noticed, wherever it is, at the speed of all cores. It finds accidents and is no signature:
-a file that somebody meant to alter has a right sum too. Therefore everything below is checked as well, and an engine
-may be loaded with the SHA-256 that the whole file ought to have, as `sha256sum` prints it.
+so that any altered bit is noticed, wherever it is. It finds accidents and is no signature: a file that somebody meant
+to alter has a right sum too. Therefore everything below is checked as well.
 
-Forbidden, each with its own message: a header above 16 MiB, of a length that is no multiple of 8, or beyond the end of
-the file; a header or manifest that is no JSON object, repeats a name, nests too deeply, has too many parts, or holds
-NaN; another format or version; tensors of another dtype, of a size that is not theirs, that overlap, leave gaps, or end
-elsewhere than the file; another checksum. There is no compression and there are no paths: nothing can unfold to more
-than the file's size, or to a place outside.
+Forbidden, each with its own message: a file or header above the format's bounds, a header of a length that is no
+multiple of 8, or beyond the end of the file; a header or entry that is no JSON object, repeats a name, nests too
+deeply, has too many parts, or holds NaN; another format or version; tensors of another dtype, of a size that is not
+theirs, that overlap, leave gaps, or end elsewhere than the file; another checksum. There is no compression and there
+are no paths: nothing can unfold to more than the file's size, or to a place outside. Nothing is ever unpickled or
+evaluated.
+
+The same content always gives the same bytes. Readers refuse a version they do not know: any change of meaning gets a
+new number.
 """
 
 from __future__ import annotations
@@ -25,29 +30,43 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
+from threading import Lock
 from typing import Any, BinaryIO, NoReturn
 
-from olss_fast.errors import EngineFileError
-from olss_fast.support.files import AnyPath, write_atomically
+from olss_fast.errors import OlssError
+from olss_fast.support.files import AnyPath, opened, write_atomically
 from olss_fast.support.json import strict_object
 from olss_fast.support.text import quoted
 
-VERSION = 2  # 2: what code was compiled for stands beside it
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**40
-PIECE = 4 * 2**20
+PIECE = 16 * 2**20
+BLOCK = 2**20  # bytes that are read together
 MOST_AXES = 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 Row = tuple[str, str, tuple[int, ...], int, int]  # of a tensor: name, dtype, shape, begin and end in the data
+Content = Callable[[int, int], Iterable[memoryview]]  # the bytes from begin to end
 
 _BLANK = "0" * 64
-_COPY_AGAIN = "copy the file again, or build it again"
+_COPY_AGAIN = "copy the file again, or make it again"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file: the name of its entry, the version that is read and written, what messages call it, the error
+    that they are raised as, and the bounds on its bytes."""
+
+    name: str
+    version: int
+    title: str
+    error: type[OlssError]
+    most_header: int = MAX_HEADER_BYTES
+    most_bytes: int = MAX_FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -64,100 +83,111 @@ class Blob:
 
 
 class Refused(Exception):
-    """The reason why bytes are no file of this kind; whoever knows the file's name makes an EngineFileError of it."""
+    """The reason why bytes are no file of this kind; `naming` makes the format's error of it."""
 
 
 def refuse(reason: str) -> NoReturn:
     raise Refused(reason)
 
 
-def encode(kind: str, manifest: Mapping[str, object], blobs: Mapping[str, Blob]) -> list[memoryview]:
-    """The file's content as buffers, one after the other. `manifest` is without sha256, format and version."""
-    entry = {"sha256": _BLANK, "format": kind, "version": VERSION, **manifest}
-    header: dict[str, object] = {"__metadata__": {kind: json.dumps(entry, allow_nan=False)}}
+@contextmanager
+def naming(source: object, format: Format) -> Iterator[None]:
+    """What is refused within is the format's error, and says of which file."""
+    try:
+        yield
+    except MemoryError as cause:
+        raise format.error(f"{quoted(str(source), 200)} does not fit into this machine's memory") from cause
+    except Refused as cause:
+        raise format.error(f"{quoted(str(source), 200)} is no usable {format.title}: {cause}") from cause
+
+
+def encode(format: Format, entry: Mapping[str, object], blobs: Mapping[str, Blob]) -> list[memoryview]:
+    """The file's content as buffers, one after the other. Raises the format's error for what it could not read."""
+    members = sorted({**entry, "format": format.name, "version": format.version}.items())
+    text = _json({"sha256": _BLANK, **dict(members)})
+    header: dict[str, object] = {"__metadata__": {format.name: text}}
     end = 0
     for name, blob in blobs.items():
-        begin, end = end, end + len(blob.data)
+        begin, end = end, end + blob.data.nbytes
         header[name] = {"dtype": blob.dtype, "shape": list(blob.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise EngineFileError(f"the header would have {len(text)} bytes; a file's has at most {MAX_HEADER_BYTES}")
-    blank = len(text).to_bytes(8, "little") + text
+    text = _json(header)
+    text += " " * (-len(text) % 8)
+    _check_bounds(format, len(text), 8 + len(text) + end)
+    blank = len(text).to_bytes(8, "little") + text.encode()
     data = [blob.data.cast("B") if blob.data.nbytes else memoryview(b"") for blob in blobs.values()]
-    found = digest([memoryview(blank), *data])
+    found = digest(8 + len(text) + end, _in_buffers([memoryview(blank), *data]))
     return [memoryview(blank.replace(_BLANK.encode(), found.encode(), 1)), *data]
 
 
-def write(path: AnyPath, buffers: Sequence[memoryview]) -> None:
-    """Atomically; see `write_atomically`. Raises EngineFileError."""
-    write_atomically(path, buffers, error=EngineFileError)
+def write(path: AnyPath, format: Format, entry: Mapping[str, object], blobs: Mapping[str, Blob]) -> None:
+    """Atomically; see `write_atomically`. Raises the format's error."""
+    write_atomically(path, encode(format, entry, blobs), error=format.error)
 
 
-def read(path: AnyPath, kind: str, *, sha256: str | None = None) -> tuple[dict[str, Any], dict[str, Blob]]:
-    """Manifest and tensors of a file, wholly verified, before which none of its tensors is in memory.
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _check_bounds(format: Format, header: int, whole: int) -> None:
+    sizes = ((header, format.most_header, "bytes of header and metadata"), (whole, format.most_bytes, "bytes"))
+    for size, most, what in sizes:
+        if size > most:
+            raise format.error(f"it would have {size} {what}; a {format.title} holds at most {most}; make it smaller")
+
+
+def read(path: AnyPath, format: Format, *, sha256: str | None = None) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """Entry and tensors of a file, wholly verified, before which none of its tensors is in memory.
 
     sha256: the SHA-256 that the file ought to have, in lower case; its checksum will do as well.
 
-    Raises EngineFileError.
+    Raises the format's error.
     """
-    with _opened(path) as file:
-        head, manifest, rows = _head(file, kind)
-        blank = head.replace(manifest["sha256"].encode(), _BLANK.encode(), 1)
-        _check_digest(digest(_stream(blank, file)), manifest["sha256"])
-        if sha256 not in (None, manifest["sha256"]):
-            _check_sha256(_sha256(_stream(head, file)).hex(), sha256)
-        file.seek(len(head))
-        return manifest, {name: Blob(dtype, shape, _next(file, end - begin)) for name, dtype, shape, begin, end in rows}
+    with naming(path, format), opened(path, error=format.error) as file:
+        return read_from(file, format, sha256=sha256)
 
 
-def read_header(path: AnyPath, kind: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The manifest, and how many bytes each tensor has. What is behind the header is neither read nor verified, but for
-    its size. Raises EngineFileError."""
-    with _opened(path) as file:
-        _, manifest, rows = _head(file, kind)
-        return manifest, {name: end - begin for name, _, _, begin, end in rows}
-
-
-def file_sha256(path: AnyPath) -> str:
-    """What `sha256sum` prints of a file. Raises EngineFileError."""
-    with _opened(path) as file:
-        return _sha256(_stream(b"", file)).hex()
-
-
-@contextmanager
-def _opened(path: AnyPath) -> Iterator[BinaryIO]:
-    """A regular file; whatever is wrong with it is an EngineFileError with its name."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
-            refuse("it is no regular file but a folder, device or pipe; give the path of a file")
-        with open(path, "rb") as file:
-            yield file
-    except MemoryError as cause:
-        raise EngineFileError(f"{quoted(str(path), 200)} does not fit into this machine's memory") from cause
-    except (OSError, ValueError, TypeError, Refused) as cause:
-        raise EngineFileError(f"{quoted(str(path), 200)} is no usable engine file: {cause}") from cause
-
-
-def _head(file: BinaryIO, kind: str) -> tuple[bytes, dict[str, Any], list[Row]]:
-    """All up to the data, the manifest and the table, each checked before what relies on it."""
-    size = os.fstat(file.fileno()).st_size
-    first = file.read(8)
-    length = _header_length(first, size)
-    text = bytes(_next(file, length))
-    header = _header(text)
-    return first + text, _manifest(header, kind), list(_table(header, size - 8 - length))
-
-
-def _stream(head: bytes, file: BinaryIO) -> Iterator[memoryview]:
-    """`head`, and then what is behind it in the file, a piece at a time."""
-    yield memoryview(head)
-    left = os.fstat(file.fileno()).st_size - len(head)
+def read_from(file: BinaryIO, format: Format, *, sha256: str | None = None) -> tuple[dict[str, Any], dict[str, Blob]]:
+    """The same of an open file. Raises `Refused`."""
+    head, entry, rows = _head(file, format)
+    size, claimed = _size(file), entry["sha256"]
+    blank = head.replace(claimed.encode(), _BLANK.encode(), 1)
+    if (found := digest(size, _in_file(blank, file))) != claimed:
+        refuse(
+            f"its content has the SHA-256 {found[:12]}… and it says {claimed[:12]}…: damaged or altered; {_COPY_AGAIN}"
+        )
+    if sha256 not in (None, claimed) and (found := _sha256(_in_file(head, file)(0, size)).hex()) != sha256:
+        refuse(f"its sha256 is {found}; expected {sha256}: it is another file than you mean")
     file.seek(len(head))
-    while left > 0:
-        piece = _next(file, min(left, PIECE))
-        yield piece
-        left -= len(piece)
+    return entry, {name: Blob(dtype, shape, _next(file, end - begin)) for name, dtype, shape, begin, end in rows}
+
+
+def read_header(path: AnyPath, format: Format) -> tuple[dict[str, Any], dict[str, int]]:
+    """The entry, and how many bytes each tensor has. What is behind the header is neither read nor verified, but for
+    its size. Raises the format's error."""
+    with naming(path, format), opened(path, error=format.error) as file:
+        _, entry, rows = _head(file, format)
+        return entry, {name: end - begin for name, _, _, begin, end in rows}
+
+
+def file_sha256(path: AnyPath, format: Format) -> str:
+    """What `sha256sum` prints of a file. Raises the format's error."""
+    with naming(path, format), opened(path, error=format.error) as file:
+        return _sha256(_in_file(b"", file)(0, _size(file))).hex()
+
+
+def _head(file: BinaryIO, format: Format) -> tuple[bytes, dict[str, Any], list[Row]]:
+    """All up to the data, the entry and the table, each checked before what relies on it."""
+    size = _size(file)
+    file.seek(0)
+    first = file.read(8)
+    length = _header_length(first, size, format)
+    text = bytes(_next(file, length))
+    header = _json_object(text, "the safetensors header")
+    return first + text, _entry(header, format), list(_table(header, size - 8 - length))
+
+
+def _size(file: BinaryIO) -> int:
+    return file.seek(0, os.SEEK_END)
 
 
 def _next(file: BinaryIO, count: int) -> memoryview:
@@ -167,79 +197,66 @@ def _next(file: BinaryIO, count: int) -> memoryview:
     return memoryview(data)
 
 
-def digest(buffers: Iterable[memoryview]) -> str:
-    """The checksum of the format over the content in `buffers`, in which its own digits are zeros already. No more
-    pieces are held than are worked at."""
-    pieces = _pieces(buffers)
-    few = list(islice(pieces, 4))
-    if len(few) < 4:
-        return hashlib.sha256(b"".join(map(_sha256, few))).hexdigest()
-    from concurrent.futures import ThreadPoolExecutor  # slow to import for who looks at a header alone
+def digest(size: int, content: Content) -> str:
+    """The checksum of `content`, in which its own digits are zeros already."""
+    begins = range(0, size, PIECE)
+    if len(begins) == 1:
+        return _sha256(content(0, size)).hex()
+    from concurrent.futures import ThreadPoolExecutor  # slow to import for who reads a small file
 
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
+        sums = pool.map(lambda begin: _sha256(content(begin, min(begin + PIECE, size))), begins)
+        return hashlib.sha256(b"".join(sums)).hexdigest()
+
+
+def _sha256(blocks: Iterable[memoryview]) -> bytes:
     total = hashlib.sha256()
-    with ThreadPoolExecutor(workers := os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
-        while few:
-            for each in pool.map(_sha256, few):
-                total.update(each)
-            few = list(islice(pieces, workers))
-    return total.hexdigest()
-
-
-def _sha256(buffers: Iterable[memoryview]) -> bytes:
-    total = hashlib.sha256()
-    for each in buffers:
+    for each in blocks:
         total.update(each)
     return total.digest()
 
 
-def _pieces(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """The content in pieces of PIECE bytes, each a list of views."""
-    piece: list[memoryview] = []
-    room = PIECE
-    for buffer in buffers:
-        rest = buffer
-        while len(rest):
-            piece.append(rest[:room])
-            room -= len(piece[-1])
-            rest = rest[len(piece[-1]) :]
-            if room == 0:
-                yield piece
-                piece, room = [], PIECE
-    if piece:
-        yield piece
+def _in_buffers(buffers: Sequence[memoryview]) -> Content:
+    def content(begin: int, end: int) -> Iterator[memoryview]:
+        for buffer in buffers:
+            yield buffer[max(begin, 0) : max(end, 0)]
+            begin, end = begin - len(buffer), end - len(buffer)
+
+    return content
 
 
-def _check_digest(found: str, claimed: str) -> None:
-    if found != claimed:
-        refuse(
-            f"its content has the digest {found[:12]}… and it says {claimed[:12]}…: damaged or altered; {_COPY_AGAIN}"
-        )
+def _in_file(head: bytes, file: BinaryIO) -> Content:
+    """What is in the file, but `head` in the place of as much of it. For several threads."""
+    lock = Lock()
 
+    def content(begin: int, end: int) -> Iterator[memoryview]:
+        yield memoryview(head)[begin:end]
+        for at in range(max(begin, len(head)), end, BLOCK):
+            with lock:
+                file.seek(at)
+                block = _next(file, min(BLOCK, end - at))
+            yield block
 
-def _check_sha256(found: str, expected: str | None) -> None:
-    if found != expected:
-        refuse(f"its sha256 is {found}; expected {expected}: it is another file than you mean")
+    return content
 
 
 # --- the header ----------------------------------------------------------------------------------------------------
 
 
-def _header_length(first: bytes, size: int) -> int:
+def _header_length(first: bytes, size: int, format: Format) -> int:
+    if size > format.most_bytes:
+        refuse(f"it has {size} bytes; expected at most {format.most_bytes}")
     if len(first) < 8:
         refuse(f"it has {size} bytes; a safetensors file begins with 8 bytes of header length; {_COPY_AGAIN}")
     length = int.from_bytes(first, "little")
-    if length > MAX_HEADER_BYTES or length % 8:
+    if length > format.most_header or length % 8:
         refuse(
             f"its first 8 bytes announce a header of {length} bytes; expected a multiple of 8 up to "
-            f"{MAX_HEADER_BYTES}; is it an engine file at all?"
+            f"{format.most_header}; is it a safetensors file at all?"
         )
     if 8 + length > size:
         refuse(f"it has {size} bytes, but its header should reach to byte {8 + length}: truncated; {_COPY_AGAIN}")
     return length
-
-
-def _header(text: bytes) -> dict[str, Any]:
-    return _json_object(text, "the safetensors header")
 
 
 def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
@@ -249,34 +266,38 @@ def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
         refuse(f"{what} {cause}; {_COPY_AGAIN}")
 
 
-def _manifest(header: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The manifest, of this format and version; what else is in it is looked at by who knows its meaning."""
+def _entry(header: dict[str, Any], format: Format) -> dict[str, Any]:
+    """The entry, of this format and version; what else is in it is looked at by who knows its meaning."""
     metadata = header.get("__metadata__")
-    if not isinstance(metadata, dict) or set(metadata) != {kind} or not isinstance(metadata[kind], str):
+    if not isinstance(metadata, dict) or set(metadata) != {format.name} or not isinstance(metadata[format.name], str):
         refuse(
-            f"its __metadata__ is {quoted(metadata)}; expected the single entry {kind!r}: perhaps a plan or a model "
-            "and not an engine?"
+            f"its __metadata__ is {quoted(metadata)}; expected the single entry {format.name!r}. It holds the tensors "
+            f"{quoted(sorted(set(header) - {'__metadata__'}))}: perhaps a model, and no {format.title}?"
         )
-    manifest = _json_object(metadata[kind], f"the entry {kind!r}")
-    if next(iter(manifest), None) != "sha256":
-        refuse(f"its first member is {quoted(next(iter(manifest), None))}; expected sha256")
-    if manifest.get("format") != kind:
-        refuse(f"its format is {quoted(manifest.get('format'))}; expected {kind!r}")
-    version = manifest.get("version")
-    if isinstance(version, bool) or version != VERSION:
+    entry = _json_object(metadata[format.name], f"the entry {format.name!r}")
+    if entry.get("format") != format.name:
+        refuse(f"its format is {quoted(entry.get('format'))}; expected {format.name!r}")
+    _check_version(entry.get("version"), format)
+    if next(iter(entry)) != "sha256":
+        refuse(f"its first member is {quoted(next(iter(entry)))}; expected sha256")
+    claimed = entry["sha256"]
+    if not isinstance(claimed, str) or not re.fullmatch("[0-9a-f]{64}", claimed):
+        refuse(f"its sha256 is {quoted(claimed)}; expected 64 lower-case hexadecimal digits")
+    return entry
+
+
+def _check_version(version: object, format: Format) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        refuse(f"its version is {quoted(version)}; expected a positive integer")
+    if version != format.version:
+        other = "a newer" if version > format.version else "an older"
         refuse(
-            f"it was written in version {quoted(version)} of the format; this release of olss_fast reads version "
-            f"{VERSION}: build the engine again with this release, or use the release that built it"
+            f"it was written in version {quoted(version)} of the format, by {other} olss_fast; this release reads "
+            f"version {format.version}: make the file again with this release, or use the release that made it"
         )
-    claimed = manifest.get("sha256")
-    if not isinstance(claimed, str) or len(claimed) != 64 or not set(claimed) <= set("0123456789abcdef"):
-        refuse(f"its sha256 is {quoted(claimed)}; expected 64 hexadecimal digits")
-    return manifest
 
 
 # --- the tensors ---------------------------------------------------------------------------------------------------
-
-
 def _table(header: dict[str, Any], size: int) -> Iterator[Row]:
     """Name, dtype, shape, begin and end of each tensor. Together they fill the `size` bytes of data."""
     last = 0
@@ -306,7 +327,10 @@ def _row(name: str, described: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         refuse(f"tensor {quoted(name)} has dtype {quoted(dtype)}; expected one of {', '.join(ITEM_BYTES)}")
     if not naturals(shape) or len(shape) > MOST_AXES or not naturals(offsets) or len(offsets) != 2:
-        refuse(f"tensor {quoted(name)} has shape {quoted(shape)} and data_offsets {quoted(offsets)}; expected sizes")
+        refuse(
+            f"tensor {quoted(name)} has shape {quoted(shape)} and data_offsets {quoted(offsets)}; expected sizes "
+            "and [begin, end]"
+        )
     if prod(filter(None, shape)) > MAX_FILE_BYTES:  # an empty tensor's strides must be numbers too
         refuse(f"tensor {quoted(name)} has shape {quoted(shape)}; expected one that a file could hold")
     size = prod(shape) * ITEM_BYTES[dtype]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from olss_fast import Profile, solvers
 from olss_fast.engine import building
+from olss_fast.engine.manifest import FORMAT
 from olss_fast.errors import BuildError, InputError, NetworkError, OlssError
 from olss_fast.support import container
 
@@ -30,7 +31,7 @@ def compiles(*arguments: Any) -> dict[str, bytes]:
 
 def code_of(kind: str) -> dict[str, bytes]:
     """Compiled once, to stand for what the compiler would give again."""
-    _, blobs = container.read(engine_file(kind), "olss_fast.engine")
+    _, blobs = container.read(engine_file(kind), FORMAT)
     return {"network.so": bytes(blobs["code/network.so"].data)}
 
 

@@ -15,14 +15,19 @@ from engines import GUIDED
 from olss_fast.plan.file import plan_to_bytes
 
 BLANK = "0" * 64
-PIECE = 4 * 2**20
+PIECE = 16 * 2**20
 PLAN = GUIDED["three"]
 PLAN_BYTES = plan_to_bytes(PLAN)
 
 
 def digest(data: bytes) -> str:
     pieces = [data[begin : begin + PIECE] for begin in range(0, len(data), PIECE)]
-    return hashlib.sha256(b"".join(hashlib.sha256(piece).digest() for piece in pieces)).hexdigest()
+    sums = [hashlib.sha256(piece).digest() for piece in pieces]
+    return sums[0].hex() if len(sums) == 1 else hashlib.sha256(b"".join(sums)).hexdigest()
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def signed(blank: bytes) -> bytes:
@@ -152,9 +157,9 @@ class EngineBytes:
         return b"".join(content for _, _, content in self.tensors.values())
 
     def header(self, table: Mapping[str, Any] | None = None) -> bytes:
-        manifest = self.manifest if isinstance(self.manifest, str) else json.dumps(self.manifest)
+        manifest = self.manifest if isinstance(self.manifest, str) else _compact(self.manifest)
         rows = self.table() if table is None else table
-        return json.dumps({"__metadata__": {"olss_fast.engine": manifest}, **rows}).encode()
+        return _compact({"__metadata__": {"olss_fast.engine": manifest}, **rows}).encode()
 
     def blank(self, table: Mapping[str, Any] | None = None) -> bytes:
         return framed(self.header(table), self.data)

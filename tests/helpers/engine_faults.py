@@ -146,7 +146,7 @@ ENGINE_FAULTS: dict[str, tuple[str, bytes]] = {
     "version true": ("positive integer", altered(version=True)),
     "no version": ("positive integer", altered(version=None)),
     "another format": ("its format is", altered(format="olss_fast.plan")),
-    "sha256 is not first": ("first member is sha256", EngineBytes(json.dumps(dict(reversed(MANIFEST.items())))).file()),
+    "sha256 is not first": ("expected sha256", EngineBytes(json.dumps(dict(reversed(MANIFEST.items())))).file()),
     "sha256 in upper case": ("lower-case", altered(sha256="A" * 64)),
     "a wrong sha256": ("damaged or altered", EngineBytes().blank().replace(BLANK.encode(), b"1" * 64, 1)),
     "sha256 in escapes": ("in escapes", EngineBytes(json.dumps(MANIFEST).replace(BLANK, "\\u0030" * 64, 1)).blank()),
@@ -261,11 +261,11 @@ def spoiled(name: str, place: Any, value: float) -> bytes:
 
 
 PLAN_FAULTS: dict[str, tuple[str, bytes]] = {
-    "flipped": ("not that of its content", flipped(PLAN_BYTES, len(PLAN_BYTES) - 1)),
+    "flipped": ("damaged or altered", flipped(PLAN_BYTES, len(PLAN_BYTES) - 1)),
     "truncated": ("truncated", PLAN_BYTES[:-8]),
-    "empty": ("expected 8 to", b""),
-    "huge header": ("header should have", (2**63).to_bytes(8, "little") + PLAN_BYTES[8:]),
-    "version 2": ("format and version", plan_file(version=2)),
+    "empty": ("begins with 8 bytes", b""),
+    "huge header": ("announce a header", (2**63).to_bytes(8, "little") + PLAN_BYTES[8:]),
+    "version 2": ("newer olss_fast", plan_file(version=2)),
     "three branches": ("branches", plan_file(branches=3)),
     "NaN": ("must be finite", spoiled("rows", (1, 0), np.nan)),
     "infinite time": ("must be finite", spoiled("timesteps", 0, np.inf)),

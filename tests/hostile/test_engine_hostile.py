@@ -22,6 +22,7 @@ from engines import engine_file
 from hostile_engines import Mapped, flipped, light, nothing_mapped, outcome, whole
 
 import olss_fast
+from olss_fast.engine import cache
 from olss_fast.engine.describe import inspected
 from olss_fast.errors import EngineFileError
 from olss_fast.support import container
@@ -161,12 +162,12 @@ OTHERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "short": (lambda: b"1234567", "it has 7 bytes"),
     "no header": (lambda: bytes(8), "is not valid JSON"),
     "zeros": (lambda: bytes(10**6), "is not valid JSON"),
-    "ELF": (lambda: whole().tensors["code/network.so"][2], "announce a header of .* is it an engine file at all"),
+    "ELF": (lambda: whole().tensors["code/network.so"][2], "announce a header of .* is it a safetensors file at all"),
     "zip bomb": (zip_bomb, "announce a header of"),
     "pickle": (lambda: b"\x80\x04cos\nsystem\n(S'touch evil'\ntR.", "announce a header of"),
     "JSON": (lambda: json.dumps(light().manifest).encode(), "announce a header of"),
-    "plan": (lambda: light().tensors["plans/two"][2], "perhaps a plan or a model and not an engine"),
-    "cached code": (lambda: b"".join(container.encode("olss_fast.code", {}, {})), "perhaps a plan or a model"),
+    "plan": (lambda: light().tensors["plans/two"][2], "perhaps a model, and no engine file"),
+    "cached code": (lambda: b"".join(container.encode(cache.FORMAT, {}, {})), "perhaps a model, and no engine file"),
 }
 
 

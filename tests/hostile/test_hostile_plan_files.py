@@ -19,10 +19,16 @@ import pytest
 import safetensors.numpy
 
 from olss_fast.errors import PlanFileError
-from olss_fast.plan.file import FORMAT, MAX_FILE_BYTES, MAX_HEADER_BYTES, plan_from_bytes, plan_to_bytes
+from olss_fast.plan import file as plan_file
+from olss_fast.plan.file import plan_from_bytes, plan_to_bytes
 from olss_fast.plan.plan import Plan
 
 ZEROS = "0" * 64
+FORMAT, MAX_FILE_BYTES, MAX_HEADER_BYTES = (
+    plan_file.FORMAT.name,
+    plan_file.FORMAT.most_bytes,
+    plan_file.FORMAT.most_header,
+)
 PLAN = Plan(
     timesteps=[900, 400],
     rows=[[1, 0, 0], [2, -1, 0], [3, -2, -0.5]],
@@ -115,13 +121,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "it has 0 bytes; a safetensors file begins with 8"),
     "seven bytes": (GOOD[:7], "it has 7 bytes"),
     "only a length": (GOOD[:8], "its header should reach to byte .*: truncated"),
-    "truncated header": (GOOD[:100], "truncated; copy or save the file again"),
-    "truncated data": (GOOD[:-1], "its tensors need 152 bytes after the header and it has 151: truncated"),
-    "appended": (GOOD + b"\0", "it has 153: something was appended"),
+    "truncated header": (GOOD[:100], "truncated; copy the file again, or make it again"),
+    "truncated data": (GOOD[:-1], "'timesteps' ends at byte 152 of 151 bytes of data: truncated"),
+    "appended": (GOOD + b"\0", "end at byte 152 of 153 bytes of data: something was appended"),
     "two plans": (GOOD + GOOD, "something was appended"),
     "too large": (GOOD + bytes(MAX_FILE_BYTES), f"expected at most {MAX_FILE_BYTES}"),
     "huge header": ((2**63).to_bytes(8, "little") + GOOD[8:], f"announce a header of {2**63} bytes"),
-    "large header": (assembled({"x": "y" * MAX_HEADER_BYTES}, b""), f"expected at most {MAX_HEADER_BYTES}"),
+    "large header": (assembled({"x": "y" * MAX_HEADER_BYTES}, b""), f"up to {MAX_HEADER_BYTES}"),
     # not safetensors
     "pickle": (pickle.dumps(Bomb()), "no usable plan file"),
     "pickle behind a length": (assembled(None, b"", text="x").replace(b"x", b"\x80"), "not valid JSON"),
@@ -131,7 +137,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     # header
     "not JSON": (assembled(None, DATA, text="{'a': 1}"), "header is not valid JSON"),
     "not UTF-8": (assembled(None, DATA, text='{"\ud800": 1}'), "header is not valid JSON"),
-    "UTF-16": (b"\x04\0\0\0\0\0\0\0" + "{}".encode("utf-16-le"), "header is not valid JSON"),
+    "UTF-16": (b"\x08\0\0\0\0\0\0\0" + "{}  ".encode("utf-16-le"), "header is not valid JSON"),
     "byte order mark": (assembled(None, DATA, text="\ufeff" + json.dumps(HEADER)), "not valid JSON"),
     "a list": (assembled([1, 2], DATA), r"header is \[1, 2\]; expected a JSON object"),
     "nested deeply": (assembled(None, DATA, text="[" * 200_000), "not valid JSON"),
@@ -150,7 +156,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "other format": (with_entry(format="report"), "its format is 'report'; expected 'olss_fast.plan'"),
     "no format": (with_entry(format=None), "its format is None"),
     "newer": (with_entry(version=2), "in version 2 of the format, by a newer olss_fast; this release reads version 1"),
-    "newer, with more": (with_entry(version=7, extra=[1]), "upgrade olss_fast"),
+    "newer, with more": (with_entry(version=7, extra=[1]), "by a newer olss_fast"),
     "far newer": (with_entry_text('"version": 1', '"version": 1' + "0" * 15), "in version 1000000"),
     "astronomic version": (with_entry_text('"version": 1', '"version": 1' + "0" * 4000), "the number '1000"),
     "version zero": (with_entry(version=0), "its version is 0; expected a positive integer"),
@@ -169,10 +175,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "metadata half a character": (with_entry_text('"ddim"', '"\\ud800"'), "is not valid JSON .*ud800"),
     # checksum
     "wrong checksum": (GOOD.replace(DIGEST, b"f" * 64), "damaged or altered"),
-    "upper-case checksum": (GOOD.replace(DIGEST, DIGEST.upper()), "damaged or altered"),
+    "upper-case checksum": (GOOD.replace(DIGEST, DIGEST.upper()), "expected 64 lower-case"),
     "short checksum": (with_entry(sha256="abc"), "sha256 is 'abc'; expected 64"),
     "checksum number": (with_entry(sha256=5), "sha256 is 5"),
-    "checksum in other letters": (with_entry(sha256="٣" * 64), "expected 64 hexadecimal digits"),
+    "checksum in other letters": (with_entry(sha256="٣" * 64), "expected 64 lower-case hexadecimal digits"),
     # tensors
     "unknown tensor": (with_tensors(weights=np.zeros(2)), "it holds the tensors .*'weights'"),
     "missing tensor": (with_tensors(models=None), "it holds the tensors"),
@@ -195,19 +201,19 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "negative level": (with_tensors(sigmas=np.array([1, 1, -1.0])), r"sigmas\[2\] is -1.0"),
     "negative model": (with_tensors(models=np.array([0, -1])), "models reaches from -1 to 0"),
     # table of tensors
-    "astronomic shape": (with_descriptor("rows", shape=[2**62, 2**62]), "expected at most"),
+    "astronomic shape": (with_descriptor("rows", shape=[2**62, 2**62]), "expected sizes"),
     "astronomic vector": (with_descriptor("alphas", shape=[2**63]), "no integer of 64 bits"),
     "overflowing shape": (with_descriptor("alphas", shape=[2**64 + 3]), "no integer of 64 bits"),
     "negative shape": (with_descriptor("alphas", shape=[-3]), r"shape \[-3\]"),
     "true for one": (with_descriptor("timesteps", shape=[True]), r"shape \[True\]"),
     "shape a number": (with_descriptor("alphas", shape=3), "shape 3"),
     "fractional shape": (with_descriptor("alphas", shape=[3.0]), r"shape \[3.0\]"),
-    "offsets overlap": (with_descriptor("alphas", data_offsets=[0, 24]), "safetensors library says"),
-    "offsets reversed": (with_descriptor("alphas", data_offsets=[40, 16]), "safetensors library says"),
-    "offsets beyond": (with_descriptor("alphas", data_offsets=[0, 2**60]), "truncated"),
-    "offsets negative": (with_descriptor("alphas", data_offsets=[-24, 0]), "expected .begin, end."),
-    "three offsets": (with_descriptor("alphas", data_offsets=[0, 1, 2]), "expected .begin, end."),
-    "offsets text": (with_descriptor("alphas", data_offsets="ab"), "expected .begin, end."),
+    "offsets overlap": (with_descriptor("alphas", data_offsets=[0, 24]), "begins at byte 0 of the data; expected 16"),
+    "offsets reversed": (with_descriptor("alphas", data_offsets=[40, 16]), "has 24 bytes; its data_offsets are"),
+    "offsets beyond": (with_descriptor("alphas", data_offsets=[0, 2**60]), "expected sizes and .begin, end."),
+    "offsets negative": (with_descriptor("alphas", data_offsets=[-24, 0]), "sizes and .begin, end."),
+    "three offsets": (with_descriptor("alphas", data_offsets=[0, 1, 2]), "sizes and .begin, end."),
+    "offsets text": (with_descriptor("alphas", data_offsets="ab"), "sizes and .begin, end."),
     "unknown dtype": (with_descriptor("alphas", dtype="F128"), "dtype 'F128'"),
     "dtype a list": (with_descriptor("alphas", dtype=["F64"]), r"dtype \['F64'\]"),
     "additional description": (with_descriptor("alphas", device="cuda"), "expected dtype, shape and data_offsets"),
@@ -295,11 +301,11 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
 
 def resealed(data: bytes) -> bytes:
     """The mutated file as an attacker would finish it: right header length where it can be told, right checksum."""
-    end = data.find(b"}}", 8)
-    while 0 <= end < len(data) and data[end + 2 : end + 3] == b" ":
-        end += 1
-    if end > 0:
-        data = (end + 2 - 8).to_bytes(8, "little") + data[8:]
+    end = data.find(b"}}", 8) + 2
+    if end >= 10:
+        header, rest = data[8:end], data[end:].lstrip(b" ")
+        header += b" " * (-len(header) % 8)
+        data = len(header).to_bytes(8, "little") + header + rest
     return sealed(data)
 
 

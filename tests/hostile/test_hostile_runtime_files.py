@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_bytes import MANIFEST, PLAN, PLAN_BYTES, EngineBytes, digest, framed, signed
+from engine_bytes import MANIFEST, PIECE, PLAN, PLAN_BYTES, EngineBytes, digest, framed, signed
 from engine_faults import FAULTS, HEADER, SOUND, flipped
 from engine_mutants import alike, members, mutations, replaced
 from runtime_build import check_files
@@ -37,17 +37,17 @@ def test_a_sound_file_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_file_of_several_pieces_is_taken(tmp_path: Path) -> None:
-    """The checksum is over pieces of 4 MiB: a last one that is whole, of one byte, and an altered one in the middle."""
+    """The checksum is over pieces of 16 MiB: one that is whole, a last one of one byte, and an altered one."""
     files = []
     for size in (0, 1):
         engine = EngineBytes()
-        rest = 12 * 2**20 - 8 - HEADER - len(engine.data)
+        rest = PIECE - 8 - HEADER - len(engine.data)
         for _ in range(2):  # the header's own length depends on the size written into it
             engine.tensors["code/more"] = ("U8", [rest + size], bytes(rest + size))
-            rest = 12 * 2**20 - len(engine.hashed().file()) + rest + size
+            rest = PIECE - len(engine.hashed().file()) + rest + size
         files.append(engine.file())
-        assert len(files[-1]) == 12 * 2**20 + size
-    said = answers(tmp_path, [*files, flipped(files[0], 6 * 2**20)])
+        assert len(files[-1]) == PIECE + size
+    said = answers(tmp_path, [*files, flipped(files[1], PIECE // 2)])
     assert said[:2] == ["ok", "ok"]
     assert "damaged or altered" in said[2]
 
@@ -86,7 +86,11 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
     said = dict(zip(FAULTS, answers(tmp_path, [data for _, data in FAULTS.values()]), strict=True))
     wrong = {name: said[name] for name, (expected, _) in FAULTS.items() if expected not in said[name]}
     assert wrong == {}
-    assert {name for name, each in said.items() if each.startswith(VERSION)} == {"version 1", "version 3"}
+    assert {name for name, each in said.items() if each.startswith(VERSION)} == {
+        "version 1",
+        "version 3",
+        "plan: version 2",
+    }
     assert {each[:1] for each in said.values()} == {FILE, VERSION}
     assert {name: each for name, each in said.items() if len(each) > 800} == {}
 
@@ -177,7 +181,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
         os.mkfifo(path)
     (said,) = check_files([path])
     assert said.startswith(FILE)
-    assert {"folder": "it is a folder", "pipe": "pipe", "nothing": "no such file"}[kind] in said
+    assert {"folder": "it is a folder", "pipe": "pipe", "nothing": "No such file"}[kind] in said
 
 
 def test_a_plan_that_python_writes_is_taken(tmp_path: Path) -> None:
