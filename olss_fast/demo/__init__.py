@@ -83,7 +83,11 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
 
 def pipeline(device: torch.device | str | None = None) -> ClassPipeline:
     """The embedded model as a pipeline of diffusers: `pipe([3, 17], num_inference_steps=20).images`. Errors as in
-    `load`."""
+    `load`.
+
+    Where it was saved, `ClassPipeline.from_pretrained(folder)` loads it; `DiffusionPipeline.from_pretrained` needs to
+    be told custom_pipeline=olss_fast.demo.class_pipeline.__file__ and trust_remote_code=True.
+    """
     place = _device(device)
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
         from diffusers import DDIMScheduler

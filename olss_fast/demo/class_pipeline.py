@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..errors import InputError
-from . import CLASSES, GUIDANCE_SCALE
+from olss_fast.demo import CLASSES, GUIDANCE_SCALE
+from olss_fast.errors import InputError
 
 _Base: Any = DiffusionPipeline
 

@@ -38,7 +38,7 @@ def point_mass_residual(plan: Plan) -> Floats:
     Raises PlanError where metadata["prediction_type"] is missing or unknown (and "sigma_data" for edm), and where
     rows[0, 0] is 0, because the scale of the initial noise is read from there.
     """
-    exact_output = _exact_output(plan)
+    exact_output = exact_output_of(plan)
     outputs = [exact_output(*levels) for levels in zip(plan.alphas.tolist(), plan.sigmas.tolist(), strict=True)]
     return levels_of_rows(plan, outputs[: plan.nfe]) - np.stack([plan.alphas, plan.sigmas], axis=1)
 
@@ -84,7 +84,8 @@ def _unit_noise(noise: Floats) -> Floats:
     return noise / length
 
 
-def _exact_output(plan: Plan) -> ExactOutput:
+def exact_output_of(plan: Plan) -> ExactOutput:
+    """(alpha, sigma) -> signal and noise of the exact output at alpha m + sigma eps. PlanError if it is not known."""
     prediction = plan.metadata.get("prediction_type")
     if prediction == "edm":
         return edm_output(_sigma_data(plan))

@@ -324,3 +324,7 @@ def test_what_is_read_after_a_call() -> None:
     images(pipe, guidance_scale=3.0)
     assert pipe.guidance_scale == 3.0
     assert pipe.num_timesteps == STEPS
+    own = copy.deepcopy(pipe.scheduler)
+    own.set_timesteps(STEPS)
+    assert torch.equal(pipe.scheduler.timesteps, own.timesteps)
+    assert pipe.scheduler.num_inference_steps == STEPS

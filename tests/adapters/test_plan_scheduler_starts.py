@@ -86,7 +86,8 @@ def test_truncation_needs_the_schedule_of_the_plan_itself() -> None:
     scheduler.set_timesteps(5)
     scheduler.set_begin_index(2)
     assert scheduler.timesteps.tolist() == plan.timesteps.tolist()
-    other = PlanScheduler(solvers.ddim(SCHEDULE, 5), diffusers.DDIMScheduler(beta_schedule="linear"))
+    linear = {**diffusers.DDIMScheduler(beta_schedule="linear").config, "_class_name": "DDIMScheduler"}
+    other = PlanScheduler(solvers.ddim(SCHEDULE, 5), linear)
     other.set_timesteps(5)
     with pytest.raises(InputError, match="made for schedule"):
         other.set_begin_index(2)

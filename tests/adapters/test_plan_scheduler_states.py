@@ -15,7 +15,7 @@ import diffusers
 import pytest
 import torch
 from plain_schedulers import PlainExploding
-from plan_runs import BETAS, NOISE, network, run
+from plan_runs import BETAS, NOISE, SCHEDULE, network, run
 from scheduler_kinds import KINDS
 from scheduler_runs import DRAWS_FLOAT32, stepping
 from torch import Tensor
@@ -212,3 +212,56 @@ def test_scale_model_input_takes_what_others_take() -> None:
     torch.testing.assert_close(first, NOISE / (ours.init_noise_sigma**2 + 1.0) ** 0.5)
     plain = PlanScheduler(capture(diffusers.DDIMScheduler(clip_sample=False), 3))
     assert plain.scale_model_input(NOISE) is NOISE
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDIMScheduler(**BETAS, clip_sample=False),
+        diffusers.DDIMScheduler(**BETAS, clip_sample=False, prediction_type="v_prediction"),
+        diffusers.EulerDiscreteScheduler(**BETAS),
+        diffusers.EDMEulerScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__ + scheduler.config.prediction_type,
+)
+def test_the_clean_image_that_a_step_predicts_is_the_schedulers(scheduler: Any) -> None:
+    own, ours = copy.deepcopy(scheduler), PlanScheduler(capture(scheduler, 5))
+    for each in (own, ours):
+        each.set_timesteps(5)
+    x = NOISE.double() * float(own.init_noise_sigma)
+    for timestep in own.timesteps:
+        output = torch.sin(own.scale_model_input(x, timestep))
+        expected = own.step(output, timestep, x)
+        found = ours.step(output, timestep, x)
+        scale = expected.pred_original_sample.abs().max()  # 1e-5: the schedulers' tables are float32
+        assert (found.pred_original_sample - expected.pred_original_sample).abs().max() <= 1e-5 * scale
+        x = expected.prev_sample
+
+
+def test_the_clean_image_of_a_plan_that_says_not_what_its_network_predicts() -> None:
+    scheduler = PlanScheduler(solvers.ddim(SCHEDULE, 3).replace(metadata={}))
+    scheduler.set_timesteps(3)
+    output = scheduler.step(NOISE, scheduler.timesteps[0], NOISE)
+    assert not hasattr(output, "pred_original_sample")
+    assert [*output] == ["prev_sample"]
+
+
+@pytest.mark.parametrize("kind", [diffusers.EulerDiscreteScheduler, diffusers.HeunDiscreteScheduler])
+def test_the_index_of_a_timestep_is_the_schedulers(kind: Any) -> None:
+    own = kind(**BETAS)
+    ours = PlanScheduler(capture(own, 5))
+    for each in (own, ours):
+        each.set_timesteps(5)
+    assert [ours.index_for_timestep(t) for t in ours.timesteps.tolist()] == [
+        own.index_for_timestep(t) for t in own.timesteps
+    ]
+    assert ours.index_for_timestep(torch.tensor(3.0), torch.tensor([7.0, 3.0])) == 1
+    with pytest.raises(InputError, match="timestep"):
+        ours.index_for_timestep(1234)
+
+
+def test_a_plan_for_another_schedule_is_refused_beside_a_scheduler() -> None:
+    other = diffusers.DDIMScheduler(beta_start=0.1, beta_end=0.2)
+    with pytest.raises(InputError, match="does not fit this DDIMScheduler"):
+        PlanScheduler(solvers.ddim(SCHEDULE, 3), other)
+    PlanScheduler(solvers.ddim(SCHEDULE, 3), {**other.config, "_class_name": "DDIMScheduler"})  # taken at its word

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -183,6 +184,28 @@ def test_the_pipeline_samples_what_the_model_does() -> None:
 def test_the_pipeline_can_be_made_again() -> None:
     """Importing a module of that name would put it in the function's place."""
     assert type(demo.pipeline("cpu")) is type(demo.pipeline("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_pipeline_is_loaded_by_those_who_do_not_know_its_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import dynamic_modules_utils
+
+    from olss_fast.demo import class_pipeline
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pipe = demo.pipeline("cpu")
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(
+        tmp_path / "saved", custom_pipeline=class_pipeline.__file__, trust_remote_code=True
+    )
+    found = [
+        each(3, 1, generator=torch.Generator().manual_seed(0), output_type="latent").images for each in (pipe, again)
+    ]
+    assert torch.equal(*found)
 
 
 def test_the_folder_says_which_label_is_none() -> None:

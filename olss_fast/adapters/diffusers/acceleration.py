@@ -56,6 +56,7 @@ class LoopScheduler(PlanScheduler):
 
     whole = False
     why_not = ""
+    grid: Tensor  # all timesteps
     finished: Tensor | None = None
 
     @classmethod
@@ -81,7 +82,8 @@ class LoopScheduler(PlanScheduler):
             self.why_not = f"its plan begins at index {entry.begin}"
         self.whole = not self.why_not
         if self.whole:
-            self.timesteps = self.timesteps[:1].clone()
+            self.grid = self.timesteps
+            self.timesteps = self.grid[:1].clone()
 
     def step(
         self,
@@ -214,8 +216,10 @@ class Acceleration:
             return run(alone, *args, **how)
         finally:  # guidance_scale, num_timesteps and the like are read after a call too
             vars(pipe).update({name: value for name, value in vars(alone).items() if lent.get(name) is not value})
-            if scheduler.whole and "_num_timesteps" in vars(pipe):  # of the one that was shown
-                pipe._num_timesteps = len(scheduler._chosen().timesteps)
+            if scheduler.whole:  # and so are the timesteps, of which one was shown
+                self.scheduler._sessions.hold(scheduler._session.afresh(), scheduler.grid)
+                if "_num_timesteps" in vars(pipe):
+                    pipe._num_timesteps = len(scheduler.grid)
             vars(alone).clear()  # else it and its network keep each other alive
             if scheduler.why_not:
                 self._say(scheduler.why_not)

@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from olss_fast.adapters.diffusers.plan_book import Entry, name_of
 from olss_fast.capturing.facts import CapturedFacts, captured_facts, scheduler_class
-from olss_fast.errors import InputError
+from olss_fast.errors import InputError, PlanError
 from olss_fast.plan.plan import Floats, Integers, Plan
+from olss_fast.plan.point_mass import exact_output_of
 from olss_fast.schedule.from_diffusers import check_config
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
@@ -82,6 +84,29 @@ def untimed_amplitude(plan: Plan) -> float | None:
     except Exception as error:  # of diffusers' own, from a config that somebody may have altered
         raise InputError(f"no {facts.class_name} can be made of the config in {name_of(plan)}: {error}") from error
     return None if value is None else float(value)
+
+
+class StepOutput(SchedulerOutput):
+    """What a step gives. `pred_original_sample` is computed when it is read."""
+
+    def __init__(self, prev_sample: Tensor, loaded: Any, row: int, sample: Tensor, output: Tensor) -> None:
+        super().__init__(prev_sample=prev_sample)
+        self.of_step = loaded, row, sample, output
+
+    @property
+    def pred_original_sample(self) -> Tensor:
+        """The clean image m that the network's output says: with x = alpha m + sigma eps and f = a m + b eps,
+        m = (sigma f - b x) / (sigma a - b alpha). AttributeError where what it predicts is not known, or no signal."""
+        loaded, row, sample, output = self.of_step
+        plan, scale = loaded.layout.plan, float(loaded.latents.scales[row])
+        alpha, sigma = float(plan.alphas[row]), float(plan.sigmas[row])
+        try:
+            a, b = exact_output_of(plan)(alpha, sigma)
+            weight = 1.0 / (sigma * a - b * alpha)
+        except (PlanError, ZeroDivisionError) as error:
+            raise AttributeError(f"pred_original_sample: {error}") from error
+        f = output[:, : sample.shape[1]] if output.shape != sample.shape else output  # the rest is a variance
+        return (sigma * weight * f - b * weight * scale * sample).to(sample.dtype)
 
 
 def _captured(plan: Plan, facts: CapturedFacts) -> Latents:

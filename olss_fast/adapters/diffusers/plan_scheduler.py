@@ -42,7 +42,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from olss_fast.adapters.diffusers.levels import latents_of, noise_levels, untimed_amplitude
+from olss_fast.adapters.diffusers.levels import StepOutput, latents_of, noise_levels, untimed_amplitude
 from olss_fast.adapters.diffusers.plan_book import PlanBook, name_of, whole
 from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_from, plans_to_config, visible_config
 from olss_fast.adapters.diffusers.sessions import Loaded, OwnSession, Session, Sessions
@@ -74,10 +74,12 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
             to metadata["num_inference_steps"].
         scheduler: the diffusers scheduler (or its config) that the network was trained with. Captured plans bring their
             own. It gives `add_noise` the levels between the plan's times and analytic plans their starts part of the
-            way, and its config is kept, so that `OtherScheduler.from_config(ours.config)` works.
+            way, and its config is kept, so that `OtherScheduler.from_config(ours.config)` works. Plans must fit a
+            scheduler; with a config it is not looked at.
 
     Raises:
-        InputError: a plan of two branches or several networks, two plans for one number of steps, an unreadable config.
+        InputError: a plan of two branches or several networks, two plans for one number of steps, an unreadable config,
+            a plan that was made for another prediction type or training schedule than the scheduler's.
         ScheduleError: a config whose numbers are none.
     """
 
@@ -90,6 +92,8 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         config = {"_plans": plans_to_config(given), "_scheduler": network, **visible_config(network, given)}
         self.register_to_config(**config)  # type: ignore[no-untyped-call]
         self._book = PlanBook(given, network)
+        if scheduler is not None and not isinstance(scheduler, Mapping):
+            self._check_fit(type(scheduler).__name__)
         self._sessions = Sessions(Session(), torch.empty(0, device="cpu"))
 
     @classmethod
@@ -102,15 +106,17 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         made for another prediction type or training schedule than the pipeline's scheduler is configured for.
         """
         slot = check_slot(pipe)
-        ours = cls(plans, slot)
-        schedule = ours._book.schedule if check else None
-        for plan in ours.plans:
+        return cls(plans, slot if check else {**slot.config, "_class_name": type(slot).__name__})
+
+    def _check_fit(self, network: str) -> None:
+        """InputError for a plan that was made for another network than that of the scheduler `network`."""
+        schedule = self._book.schedule
+        for plan in self.plans:
             if schedule is not None and (problem := mismatch(plan, schedule)):
                 raise InputError(
-                    f"{name_of(plan)} does not fit this {type(pipe).__name__}: {problem}. Give a plan made for this "
-                    "network, or check=False if its config is wrong"
+                    f"{name_of(plan)} does not fit this {network}: {problem}. Give a plan made for this network, or "
+                    "from_pipe(…, check=False) if its config is wrong"
                 )
-        return ours
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -267,9 +273,9 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
                 nothing, nor do 0 and False of arguments that the plan knows nothing of.
 
         Returns:
-            SchedulerOutput(prev_sample), or (prev_sample, prev_sample): a new tensor of sample's dtype and shape.
-            Pipelines of consistency models decode the second after the last step, where it is the clean image; the
-            clean image that other steps predict is not computed.
+            SchedulerOutput(prev_sample), or (prev_sample, prev_sample): a new tensor of sample's dtype and shape. The
+            former computes `pred_original_sample` where it is read; pipelines of consistency models decode the second
+            of the latter after the last step, where it is the clean image.
 
         Raises:
             InputError: no set_timesteps, more steps than planned, another shape or device than the run began with, a
@@ -293,7 +299,10 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         row = session.returned = run.advance(model_output, sample, generator)
         if run.step == run.steps and run.readable and not torch.compiler.is_compiling():
             self._check_end(row)
-        return SchedulerOutput(prev_sample=row) if return_dict else (row, row)
+        if not return_dict:
+            return row, row
+        compiled = torch.compiler.is_compiling()
+        return SchedulerOutput(row) if compiled else StepOutput(row, session.loaded, run.step - 1, sample, model_output)
 
     def _check_end(self, sample: Tensor) -> None:
         if not torch.isfinite(sample).all():
@@ -318,7 +327,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         if session.loaded is None:
             raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
         self._find_start(session, timestep)
-        _check_sigmas(session)
+        session.check_sigmas()
         session.run = Run(session.loaded.layout, sample, _noise_dtype(session.loaded.noise_of, sample))
         return session.run
 
@@ -363,18 +372,6 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
             raise InputError(
                 f"step {index - 1} was asked to go to prev_timestep={quoted(told)}; the plan goes to its next timestep"
             )
-
-
-def _check_sigmas(session: Session) -> None:
-    """InputError for a pipeline that would have a scheduler take other steps by writing into its sigmas (Cosmos 2)."""
-    assert session.loaded is not None
-    assert session.levels is not None
-    facts = captured_facts(session.loaded.layout.plan)
-    if facts and not torch.compiler.is_compiling() and not torch.equal(session.sigmas, session.levels.sigmas()):
-        raise InputError(
-            f"the pipeline writes into scheduler.sigmas, from which {facts.class_name} takes its steps, and a plan's "
-            "coefficients stay what was captured. Run this pipeline with its own scheduler, or with a fitted plan"
-        )
 
 
 def _noise_dtype(kind: str, sample: Any) -> torch.dtype | None:

@@ -18,7 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from olss_fast.adapters.diffusers.levels import Latents, NoiseLevels
 from olss_fast.adapters.diffusers.plan_book import Entry
-from olss_fast.adapters.diffusers.step_arguments import StepArguments, places
+from olss_fast.adapters.diffusers.step_arguments import StepArguments, first_index, places
+from olss_fast.capturing.facts import captured_facts
 from olss_fast.errors import InputError
 from olss_fast.executors.stepwise import Layout, Run
 
@@ -59,6 +60,20 @@ class Session:
     def next(self) -> int:
         """Index in `timesteps` of the next step."""
         return self.offset + (0 if self.run is None else self.run.step)
+
+    def check_sigmas(self) -> None:
+        """InputError for a pipeline that writes into the scheduler's sigmas to have other steps (Cosmos 2)."""
+        if torch.compiler.is_compiling() or type(self.sigmas) is not Tensor:  # of fake ones nothing is known
+            return
+        assert self.loaded is not None
+        assert self.levels is not None
+        facts = captured_facts(self.loaded.layout.plan)
+        if facts and not torch.equal(self.sigmas, self.levels.sigmas()):
+            raise InputError(
+                f"the pipeline writes into scheduler.sigmas, from which {facts.class_name} takes its steps, and the "
+                "coefficients of a plan stay what was captured. Run this pipeline with its own scheduler, or with a "
+                "fitted plan"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """A run that goes on alone from here; what was chosen never changes."""
@@ -179,6 +194,12 @@ class OwnSession:
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
         self._sessions.hold(self._sessions.own(), timesteps)
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Any = None) -> int:
+        """Where a run that begins at this timestep stands in `timesteps`, or in others; of equal ones the second, as in
+        diffusers. InputError for one that is not there."""
+        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        return first_index(timestep, grid, grid.detach().double().cpu().numpy())
 
     @property
     def sigmas(self) -> Tensor:
