@@ -16,7 +16,7 @@ from torch import Tensor
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Floats
 from olss_fast.schedule.from_diffusers import FLOW_CLASSES
-from olss_fast.support.bounds import check_count, check_steps
+from olss_fast.support.arguments import check_count, check_steps
 from olss_fast.support.text import quoted
 
 GRIDS = ("timesteps", "sigmas")  # arguments of set_timesteps that say how many steps there are

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from olss_fast.errors import InputError, ScheduleError
-from olss_fast.support.bounds import check_count
+from olss_fast.support.arguments import check_count
 from olss_fast.support.text import quoted
 
 Answer = Callable[[int], Tensor]

@@ -102,3 +102,8 @@ def scheduler_class(name: str) -> Any:
     kind = getattr(diffusers.schedulers, name, None)
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "step")
     return kind if known else None
+
+
+def name_of(plan: Plan) -> str:
+    title = plan.metadata.get("title") or plan.metadata.get("method", "an unnamed plan")
+    return f"{title} of {plan.nfe} evaluations"

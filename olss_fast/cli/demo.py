@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import olss_fast
 from olss_fast import demo, metrics
 from olss_fast.cli.model import arguments, counted, draw_noise, pick_labels
 from olss_fast.methods import ANALYTIC
@@ -19,7 +20,7 @@ from olss_fast.report.report import Candidate, Report
 from olss_fast.report.tables import families
 from olss_fast.sampling.sampling import sample
 from olss_fast.support.folders import make_folder, try_folder
-from olss_fast.tuning.tuning import Effort, TuneResult, tune
+from olss_fast.tuning.study import Effort
 
 STEPS = (4, 5, 6, 8, 10)
 TEACHER_STEPS = 100
@@ -42,7 +43,7 @@ def run_demo(
     seed: int = 0,
     progress: bool = True,
     say: Say = print,
-) -> TuneResult:
+) -> olss_fast.TuneResult:
     """Tune the embedded model, print the table through `say`, and leave plans, report and pictures in `out`.
 
     Errors as of `tune`; `PlanFileError` if something cannot be written.
@@ -55,7 +56,7 @@ def run_demo(
         f"Tuning the embedded model on {where}: {samples} samples, light polish. `olss-fast tune --model demo` takes "
         "more of both, and finds better plans."
     )
-    result = tune(
+    result = olss_fast.tune(
         model.network,
         noise=draw_noise(model, samples, seed),
         schedule=model.schedule,
@@ -80,7 +81,7 @@ def try_folders(out: str | Path) -> Path:
     return try_folder(Path(out) / PLANS).parent
 
 
-def write_result(result: TuneResult, out: Path) -> list[Path]:
+def write_result(result: olss_fast.TuneResult, out: Path) -> list[Path]:
     """`plans/olss-<n>.safetensors`, `report.json` and the report's pictures; returns their paths."""
     plans = make_folder(out / PLANS)
     written = []

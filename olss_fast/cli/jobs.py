@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import olss_fast
 from olss_fast.cli.model import (
     DEMO,
     Model,
@@ -28,9 +29,10 @@ from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Report
 from olss_fast.sampling.sampling import sample
-from olss_fast.support.arguments import check_prediction
+from olss_fast.schedule.fits import check_prediction
 from olss_fast.support.progress import bar_options, can_draw
-from olss_fast.tuning import compare, tuning
+from olss_fast.tuning.compare import compare
+from olss_fast.tuning.study import Effort
 
 if TYPE_CHECKING:
     from olss_fast.engine.engine import Engine
@@ -98,9 +100,9 @@ class NetworkSubject(Subject):
         *,
         samples: int | None,
         guidance_scales: Sequence[float] | None,
-        effort: tuning.Effort,
+        effort: Effort,
         store: Path | None,
-    ) -> tuning.TuneResult:
+    ) -> olss_fast.TuneResult:
         if guidance_scales is not None:
             raise InputError("--guidance-range belongs to --prompts: give one --guidance-scale")
         how: dict[str, Any] = {
@@ -110,11 +112,11 @@ class NetworkSubject(Subject):
             "store": store,
             "seed": self.seed,
         }
-        return tuning.tune(self.loaded.network, **how, **self.question(samples or 256))
+        return olss_fast.tune(self.loaded.network, **how, **self.question(samples or 256))
 
     def compare(self, steps: Sequence[int], teacher_steps: int, *, samples: int, plans: Sequence[Plan]) -> Report:
         how: dict[str, Any] = {"steps": steps, "plans": plans, "teacher_steps": teacher_steps}
-        return compare.compare(self.loaded.network, **how, **self.question(samples, plans))
+        return compare(self.loaded.network, **how, **self.question(samples, plans))
 
     def sample(self, plan: Plan | None, solver: Mapping[str, Any], count: int, classes: Sequence[int]) -> Images:
         chosen = self.plan(plan, solver)
@@ -181,9 +183,9 @@ class PipelineSubject(Subject):
         *,
         samples: int | None,
         guidance_scales: Sequence[float] | None,
-        effort: tuning.Effort,
+        effort: Effort,
         store: Path | None,
-    ) -> tuning.TuneResult:
+    ) -> olss_fast.TuneResult:
         from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
 
         if guidance_scales is not None and self.guidance_scale is not None:

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 
 from olss_fast.errors import InputError, OlssError
-from olss_fast.support.bounds import MAX_EVALUATIONS, check_count
+from olss_fast.support.arguments import MAX_EVALUATIONS, check_count
 
 BAD_INPUT = 2
 INTERRUPTED = 130

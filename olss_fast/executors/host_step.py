@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError
-from olss_fast.kernels import StepState
+from olss_fast.kernels.step import StepState
 
 HostStep = Callable[[Tensor | None], None]
 """`step(output)`: as `kernels.step`, for an output of x's dtype, shape and memory order; `step(None)`: as `start`."""

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from olss_fast.errors import PlanError
+from olss_fast.errors import InputError, PlanError
+from olss_fast.support.text import a
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -303,3 +304,20 @@ def _check_causality(plan: Plan) -> None:
             f"rows[{row}, {column}] is {plan.rows[row, column]}; expected exactly 0: row {row} is formed before "
             f"evaluation {evaluation} has its output {plan.column_names[column]}"
         )
+
+
+def checked_plan(plan: Any, name: str = "plan") -> Plan:
+    """`plan`, or InputError unless it is a Plan."""
+    if isinstance(plan, Plan):
+        return plan
+    hint = "read plan files with Plan.load" if isinstance(plan, (str, os.PathLike)) else "solvers.ddim(schedule, 20)"
+    raise InputError(f"{name} is {a(plan)}; expected a Plan: {hint}")
+
+
+def checked_plans(plans: Any, name: str) -> list[Plan]:
+    """`plans` as a list, or InputError unless they are Plans."""
+    try:
+        listed = list(plans)
+    except TypeError:
+        raise InputError(f"{name} is {a(plans)}; expected a list of Plans") from None
+    return [checked_plan(plan, f"{name}[{i}]") for i, plan in enumerate(listed)]

@@ -33,7 +33,7 @@ from olss_fast.network import (
     network_device,
     network_dtype,
 )
-from olss_fast.plan.plan import Plan
+from olss_fast.plan.plan import Plan, checked_plan
 from olss_fast.sampling.draws import Seed, Streams, checked_shape
 from olss_fast.sampling.sampling import (
     Callback,
@@ -44,7 +44,6 @@ from olss_fast.sampling.sampling import (
     watching,
 )
 from olss_fast.sampling.starts import begun
-from olss_fast.support.arguments import checked_plan
 from olss_fast.support.device import pick_device
 from olss_fast.support.old_forms import takes_old_forms
 

@@ -15,15 +15,16 @@ from olss_fast.network import (
     Conditioning,
     Denoiser,
     Network,
+    batches,
     checked_networks,
     network_device,
     network_dtype,
     require_finite,
 )
-from olss_fast.plan.plan import Plan
+from olss_fast.plan.plan import Plan, checked_plan
 from olss_fast.sampling.draws import Seed, Streams, check_count_of, checked_streams, initial_noise, unit_noise
 from olss_fast.sampling.starts import begun
-from olss_fast.support.arguments import checked_count, checked_plan
+from olss_fast.support.arguments import checked_count
 from olss_fast.support.old_forms import takes_old_forms
 from olss_fast.support.progress import bar_options
 from olss_fast.support.text import quoted
@@ -160,11 +161,6 @@ def check_plan_fits(plan: Plan, denoiser: Denoiser) -> None:
             f"this plan has guidance_scale={tuned} folded into its coefficients, but {denoiser.guidance_scale} was "
             "asked for: pass the tuned scale, or tune a plan without split guidance"
         )
-
-
-def batches(samples: range, size: int) -> list[slice]:
-    """`samples` cut into slices of at most `size`."""
-    return [slice(start, min(start + size, samples.stop)) for start in range(samples.start, samples.stop, size)]
 
 
 def draw_step_noise(plan: Plan, noise: Tensor, streams: Streams | None) -> Tensor | None:

@@ -43,6 +43,17 @@ class Curve(Protocol):
     def end(self) -> float: ...
     @property
     def variance_exploding(self) -> bool: ...
+    @property
+    def whole(self) -> bool:
+        """Whether the network was trained on whole timesteps."""
+        ...
+
+    @property
+    def straight(self) -> bool:
+        """Whether timesteps are noise levels, but for a shift that `bend` applies."""
+        ...
+
+    def bend(self, timestep: FloatArray) -> FloatArray: ...
     def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]: ...
     def timestep_of_lam(self, lam: FloatArray) -> FloatArray: ...
     def describe(self) -> str: ...
@@ -70,14 +81,25 @@ def number(what: str, value: object) -> float:
     return float(value)
 
 
+class Unbent:
+    """What holds for curves but that of flow matching."""
+
+    whole = straight = False
+
+    def bend(self, timestep: FloatArray) -> FloatArray:
+        return timestep
+
+
 @dataclass(frozen=True, eq=False)
-class TableCurve:
+class TableCurve(Unbent):
     """lam given at the integer timesteps 0 .. N-1 and interpolated linearly between them.
 
     Variance preserving (alpha^2 = sigmoid(2 lam)) or, with `variance_exploding`, alpha = 1 and sigma = exp(-lam).
     `lams[-1]` may be -inf (zero terminal signal-to-noise ratio): alpha is then exactly 0 and sigma exactly 1 at
     timestep N-1, while lam and the times in between use ZERO_SNR_LAM.
     """
+
+    whole = True
 
     lams: FloatArray
     label: str
@@ -148,7 +170,7 @@ TIMESTEP_UNITS = ("sigma", "log", "quarter_log")
 
 
 @dataclass(frozen=True)
-class ExplodingCurve:
+class ExplodingCurve(Unbent):
     """alpha = 1, sigma in [sigma_min, sigma_max]; the network is told sigma, log(sigma) or log(sigma) / 4 (EDM)."""
 
     sigma_min: float
@@ -208,6 +230,8 @@ class FlowCurve:
 
     `noisiest` is the timestep it begins at, N if None.
     """
+
+    whole, straight = False, True
 
     shift: float
     num_train_timesteps: int

@@ -19,13 +19,16 @@ Each is linear in (x, f), so x0 = a x + b f and eps = c x + d f: `prediction_map
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from olss_fast.errors import ScheduleError
+from olss_fast.errors import InputError, ScheduleError
 from olss_fast.schedule.curves import Curve, ExplodingCurve, FloatArray, FlowCurve, TableCurve, number
 from olss_fast.schedule.spacings import SPACINGS, space_timesteps
+from olss_fast.support.arguments import check_steps
+from olss_fast.support.text import a
 
 __all__ = ["BETA_SCHEDULES", "PREDICTION_TYPES", "SPACINGS", "NoiseSchedule", "beta_schedule"]
 
@@ -270,7 +273,7 @@ class NoiseSchedule:
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> FloatArray:
         """(steps,) evaluation times, noise falling; `spacing` is one of SPACINGS (see olss_fast.schedule.spacings)."""
-        return space_timesteps(self.curve, steps, spacing, self.leading_offset)
+        return space_timesteps(self.curve, check_steps(steps), spacing, self.leading_offset)
 
     # --- for people and for files -------------------------------------------------------------------------------
 
@@ -339,3 +342,13 @@ def _real(what: str, values: npt.ArrayLike) -> FloatArray:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ScheduleError(f"{what} cannot be read as numbers: {error}; pass a number or an array") from error
+
+
+def checked_schedule(schedule: Any) -> NoiseSchedule:
+    """`schedule`, or InputError unless it is a NoiseSchedule."""
+    if isinstance(schedule, NoiseSchedule):
+        return schedule
+    raise InputError(
+        f"schedule is {a(schedule)}; expected a NoiseSchedule, such as NoiseSchedule.from_betas(betas) or "
+        "NoiseSchedule.from_diffusers(scheduler)"
+    )

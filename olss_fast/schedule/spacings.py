@@ -15,12 +15,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from olss_fast.errors import ScheduleError
-from olss_fast.schedule.curves import Curve, FloatArray, FlowCurve, TableCurve
-from olss_fast.support.bounds import check_steps
+
+if TYPE_CHECKING:
+    from olss_fast.schedule.curves import Curve, FloatArray
 
 KARRAS_RHO = 7.0
 
@@ -30,8 +32,7 @@ step from the noise end to here. Just below the noise end of Ho et al.'s linear 
 
 
 def space_timesteps(curve: Curve, steps: int, spacing: str, leading_offset: int = 0) -> FloatArray:
-    """(steps,) evaluation times, noise falling. InputError for a bad count, ScheduleError for an unknown spacing."""
-    steps = check_steps(steps)
+    """(steps,) evaluation times, noise falling. ScheduleError for an unknown spacing."""
     if not isinstance(spacing, str) or spacing not in _RULES:
         raise ScheduleError(f"spacing {spacing!r} is unknown; choose one of {', '.join(_RULES)}")
     times = _RULES[spacing](curve, steps, leading_offset)
@@ -42,13 +43,11 @@ def space_timesteps(curve: Curve, steps: int, spacing: str, leading_offset: int 
 
 def _on_grid(curve: Curve, times: FloatArray) -> FloatArray:
     """Rounds on tables; bends by the shift for flow matching."""
-    if isinstance(curve, TableCurve):
-        return np.round(times)
-    return curve.bend(times) if isinstance(curve, FlowCurve) else times
+    return np.round(times) if curve.whole else curve.bend(times)
 
 
 def _unbent_last(curve: Curve) -> float:
-    return 1.0 if isinstance(curve, FlowCurve) else curve.last
+    return 1.0 if curve.straight else curve.last
 
 
 def _trailing(curve: Curve, steps: int, _: int) -> FloatArray:
@@ -59,10 +58,10 @@ def _trailing(curve: Curve, steps: int, _: int) -> FloatArray:
 
 def _leading(curve: Curve, steps: int, offset: int) -> FloatArray:
     stride = (curve.first - curve.end) / steps
-    if isinstance(curve, TableCurve):
+    if curve.whole:
         stride = float(np.floor(stride))
     times: FloatArray = np.asarray(_unbent_last(curve) + np.arange(steps)[::-1] * stride)
-    if isinstance(curve, TableCurve):
+    if curve.whole:
         times = np.minimum(times + offset, curve.first)
     return _on_grid(curve, times)
 
@@ -74,7 +73,7 @@ def _linspace(curve: Curve, steps: int, _: int) -> FloatArray:
 def _quadratic(curve: Curve, steps: int, _: int) -> FloatArray:
     last = _unbent_last(curve)
     times: FloatArray = last + (curve.first - last) * np.linspace(1.0, 0.0, steps) ** 2
-    return curve.bend(times) if isinstance(curve, FlowCurve) else times
+    return curve.bend(times)
 
 
 def _lam_span(curve: Curve) -> tuple[float, float]:
@@ -92,7 +91,7 @@ def _logsnr(curve: Curve, steps: int, _: int) -> FloatArray:
 
 def _karras(curve: Curve, steps: int, _: int) -> FloatArray:
     ramp = np.linspace(0.0, 1.0, steps)
-    if isinstance(curve, FlowCurve):
+    if curve.straight:
         return _bridge(curve.first, curve.last, ramp)
     low, high = _lam_span(curve)
     sigmas = _bridge(np.exp(-low), np.exp(-high), ramp)

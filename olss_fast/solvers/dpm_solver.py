@@ -23,7 +23,8 @@ import numpy.typing as npt
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import Node, Rule, Space, correction, lagrange_rule, midpoint_rule, moments, transfer
-from olss_fast.solvers.tape import CLEAN, Level, Tape, Vector, check_choice, evaluation_levels
+from olss_fast.solvers.level import CLEAN, Level, Vector
+from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
 
 _SPACES = {"noise": Space.NOISE, "data": Space.DATA}
 

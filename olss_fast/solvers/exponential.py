@@ -14,10 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from olss_fast.solvers.tape import CLEAN, Level, Output, Tape, Vector
+from olss_fast.solvers.level import CLEAN, Level, Output, Vector
+
+if TYPE_CHECKING:
+    from olss_fast.solvers.tape import Tape
 
 Rule = Callable[[float, Sequence[float], "Space"], Vector]
 """rule(h, ratios, space) -> one weight for every ratio r_j."""

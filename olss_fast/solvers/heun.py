@@ -18,8 +18,9 @@ import numpy.typing as npt
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import transfer
-from olss_fast.solvers.tape import CLEAN, Level, Output, Tape, Vector, evaluation_levels
-from olss_fast.support.bounds import check_steps
+from olss_fast.solvers.level import CLEAN, Level, Output, Vector
+from olss_fast.solvers.tape import Tape, evaluation_levels
+from olss_fast.support.arguments import check_steps
 
 
 def heun(

@@ -19,8 +19,9 @@ from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import SIGNAL_RATIO_LIMIT, transfer
-from olss_fast.solvers.tape import CLEAN, Level, Output, Tape, Vector, check_choice, evaluation_levels, levels_of
-from olss_fast.support.bounds import check_steps
+from olss_fast.solvers.level import CLEAN, Level, Output, Vector, levels_of
+from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
+from olss_fast.support.arguments import check_steps
 
 ADAMS_BASHFORTH = (
     (1.0,),

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from olss_fast import solvers
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.plan.plan import Floats, Plan
-from olss_fast.schedule.curves import FLOW_ALPHA_FLOOR
+from olss_fast.schedule.curves import FLOW_ALPHA_FLOOR, Unbent
+from olss_fast.schedule.fits import mismatch
 from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.solvers.table import TABLE
+from olss_fast.solvers.table import TABLE, display_name
 
 _READERS: Mapping[str, Callable[[str], Any]] = {"order": int, "variant": str, "eta": float}
 
@@ -45,7 +45,7 @@ def rederive(plan: Plan, schedule: NoiseSchedule, timesteps: npt.ArrayLike, *, u
     again = solver(schedule, timesteps=nodes, start=start)
     if again.nfe != times.size or not np.allclose(again.timesteps, times, rtol=1e-6):
         raise InputError(
-            f"{solvers.display_name(plan)} evaluates at {_text(again.timesteps)}, and cannot begin or stop in the "
+            f"{display_name(plan)} evaluates at {_text(again.timesteps)}, and cannot begin or stop in the "
             f"middle of a step as {_text(times)} would have it; choose another start or other timesteps"
         )
     return again
@@ -59,18 +59,6 @@ def truncate(plan: Plan, schedule: NoiseSchedule, begin: int) -> Plan:
     if plan.metadata.get("method") == "pndm" and begin > 0:
         plan = plan.replace(metadata={**plan.metadata, "method": "ipndm", "order": "4"})
     return rederive(plan, schedule, plan.timesteps[begin:], unit_start=True)
-
-
-def mismatch(plan: Plan, schedule: NoiseSchedule) -> str | None:
-    """How the plan's prediction type or training schedule differs from `schedule`; None if equal or not known.
-
-    Labels do not count, nor does the shift of flow matching, which moves evaluation times but no noise level.
-    """
-    facts = schedule.metadata()
-    for key, essence in (("prediction_type", str), ("sigma_data", str), ("schedule", _essence)):
-        if key in plan.metadata and essence(plan.metadata[key]) != essence(facts.get(key, "")):
-            return f"the plan was made for {key} {plan.metadata[key]!r}, the network has {facts.get(key)!r}"
-    return None
 
 
 def schedule_of(plan: Plan) -> NoiseSchedule:
@@ -98,8 +86,8 @@ def schedule_of(plan: Plan) -> NoiseSchedule:
 
 
 @dataclass(frozen=True, eq=False)
-class _PlanCurve:
-    """Signal and noise level of the states of a plan, known at its own timesteps alone (`_noise_curves.Curve`)."""
+class _PlanCurve(Unbent):
+    """Signal and noise level of the states of a plan, known at its own timesteps alone (`curves.Curve`)."""
 
     timesteps: Floats
     alphas: Floats
@@ -149,12 +137,6 @@ def _solver(plan: Plan, schedule: NoiseSchedule) -> Callable[..., Plan]:
     if "runge_kutta" in takes:
         given["runge_kutta"] = told.get("variant") == "runge_kutta"
     return partial(solver, **given)
-
-
-def _essence(description: str) -> list[str]:
-    """ "VP linear 0.0001 to 0.02, 1000 timesteps, log-SNR -5 to 5, epsilon" -> VP, 1000 timesteps, log-SNR -5 to 5."""
-    kind, *rest = (part.split(" from ")[0] for part in description.split(", "))
-    return [*kind.split()[:1], *(part for part in rest if "timesteps" in part or part.startswith(("log-SNR", "sigma")))]
 
 
 def _text(times: Floats) -> str:

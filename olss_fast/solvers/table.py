@@ -20,7 +20,7 @@ from olss_fast.solvers.dpm_solver_pp import dpm_solver_pp
 from olss_fast.solvers.heun import heun
 from olss_fast.solvers.pndm import ipndm, pndm
 from olss_fast.solvers.unipc import unipc
-from olss_fast.support.bounds import check_steps
+from olss_fast.support.arguments import check_steps
 
 
 @dataclass(frozen=True)

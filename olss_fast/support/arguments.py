@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from typing import Any
 
 import numpy as np
 
 from olss_fast.errors import InputError
-from olss_fast.plan.plan import Plan
-from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
 
-
-def checked_plan(plan: Any, name: str = "plan") -> Plan:
-    """`plan`, or InputError unless it is a Plan."""
-    if isinstance(plan, Plan):
-        return plan
-    hint = "read plan files with Plan.load" if isinstance(plan, (str, os.PathLike)) else "solvers.ddim(schedule, 20)"
-    raise InputError(f"{name} is {a(plan)}; expected a Plan: {hint}")
-
-
-def checked_plans(plans: Any, name: str) -> list[Plan]:
-    """`plans` as a list, or InputError unless they are Plans."""
-    try:
-        listed = list(plans)
-    except TypeError:
-        raise InputError(f"{name} is {a(plans)}; expected a list of Plans") from None
-    return [checked_plan(plan, f"{name}[{i}]") for i, plan in enumerate(listed)]
+MAX_EVALUATIONS = 2000
+"""Twice the training timesteps of most networks; a plan of as many evaluations takes 32 MB and about a second."""
 
 
 def checked_count(name: str, value: Any, *, least: int = 1) -> int:
@@ -51,26 +34,20 @@ def checked_number(name: str, value: Any, expected: str = "a number") -> float:
     return float(value)
 
 
-def checked_schedule(schedule: Any) -> NoiseSchedule:
-    """`schedule`, or InputError unless it is a NoiseSchedule."""
-    if isinstance(schedule, NoiseSchedule):
-        return schedule
-    raise InputError(
-        f"schedule is {a(schedule)}; expected a NoiseSchedule, such as NoiseSchedule.from_betas(betas) or "
-        "NoiseSchedule.from_diffusers(scheduler)"
-    )
+def check_steps(steps: object, name: str = "steps") -> int:
+    """`steps` as an int; InputError unless it is a whole number of at least 1, and no more than a plan may have."""
+    whole = hasattr(steps, "__index__") and not isinstance(steps, bool)
+    number = operator.index(steps) if whole else 0  # type: ignore[arg-type]
+    if number < 1:
+        raise InputError(f"{name} is {steps!r}; expected a whole number of at least 1")
+    return check_count(number, f"{name} is")
 
 
-def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:
-    """Raise `InputError` if `plan` says that it is for networks that predict something else."""
-    told = plan.metadata.get("prediction_type", schedule.prediction_type)
-    if told != schedule.prediction_type:
+def check_count(count: int, what: str) -> int:
+    """`count`, if a plan may have as many evaluations; InputError otherwise."""
+    if count > MAX_EVALUATIONS:
         raise InputError(
-            f"the plan is for networks that predict {told!r}, this model predicts {schedule.prediction_type!r}: "
-            "use a plan that was made for this model"
+            f"{what} {count}; a plan holds every coefficient of every pair of steps, so at most {MAX_EVALUATIONS} "
+            "evaluations are taken: ask for fewer"
         )
-
-
-def a(value: Any) -> str:
-    """What a value is, for a message: "a str 'five.safetensors'"."""
-    return "None" if value is None else f"a {type(value).__name__} {quoted(value)}"
+    return count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def printable(text: str) -> str:
     """Text with control characters escaped, so that a foreign file cannot drive the reader's terminal."""
@@ -16,3 +18,8 @@ def clipped(text: str, width: int) -> str:
 def quoted(value: object, width: int = 60) -> str:
     """`repr` for an error message: printable and short."""
     return clipped(printable(repr(value)), width)
+
+
+def a(value: Any) -> str:
+    """What a value is, for a message: "a str 'five.safetensors'"."""
+    return "None" if value is None else f"a {type(value).__name__} {quoted(value)}"

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from olss_fast.tuning.tuning import Effort, TuneResult, tune
+from olss_fast.tuning.study import Effort
 
-__all__ = ["Effort", "TuneResult", "tune"]
+__all__ = ["Effort"]

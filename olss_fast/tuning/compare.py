@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from olss_fast import solvers
 from olss_fast.errors import InputError
 from olss_fast.network import Conditioning, Denoiser, Network
-from olss_fast.plan.plan import Plan
+from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import Report
 from olss_fast.sampling.sampling import check_plan_fits
-from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.support.arguments import check_prediction, checked_count, checked_plans, checked_schedule
-from olss_fast.support.bounds import check_count
+from olss_fast.schedule.fits import check_prediction
+from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
+from olss_fast.solvers.table import display_name
+from olss_fast.support.arguments import check_count, checked_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, recorded
-from olss_fast.tuning.tuning import ddim_teacher, whole_steps
+from olss_fast.tuning.preparation import ddim_teacher, whole_steps
 
 FIRST = 8  # samples on which every candidate is scored
 
@@ -96,6 +96,4 @@ def _check(steps: Sequence[int], plans: Sequence[Plan], schedule: NoiseSchedule)
     for plan in plans:
         check_prediction(plan, schedule)
         if plan.noises:
-            raise InputError(
-                f"the plan {solvers.display_name(plan)!r} draws fresh noise: no teacher's sample is its aim"
-            )
+            raise InputError(f"the plan {display_name(plan)!r} draws fresh noise: no teacher's sample is its aim")

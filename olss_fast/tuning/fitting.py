@@ -21,12 +21,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from olss_fast import solvers
 from olss_fast.errors import StoreError
 from olss_fast.executors.reference import Loop
 from olss_fast.network import Denoiser, require_finite
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.solvers.dpm_solver_pp import dpm_solver_pp
 from olss_fast.tuning.recording import Recording, merge_triangles, triangle
 
 Float64 = npt.NDArray[np.float64]
@@ -96,7 +96,7 @@ class Student:
 
 def analytic_student(task: Task, timesteps: Float64) -> Student:
     """DPM-Solver++ 2M at the same times: what the fitted rows are shrunk toward, f = u + g (c - u) split if asked."""
-    rows = np.array(solvers.dpm_solver_pp(task.schedule, timesteps=timesteps, order=2).rows)
+    rows = np.array(dpm_solver_pp(task.schedule, timesteps=timesteps, order=2).rows)
     if task.branches == 2:
         g = task.denoiser.guidance_scale
         split = np.stack([(1.0 - g) * rows[:, 1:], g * rows[:, 1:]], axis=2).reshape(len(rows), -1)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from olss_fast.tuning.fitting import Float64, Student, Task
+if TYPE_CHECKING:
+    from olss_fast.tuning.fitting import Float64, Student, Task
+
 
 Progress = Callable[[int], object]
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast import solvers
 from olss_fast.methods import ANALYTIC, kind_of, title_of
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Candidate
 from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.solvers.table import candidates, display_name
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.fitting import Task
 from olss_fast.tuning.recording import Split, record, recording_store
@@ -74,7 +74,7 @@ class Judge:
     def candidates(self, nfe: int, own: Sequence[Plan]) -> list[Candidate]:
         """All plans of `nfe` evaluations with their errors: first `own`, which are scored on all samples."""
         held_out, store = self.task.recording.split.held_out, self.task.recording.store
-        others = with_rivals(solvers.candidates(self.task.schedule, nfe), self.rivals)
+        others = with_rivals(candidates(self.task.schedule, nfe), self.rivals)
         plans = [*own, *(plan for plan in others if plan not in own and self.admits(plan))]
         total = expected_evaluations(plans, len(held_out), self.first)
         with self.clock.stage(self.stage, f"{nfe:>2} steps, {len(plans)} samplers", total) as tick:
@@ -90,7 +90,7 @@ class Judge:
 
 def _candidate(plan: Plan, errors: tuple[float, ...]) -> Candidate:
     kind = kind_of(plan)
-    name = solvers.display_name(plan) if kind == ANALYTIC else title_of(kind)
+    name = display_name(plan) if kind == ANALYTIC else title_of(kind)
     return Candidate(name=name, kind=kind, spacing=plan.metadata.get("spacing", ""), plan=plan, errors=errors)
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from olss_fast.errors import StoreError
 from olss_fast.executors.reference import Loop
-from olss_fast.network import Denoiser, require_finite
+from olss_fast.network import Denoiser, batches, require_finite
 from olss_fast.plan.plan import Plan
-from olss_fast.sampling.sampling import batches
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.identity import identity
 from olss_fast.tuning.store import Store, open_store

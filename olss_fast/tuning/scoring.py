@@ -8,6 +8,7 @@ samples, and only those that could still win go on to more.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from olss_fast.executors.reference import Evaluate, Loop
 from olss_fast.plan.plan import Plan
 from olss_fast.support.identity import digest
-from olss_fast.tuning.fitting import Float64, Task
 from olss_fast.tuning.store import Store
+
+if TYPE_CHECKING:
+    from olss_fast.tuning.fitting import Float64, Task
 
 Progress = Callable[[int], object]
 HOPELESS = 1.2  # a mean error this many times the best one's, on the same samples, ends a candidate

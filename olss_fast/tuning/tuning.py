@@ -8,7 +8,6 @@ never worse than the best analytic one on held-out data.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,27 +15,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from olss_fast import solvers
 from olss_fast.errors import InputError, PlanFileError, StoreError
 from olss_fast.methods import METHODS, OLSS, Method
 from olss_fast.network import Conditioning, Denoiser, Network
-from olss_fast.plan.plan import Plan
+from olss_fast.plan.plan import Plan, checked_plan, checked_plans
 from olss_fast.report.report import Candidate, Report
-from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.support.arguments import check_prediction, checked_count, checked_plan, checked_plans, checked_schedule
-from olss_fast.support.bounds import check_steps
-from olss_fast.support.text import quoted
+from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
+from olss_fast.support.arguments import checked_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, recorded
-from olss_fast.tuning.recording import Split
+from olss_fast.tuning.preparation import check_teacher, ddim_teacher, split_samples, steps_to_teach
 from olss_fast.tuning.study import Effort, Study
 
 __all__ = ["Effort", "TuneResult", "tune", "tune_denoiser"]
 
-PIXELS_PER_COEFFICIENT = 10
 VERSION = 1  # of the plans in a store; raised whenever the same effort and seed would make others
 
 
@@ -133,7 +127,7 @@ def tune_denoiser(
     for name, value in (("batch_size", batch_size), ("held_out", held_out)):
         if value is not None:
             checked_count(name, value)
-    _check_teacher(checked_plan(teacher, "teacher"), checked_schedule(schedule))
+    check_teacher(checked_plan(teacher, "teacher"), checked_schedule(schedule))
     wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
     split, clock = split_samples(denoiser.noise, wanted, held_out), Clock(denoiser, progress)
     effort = effort or Effort()
@@ -187,59 +181,3 @@ def _made(study: Study, kind: str, method: Method) -> Plan:
     except PlanFileError as error:
         raise StoreError(f"{error}. {store.advice}") from error
     return plan
-
-
-def ddim_teacher(schedule: NoiseSchedule, steps: int) -> Plan:
-    """The default teacher: DDIM of `steps` evaluations, trailing spacing."""
-    return solvers.ddim(schedule, check_steps(steps, "teacher_steps"), spacing="trailing")
-
-
-def _check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
-    if teacher.noises or teacher.branches != 1 or teacher.models.any():
-        raise InputError("a teacher must be a deterministic plan of one network with guidance inside its outputs")
-    check_prediction(teacher, schedule)
-
-
-def whole_steps(steps: int | Sequence[int]) -> list[int]:
-    """`steps` as a list. `InputError` for what is no whole number."""
-    wanted: list[Any] = list(steps) if isinstance(steps, (list, tuple, range, np.ndarray)) else [steps]
-    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
-        raise InputError(f"steps must be a whole number or a list of them, got {quoted(steps)}")
-    return [int(n) for n in wanted]
-
-
-def steps_to_teach(steps: int | Sequence[int], most: int) -> list[int]:
-    """Numbers of steps, each once and in order, that a teacher of `most` evaluations can teach."""
-    wanted = whole_steps(steps)
-    if not wanted:
-        raise InputError(f"steps must be a whole number or a list of them, got {quoted(steps)}")
-    bad = [n for n in wanted if not 1 <= n <= most]
-    if bad:
-        raise InputError(f"steps must lie between 1 and the teacher's {most}, got {bad}")
-    return sorted({*wanted})
-
-
-def split_samples(noise: Tensor, steps: Sequence[int], held_out: int | None) -> Split:
-    """Which samples are for what; `InputError` where too few remain to fit the coefficients."""
-    samples, pixels = noise.shape[0], noise[0].numel()
-    judge, stop = _set_aside(samples, held_out)
-    coefficients = (max(steps) + 1) * (max(steps) + 2) // 2
-    needed = max(1, -(-PIXELS_PER_COEFFICIENT * coefficients // pixels))
-    if samples - judge - stop < needed:
-        raise InputError(
-            f"{samples} noise samples are too few: {judge} are held out, {stop} stop the polish, and at least {needed} "
-            f"must remain to fit {coefficients} coefficients ({PIXELS_PER_COEFFICIENT} pixels each). Give more noise: "
-            f"{_enough(needed, held_out)} samples in all"
-        )
-    return Split.of(samples, validation=stop, held_out=judge)
-
-
-def _set_aside(samples: int, held_out: int | None) -> tuple[int, int]:
-    """How many samples judge, and how many stop the polish."""
-    return max(1, samples // 4) if held_out is None else held_out, max(1, samples // 8)
-
-
-def _enough(needed: int, held_out: int | None) -> int:
-    """The least number of samples of which `needed` remain: counted up from a bound that ignores rounding."""
-    least = (needed - 2) * 8 // 5 if held_out is None else (needed + held_out - 1) * 8 // 7
-    return next(n for n in itertools.count(max(1, least)) if n - sum(_set_aside(n, held_out)) >= needed)

@@ -16,7 +16,7 @@ from torch import Tensor
 import olss_fast
 from olss_fast import NoiseSchedule, PlanScheduler, capture, solvers
 from olss_fast.errors import InputError, NetworkError
-from olss_fast.solvers.rederive import mismatch
+from olss_fast.schedule.fits import mismatch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

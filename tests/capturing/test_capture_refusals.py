@@ -15,7 +15,7 @@ diffusers.logging.set_verbosity_error()
 from plain_schedulers import Described  # noqa: E402
 
 from olss_fast.capturing.capturing import LINEARITY, capture  # noqa: E402
-from olss_fast.support.bounds import MAX_EVALUATIONS  # noqa: E402
+from olss_fast.support.arguments import MAX_EVALUATIONS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -26,7 +26,17 @@ MODULES = {
 }
 HEAVY = {"diffusers", "matplotlib", "PIL", "rich", "scipy", "torch", "torchmetrics", "transformers", "triton", "typer"}
 # Plans can be written, read and looked at with numpy (and safetensors) alone.
-LIGHT = ["errors", "_text", "_files", "plan", "plan_io", "plan_text", "noise_schedule", "solvers", "planning"]
+LIGHT = [
+    "errors",
+    "support.text",
+    "support.files",
+    "plan",
+    "plan.file",
+    "plan.text",
+    "schedule.noise_schedule",
+    "solvers",
+]
+LIGHT += ["tuning.path_planning"]
 
 
 def imported(path: Path, *, lazily: bool) -> Iterator[str]:

@@ -12,7 +12,8 @@ import olss_fast
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.testing import NULL_CLASS, ExactMixture
 from olss_fast.tuning.compare import compare
-from olss_fast.tuning.tuning import Effort, split_samples
+from olss_fast.tuning.preparation import split_samples
+from olss_fast.tuning.tuning import Effort
 
 SAMPLES, SHAPE = 48, (2, 4, 4)
 EFFORT = Effort(polish_iterations=2, jacobian_samples=8, path_samples=6, node_moves=(4,), split_up_to=3)

@@ -17,21 +17,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from olss_fast.adapters.diffusers.plan_book import Entry, name_of
-from olss_fast.capturing.facts import CapturedFacts, captured_facts, scheduler_class
+from olss_fast.capturing.facts import CapturedFacts, captured_facts, name_of, scheduler_class
 from olss_fast.errors import InputError, PlanError
 from olss_fast.plan.plan import Floats, Integers, Plan
 from olss_fast.plan.point_mass import exact_output_of
 from olss_fast.schedule.from_diffusers import check_config
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
+
+if TYPE_CHECKING:
+    from olss_fast.adapters.diffusers.plan_book import Entry
 
 SCALING = {
     "CMStochasticIterativeScheduler", "DPMSolverSDEScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",

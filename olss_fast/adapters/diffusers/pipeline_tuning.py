@@ -34,17 +34,18 @@ from olss_fast.adapters.diffusers.pipeline_network import PipelineNetwork, open_
 from olss_fast.capturing.capturing import capture
 from olss_fast.methods import ANALYTIC
 from olss_fast.network import Denoiser
-from olss_fast.plan.plan import Plan
+from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import GuidanceRow, Report
-from olss_fast.support.arguments import check_prediction, checked_count, checked_plans
-from olss_fast.support.bounds import check_steps
+from olss_fast.schedule.fits import check_prediction
+from olss_fast.support.arguments import check_steps, checked_count
 from olss_fast.support.progress import bar_options, evaluation_bar
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.compare import compare_denoiser
 from olss_fast.tuning.fitting import Float64
 from olss_fast.tuning.judge import recorded
+from olss_fast.tuning.preparation import steps_to_teach
 from olss_fast.tuning.scoring import kept_scores, score
-from olss_fast.tuning.tuning import Effort, TuneResult, steps_to_teach, tune_denoiser
+from olss_fast.tuning.tuning import Effort, TuneResult, tune_denoiser
 
 SWEEP_SAMPLES = 8  # held-out samples on which other guidance scales are tried
 SWEEP = (2 / 3, 1.0, 4 / 3)  # of the tuned scale

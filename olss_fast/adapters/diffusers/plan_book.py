@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast.capturing.capturing import recapture
-from olss_fast.capturing.facts import MOST_STEPS, CapturedFacts, captured_facts, scheduler_class
+from olss_fast.capturing.facts import MOST_STEPS, CapturedFacts, captured_facts, name_of, scheduler_class
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.executors.stepwise import check_runnable
 from olss_fast.plan.plan import Floats, Plan
 from olss_fast.schedule.from_diffusers import check_config
 from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.solvers.rederive import is_analytic, rederive, schedule_of, truncate
 from olss_fast.support.text import quoted
 
 REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
@@ -108,7 +106,9 @@ class PlanBook:
         if begin == entry.begin:
             return plan
         if captured_facts(plan):
-            return self._remember(f"{_key(plan)} {begin}", lambda: recapture(plan, begin=begin))
+            return self._remember(f"{_key(plan)} {begin}", lambda: _recaptured(plan, begin=begin))
+        from olss_fast.solvers.rederive import is_analytic, schedule_of, truncate
+
         if entry.begin == 0 and is_analytic(plan):
             schedule = self.schedule or schedule_of(plan)
             return self._remember(f"{_key(plan)} {begin}", lambda: truncate(plan, schedule, begin))
@@ -132,6 +132,8 @@ class PlanBook:
         times = asked.get("timesteps")
         if times is None or _equal(times, plan.timesteps):
             return plan
+        from olss_fast.solvers.rederive import is_analytic, rederive
+
         if not is_analytic(plan):
             raise InputError(
                 f"{name_of(plan)} is fitted to its times {_text(plan.timesteps)}, and {_text(times)} were asked for; "
@@ -146,7 +148,7 @@ class PlanBook:
         if not changed and (not facts.begin or scheduler_class(facts.class_name) is None):
             return plan
         key = f"{_key(plan)} {json.dumps(changed, sort_keys=True, default=str)}"
-        return self._remember(key, lambda: recapture(plan, begin=0, **changed))
+        return self._remember(key, lambda: _recaptured(plan, begin=0, **changed))
 
     def _entry(self, plan: Plan, steps: int) -> Entry:
         begin = begin_of(plan)
@@ -174,6 +176,13 @@ class PlanBook:
                 self._derived.pop(oldest, None)
             plan = self._derived[key] = derive()
         return plan
+
+
+def _recaptured(plan: Plan, **changes: Any) -> Plan:
+    """Loaded when it is first needed, like the solvers: most runs take a plan as it is."""
+    from olss_fast.capturing.capturing import recapture
+
+    return recapture(plan, **changes)
 
 
 def training_schedule(network: Mapping[str, Any]) -> NoiseSchedule | None:
@@ -218,11 +227,6 @@ def _metadata_number(plan: Plan, key: str) -> int:
             f"{MOST_STEPS}, the number of steps that a plan answers to or the first of them"
         )
     return number
-
-
-def name_of(plan: Plan) -> str:
-    title = plan.metadata.get("title") or plan.metadata.get("method", "an unnamed plan")
-    return f"{title} of {plan.nfe} evaluations"
 
 
 def whole(what: str, value: Any) -> int:

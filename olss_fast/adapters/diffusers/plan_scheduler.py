@@ -43,16 +43,16 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from olss_fast.adapters.diffusers.levels import StepOutput, latents_of, noise_levels, untimed_amplitude
-from olss_fast.adapters.diffusers.plan_book import PlanBook, name_of, whole
+from olss_fast.adapters.diffusers.plan_book import PlanBook, whole
 from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_from, plans_to_config, visible_config
 from olss_fast.adapters.diffusers.sessions import Loaded, OwnSession, Session, Sessions
 from olss_fast.adapters.diffusers.stand_in import StandIn, check_slot
 from olss_fast.adapters.diffusers.step_arguments import first_index, places, step_arguments_of
-from olss_fast.capturing.facts import captured_facts
+from olss_fast.capturing.facts import captured_facts, name_of
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors.stepwise import Run, lay_out
 from olss_fast.plan.plan import Plan
-from olss_fast.solvers.rederive import mismatch
+from olss_fast.schedule.fits import mismatch
 from olss_fast.support.text import quoted
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")

@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import threading
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from olss_fast.adapters.diffusers.levels import Latents, NoiseLevels
-from olss_fast.adapters.diffusers.plan_book import Entry
 from olss_fast.adapters.diffusers.step_arguments import StepArguments, first_index, places
 from olss_fast.capturing.facts import captured_facts
 from olss_fast.errors import InputError
 from olss_fast.executors.stepwise import Layout, Run
+
+if TYPE_CHECKING:
+    from olss_fast.adapters.diffusers.levels import Latents, NoiseLevels
+    from olss_fast.adapters.diffusers.plan_book import Entry
 
 
 class Loaded(NamedTuple):

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from olss_fast.adapters.diffusers.plan_book import name_of
-from olss_fast.capturing.facts import captured_facts, scheduler_class
+from olss_fast.capturing.facts import captured_facts, name_of, scheduler_class
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Floats, Plan
 from olss_fast.support.text import quoted
