@@ -59,7 +59,8 @@ def named_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            typer.secho("Interrupted", err=True)
+            kept = "; the same command with the same --store goes on from here" if kwargs.get("store") else ""
+            typer.secho(f"Interrupted{kept}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except (OlssError, OSError) as error:
             fail(str(error))

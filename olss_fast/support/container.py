@@ -251,7 +251,7 @@ def _header_length(first: bytes, size: int, format: Format) -> int:
     length = int.from_bytes(first, "little")
     if length > format.most_header or length % 8:
         refuse(
-            f"its first 8 bytes announce a header of {length} bytes; expected a multiple of 8 up to "
+            f"its first 8 bytes, {first!r}, announce a header of {length} bytes; expected a multiple of 8 up to "
             f"{format.most_header}; is it a safetensors file at all?"
         )
     if 8 + length > size:

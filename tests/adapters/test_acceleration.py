@@ -223,7 +223,12 @@ def test_what_acts_between_steps_runs_step_by_step_and_says_so_once() -> None:
     with pytest.warns(UserWarning, match="runs step by step: callback_on_step_end"):
         assert_same(images(pipe, **edit), expected)
     assert handle.stats().backend == "fused"
-    assert "callback_on_step_end" in handle.stats().reason
+    with pytest.warns(UserWarning, match="guidance_rescale"):
+        images(pipe, guidance_rescale=0.5)
+    reason = handle.stats().reason
+    assert "callback_on_step_end" in reason
+    assert "guidance_rescale" in reason
+    assert reason.count("runs step by step") == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert_same(images(pipe, **edit), expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from many_threads import hasty, in_threads  # noqa: F401
 from plan_runs import DDIM, DPM, NOISE, SCHEDULE, network, reference, sampled
 from torch import Tensor
 
@@ -19,20 +19,6 @@ from olss_fast.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLANS = [capture(DPM, 5), solvers.ddim(SCHEDULE, 4), capture(DDIM, 7)]
-
-
-@pytest.fixture(autouse=True)
-def hasty() -> Iterator[None]:
-    """Threads take turns as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-def in_threads(function: Callable[[int], Any], count: int, threads: int = 8) -> list[Any]:
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, range(count)))
 
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> Any:

@@ -108,6 +108,19 @@ def test_interrupting_says_a_word_and_leaves_no_empty_folder(
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
+def test_interrupted_with_a_store_says_that_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    home, function, words = COMMANDS["tune"]
+    monkeypatch.setattr(home, function, interrupted)
+    result = CliRunner().invoke(commands.app, ["tune", *words, "--store", str(tmp_path / "recording"), "--quiet"])
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted; the same command with the same --store goes on from here\n"
+
+
 def test_an_interrupted_build_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from fake_graphs import use_fake_graphs
+from many_threads import hasty, in_threads  # noqa: F401
 from torch import Tensor
 
 import olss_fast
@@ -21,15 +19,6 @@ from olss_fast.sampling.sampler import Sampler
 
 SCHEDULE = NoiseSchedule.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
 PLANS = [solvers.euler(SCHEDULE, 5), solvers.unipc(SCHEDULE, 7), solvers.ddim(SCHEDULE, 5, eta=1.0)]
-
-
-@pytest.fixture(autouse=True)
-def hasty() -> Iterator[None]:
-    """Threads take turns as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 @pytest.fixture(params=["fused", "graph"])
@@ -45,11 +34,6 @@ def network(x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
 
 def noise_of(i: int, samples: int = 3) -> Tensor:
     return torch.randn(samples, 16, generator=torch.Generator().manual_seed(i))
-
-
-def in_threads(function: Callable[[int], Any], count: int, threads: int = 8) -> list[Any]:
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, range(count)))
 
 
 def test_every_call_is_as_it_is_alone(backend: str) -> None:

@@ -191,7 +191,7 @@ class Acceleration:
             self.loops.require_finite()
 
     def stats(self) -> Stats:
-        reason = "; ".join(self.reasons)
+        reason = f"{self.kind.__name__} runs step by step: {'; '.join(self.reasons)}" if self.reasons else ""
         if self.loops is None:
             return Stats("PlanScheduler", 0, 0, reason, 0, None)
         stats = self.loops.stats()
@@ -242,10 +242,9 @@ class Acceleration:
 
     def _say(self, reason: str) -> None:
         """Once."""
-        text = f"{self.kind.__name__} runs step by step: {reason}"
-        if text not in self.reasons:
-            self.reasons[text] = None
-            warnings.warn(text, stacklevel=4)
+        if reason not in self.reasons:
+            self.reasons[reason] = None
+            warnings.warn(f"{self.kind.__name__} runs step by step: {reason}", stacklevel=4)
 
 
 def _is_default(parameter: inspect.Parameter | None, value: Any) -> bool:

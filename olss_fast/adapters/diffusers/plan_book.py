@@ -113,9 +113,9 @@ class PlanBook:
             schedule = self.schedule or schedule_of(plan)
             return self._remember(f"{_key(plan)} {begin}", lambda: truncate(plan, schedule, begin))
         raise InputError(
-            f"{name_of(plan)} was fitted for runs that begin at index {entry.begin} of {entry.steps} steps, and this "
-            f"one begins at {begin}, of strength about {1 - begin / len(entry.timesteps):.2g}; fit one with "
-            "olss_fast.tune_pipeline and calls of that strength, or take a captured or analytic plan"
+            f"{name_of(plan)} was fitted for {_taken(entry, entry.begin)}, and this run takes {_taken(entry, begin)}, "
+            "as its strength asks for. Fit plans with olss_fast.tune_pipeline and calls of that strength, or take a "
+            "captured or analytic plan"
         )
 
     def _grid(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
@@ -266,6 +266,12 @@ def _is_met(name: str, value: Any, steps: int, facts: CapturedFacts) -> bool:
     if name in arguments:
         return _equal(value, arguments[name]) or (name == "sigmas" and _is_plain(value, steps))
     return name == "sigmas" and "timesteps" in arguments and _is_plain(value, steps)
+
+
+def _taken(entry: Entry, begin: int) -> str:
+    """The steps of a run that begins there, in words."""
+    count = len(entry.timesteps)
+    return f"all {count} steps" if begin == 0 else f"the last {count - begin} of {count} steps"
 
 
 def _is_plain(sigmas: Any, steps: int) -> bool:
