@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError
-from olss_fast.sampling.draws import Streams
 from olss_fast.support.network_failures import naming_arguments
 from olss_fast.support.text import quoted
 from olss_fast.support.tree import Flat, Path, as_tensor, flat, in_list, is_array, mapped, spelled, with_paths
@@ -28,6 +27,7 @@ Network = Callable[..., Any]
 """`network(x, timestep, **conditioning) -> raw output`: x (B, ...), timestep (B,) float32, output of x's shape."""
 
 Conditioning = Mapping[str, Any]
+Streams = torch.Generator | Sequence[torch.Generator]  # one for all samples, or one for each
 
 LARGEST_SCALE = float(np.finfo(np.float32).max)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what noise and networks may be of
@@ -297,7 +297,7 @@ def _expanded(without: Any, given: Any, place: str) -> Any:
             f"unconditional{place} is {quoted(without)}, which is no {given.dtype}; expected whole numbers"
         )
     try:
-        return plain.expand(given.shape)
+        return plain if plain.shape == given.shape else plain.expand(given.shape)
     except RuntimeError as error:
         raise InputError(
             f"unconditional{place} has shape {tuple(value.shape)}, which does not broadcast to conditioning{place} "

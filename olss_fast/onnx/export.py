@@ -40,6 +40,7 @@ from olss_fast.engine.compiled import quiet, shortened
 from olss_fast.errors import BuildError, InputError, ModelError
 from olss_fast.network import Conditioning
 from olss_fast.plan.plan import Plan
+from olss_fast.support.arguments import checked_plan
 from olss_fast.support.old_forms import takes_old_forms
 
 if TYPE_CHECKING:
@@ -101,9 +102,7 @@ def export_onnx(
 
 
 def _check_plan(plan: Any) -> None:
-    if not isinstance(plan, Plan):
-        raise InputError(f"plan is a {type(plan).__name__}; expected a Plan")
-    if plan.models.any():
+    if checked_plan(plan).models.any():
         asked = sorted({*plan.models.tolist()})
         raise InputError(f"the plan asks the networks {asked}; expected a plan that asks one, number 0")
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError
+from olss_fast.network import Streams
 from olss_fast.support.text import quoted
 
-Streams = torch.Generator | Sequence[torch.Generator]
 Seed = int | Sequence[int]
 
 SEEDS = range(2**64)

@@ -26,6 +26,7 @@ from olss_fast.network import (
     Conditioning,
     Denoiser,
     Network,
+    Streams,
     asking_with,
     checked_arguments,
     checked_guidance_scale,
@@ -34,7 +35,7 @@ from olss_fast.network import (
     network_dtype,
 )
 from olss_fast.plan.plan import Plan, checked_plan
-from olss_fast.sampling.draws import Seed, Streams, checked_shape
+from olss_fast.sampling.draws import Seed, checked_shape
 from olss_fast.sampling.sampling import (
     Callback,
     check_plan_fits,

@@ -15,6 +15,7 @@ from olss_fast.network import (
     Conditioning,
     Denoiser,
     Network,
+    Streams,
     batches,
     checked_networks,
     network_device,
@@ -22,7 +23,7 @@ from olss_fast.network import (
     require_finite,
 )
 from olss_fast.plan.plan import Plan, checked_plan
-from olss_fast.sampling.draws import Seed, Streams, check_count_of, checked_streams, initial_noise, unit_noise
+from olss_fast.sampling.draws import Seed, check_count_of, checked_streams, initial_noise, unit_noise
 from olss_fast.sampling.starts import begun
 from olss_fast.support.arguments import checked_count
 from olss_fast.support.old_forms import takes_old_forms
