@@ -158,7 +158,7 @@ def tune(
     folder = try_folders(out)
     subject = jobs.subject(model, prompts, dtype, null_class, device, guidance_scale, batch_size, seed, not quiet)
     effort = Effort.light() if light else Effort()
-    result = subject.tune(wanted, teacher_steps, samples=samples, guidance_scales=scales, effort=effort, store=store)
+    result = subject.tune(samples, scales, steps=wanted, teacher_steps=teacher_steps, effort=effort, store=store)
     write_result(result, folder)
     typer.echo(result.report.table())
     typer.echo(time_spent(result.report, time.perf_counter() - start))
@@ -269,7 +269,7 @@ def compare(
 
     try_folder(out)
     subject = jobs.subject(model, prompts, dtype, null_class, device, guidance_scale, batch_size, seed, not quiet)
-    report = subject.compare(wanted, teacher_steps, samples=samples, plans=loaded_plans)
+    report = subject.compare(samples, loaded_plans, steps=wanted, teacher_steps=teacher_steps)
     folder = make_folder(out)
     report.to_json(folder / "report.json")
     report.plot(folder)

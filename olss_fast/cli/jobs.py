@@ -32,7 +32,6 @@ from olss_fast.sampling.sampling import sample
 from olss_fast.schedule.fits import check_prediction
 from olss_fast.support.progress import bar_options, can_draw
 from olss_fast.tuning.compare import compare
-from olss_fast.tuning.study import Effort
 
 if TYPE_CHECKING:
     from olss_fast.engine.engine import Engine
@@ -93,30 +92,15 @@ class NetworkSubject(Subject):
         check_prediction(chosen, self.loaded.schedule)
         return chosen
 
-    def tune(
-        self,
-        steps: Sequence[int],
-        teacher_steps: int,
-        *,
-        samples: int | None,
-        guidance_scales: Sequence[float] | None,
-        effort: Effort,
-        store: Path | None,
-    ) -> olss_fast.TuneResult:
+    def tune(self, samples: int | None, guidance_scales: Sequence[float] | None, **how: Any) -> olss_fast.TuneResult:
+        """`olss_fast.tune`; how: its arguments."""
         if guidance_scales is not None:
             raise InputError("--guidance-range belongs to --prompts: give one --guidance-scale")
-        how: dict[str, Any] = {
-            "steps": steps,
-            "teacher_steps": teacher_steps,
-            "effort": effort,
-            "store": store,
-            "seed": self.seed,
-        }
-        return olss_fast.tune(self.loaded.network, **how, **self.question(samples or 256))
+        return olss_fast.tune(self.loaded.network, seed=self.seed, **how, **self.question(samples or 256))
 
-    def compare(self, steps: Sequence[int], teacher_steps: int, *, samples: int, plans: Sequence[Plan]) -> Report:
-        how: dict[str, Any] = {"steps": steps, "plans": plans, "teacher_steps": teacher_steps}
-        return compare(self.loaded.network, **how, **self.question(samples, plans))
+    def compare(self, samples: int, plans: Sequence[Plan], **how: Any) -> Report:
+        """`olss_fast.tuning.compare.compare`; how: its arguments."""
+        return compare(self.loaded.network, plans=plans, **how, **self.question(samples, plans))
 
     def sample(self, plan: Plan | None, solver: Mapping[str, Any], count: int, classes: Sequence[int]) -> Images:
         chosen = self.plan(plan, solver)
@@ -176,34 +160,21 @@ class PipelineSubject(Subject):
         how: dict[str, Any] = {"guidance_scale": self.scale(plans), "batch_size": self.batch_size, "seed": self.seed}
         return pipe, prompt_calls(pipe, texts, samples, **how)
 
-    def tune(
-        self,
-        steps: Sequence[int],
-        teacher_steps: int,
-        *,
-        samples: int | None,
-        guidance_scales: Sequence[float] | None,
-        effort: Effort,
-        store: Path | None,
-    ) -> olss_fast.TuneResult:
+    def tune(self, samples: int | None, guidance_scales: Sequence[float] | None, **how: Any) -> olss_fast.TuneResult:
+        """`olss_fast.tune_pipeline`; how: its arguments."""
         from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
 
         if guidance_scales is not None and self.guidance_scale is not None:
             raise InputError("--guidance-scale and --guidance-range: give one of them")
-        how: dict[str, Any] = {"guidance_scales": guidance_scales, "effort": effort, "store": store}
         opened = self.opened(samples or 64)  # latents have many values each
-        return tune_pipeline(*opened, steps, teacher_steps, seed=self.seed, progress=self.progress, **how)
+        return tune_pipeline(*opened, guidance_scales=guidance_scales, seed=self.seed, progress=self.progress, **how)
 
-    def compare(self, steps: Sequence[int], teacher_steps: int, *, samples: int, plans: Sequence[Plan]) -> Report:
+    def compare(self, samples: int, plans: Sequence[Plan], **how: Any) -> Report:
+        """`compare_pipeline`; how: its arguments."""
         from olss_fast.adapters.diffusers.pipeline_tuning import compare_pipeline
 
-        how: dict[str, Any] = {
-            "plans": plans,
-            "teacher_steps": teacher_steps,
-            "seed": self.seed,
-            "progress": self.progress,
-        }
-        return compare_pipeline(*self.opened(samples, plans), steps, **how)
+        opened = self.opened(samples, plans)
+        return compare_pipeline(*opened, plans=plans, seed=self.seed, progress=self.progress, **how)
 
     def sample(self, plan: Plan | None, solver: Mapping[str, Any], count: int, classes: Sequence[int]) -> Images:
         from olss_fast.adapters.diffusers.pipeline_calls import pipeline_images

@@ -39,8 +39,7 @@ from olss_fast.compiling.shapes import LARGEST, Profile
 from olss_fast.engine.compiled import quiet, shortened
 from olss_fast.errors import BuildError, InputError, ModelError
 from olss_fast.network import Conditioning
-from olss_fast.plan.plan import Plan
-from olss_fast.support.arguments import checked_plan
+from olss_fast.plan.plan import Plan, checked_plan
 from olss_fast.support.old_forms import takes_old_forms
 
 if TYPE_CHECKING:

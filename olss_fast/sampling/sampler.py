@@ -35,16 +35,15 @@ from olss_fast.network import (
     network_dtype,
 )
 from olss_fast.plan.plan import Plan, checked_plan
-from olss_fast.sampling.draws import Seed, checked_shape
+from olss_fast.sampling.draws import Seed, checked_shape, checked_streams
 from olss_fast.sampling.sampling import (
     Callback,
+    asked,
     check_plan_fits,
     draw_step_noise,
-    given_noise,
     sampled,
     watching,
 )
-from olss_fast.sampling.starts import begun
 from olss_fast.support.device import pick_device
 from olss_fast.support.old_forms import takes_old_forms
 
@@ -146,18 +145,20 @@ class Sampler:
 
         On the CPU outputs that are not finite raise NetworkError; on a GPU that would be a wait: `require_finite()`.
         """
-        usual = self.shape if init_image is None else None
-        noise, streams = given_noise(self.networks, noise, shape, generator, seed, init_image, usual)
-        denoiser = Denoiser(
+        plan, denoiser = asked(
             self.networks,
+            self.plan,
             noise,
+            shape,
+            checked_streams(generator, seed),
+            init_image,
+            strength,
+            usual=self.shape if init_image is None else None,
             conditioning={**self._conditioning, **conditioning},
             unconditional=self._unconditional if unconditional is None else unconditional,
             guidance_scale=self.guidance_scale,
-            streams=streams,
             waits=False,
         )
-        plan, denoiser.noise = begun(self.plan, denoiser.noise, init_image, strength)
         if plan is None:
             return denoiser.noise
         if self.backend == "reference":

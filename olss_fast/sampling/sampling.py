@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,18 +75,19 @@ def sample(
     Raises `InputError` for unusable noise, guidance or conditioning, `NetworkError` for outputs of a wrong shape or
     that are not finite (naming evaluation and sample).
     """
-    networks, plan = checked_networks(network), checked_plan(plan)
-    noise, streams = given_noise(networks, noise, shape, generator, seed, init_image)
-    denoiser = Denoiser(
-        networks,
+    rest, denoiser = asked(
+        checked_networks(network),
+        checked_plan(plan),
         noise,
+        shape,
+        checked_streams(generator, seed),
+        init_image,
+        strength,
         conditioning=conditioning,
         unconditional=unconditional,
         guidance_scale=guidance_scale,
-        streams=streams,
         doubled=doubled,
     )
-    rest, denoiser.noise = begun(plan, denoiser.noise, init_image, strength)
     if rest is None:
         return denoiser.noise
     size = None if batch_size is None else checked_count("batch_size", batch_size)
@@ -108,25 +110,31 @@ def sampled(
         return torch.cat([_sample_batch(plan, denoiser, each, step_noise, on_step) for each in slices])
 
 
-def given_noise(
+def asked(
     networks: Sequence[Network],
+    plan: Plan,
     noise: Tensor | None,
     shape: Sequence[int] | None,
-    generator: Streams | None,
-    seed: Seed | None,
-    image: Tensor | None = None,
+    streams: Streams | None,
+    image: Tensor | None,
+    strength: float | None,
+    *,
     usual: Sequence[int] | None = None,
-) -> tuple[Tensor, Streams | None]:
-    """The noise of a call, given or drawn (if no shape came, of the image's or the `usual` one), and the streams of its
-    other noises."""
-    streams = checked_streams(generator, seed)
+    **how: Any,
+) -> tuple[Plan | None, Denoiser]:
+    """What a call asks, and the plan from where it begins; None where the noise already is the sample.
+
+    The noise is given or drawn, if no shape came of the image's or the `usual` one. how: for `Denoiser`.
+    """
     dtype, device = network_dtype(networks[0], torch.float32), network_device(networks)
     if isinstance(image, Tensor):
         usual, device = tuple(image.shape), image.device
     drawn = initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device)
-    if isinstance(streams, Sequence) and isinstance(drawn, Tensor) and drawn.ndim:
-        check_count_of(streams, drawn.shape[0])
-    return drawn, streams
+    denoiser = Denoiser(networks, drawn, streams=streams, **how)
+    if isinstance(streams, Sequence):
+        check_count_of(streams, denoiser.samples)
+    rest, denoiser.noise = begun(plan, drawn, image, strength)
+    return rest, denoiser
 
 
 @contextmanager
