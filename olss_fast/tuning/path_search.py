@@ -17,6 +17,7 @@ from torch import Tensor
 from olss_fast.errors import NetworkError
 from olss_fast.executors.reference import Loop
 from olss_fast.tuning.fitting import Float64, Task, begun_student, fitted_row
+from olss_fast.tuning.recording import distance
 
 Path = tuple[int, ...]
 RIDGE = 1e-5
@@ -76,9 +77,10 @@ class PathSearch:
                 if k < n:
                     loop.ask(task.denoiser.asking(chunk))
                     self.progress(chunk.stop - chunk.start)
-            if not all(bool(torch.isfinite(loop.columns[-1]).all()) for loop in loops):
+            if k < n and not all(bool(torch.isfinite(loop.columns[-1]).all()) for loop in loops):
                 return Trial(path, student.rows, (), float("inf"))
-        errors = [task.recording.distance(loop.x, chunk) for loop, chunk in zip(loops, self.chunks, strict=True)]
+        results = map(task.recording.result, self.chunks)
+        errors = [distance(loop.x, result) for loop, result in zip(loops, results, strict=True)]
         error = float(torch.cat(errors).mean())
         known_columns = tuple(loop.columns for loop in loops)
         return Trial(path, student.rows, known_columns, error if np.isfinite(error) else float("inf"))

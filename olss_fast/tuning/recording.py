@@ -105,16 +105,17 @@ class Recording:
         name, place = self._place(chunk)
         return self.store.read(name, "result", place)
 
-    def distance(self, samples: Tensor, chunk: slice) -> Tensor:
-        """Root mean square distance (B,) of `samples` (B, ...) from the teacher's."""
-        return (samples - self.result(chunk).to(samples)).flatten(1).square().mean(1).sqrt()
-
     def state(self, chunk: slice, index: int) -> Tensor:
         """The teacher's state `index` (its network input there, T: its sample) of a fit chunk, (B, ...) float64."""
         if index == self.teacher.nfe:
             return self.result(chunk).to(torch.float64)
         name, place = self._place(chunk)
         return self.store.read(name, "states", (index, place)).to(torch.float64)
+
+
+def distance(samples: Tensor, teachers: Tensor) -> Tensor:
+    """Root mean square distance (B,) of samples (B, ...), in their dtype and on their device."""
+    return (samples - teachers.to(samples)).flatten(1).square().mean(1).sqrt()
 
 
 def chunk_name(chunk: slice) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from olss_fast.executors.reference import Evaluate, Loop
 from olss_fast.plan.plan import Plan
 from olss_fast.support.identity import digest
+from olss_fast.tuning.recording import distance
 from olss_fast.tuning.store import Store
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def score(
     """Per-sample root mean square error (P,) of each plan to the teacher's samples, inf where a plan diverges."""
     errors = np.empty((len(plans), len(samples)))
     for chunk in task.recording.chunks(samples):
+        target = task.recording.result(chunk).to(task.noise.device)
         place = slice(chunk.start - samples.start, chunk.stop - samples.start)
         for index, result in final_samples(plans, task, chunk, progress):
-            errors[index, place] = task.recording.distance(result, chunk).cpu().numpy()
+            errors[index, place] = distance(result, target).cpu().numpy()
     return list(np.nan_to_num(errors, nan=np.inf))
 
 
