@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 import olss_fast
 from olss_fast.cli import commands, jobs
-from olss_fast.cli import demo as demo_job
 from olss_fast.support import progress
 from olss_fast.support.progress import LogLines, evaluation_bar
 
@@ -87,7 +86,7 @@ COMMANDS: dict[str, tuple[Any, str, list[str]]] = {
     "tune": (jobs.NetworkSubject, "tune", ["--model", "demo"]),
     "sample": (jobs.NetworkSubject, "sample", ["--model", "demo", "--solver", "ddim", "--steps", "3"]),
     "compare": (jobs.NetworkSubject, "compare", ["--model", "demo"]),
-    "demo": (demo_job, "tune", []),
+    "demo": (olss_fast, "tune", []),
 }
 
 
