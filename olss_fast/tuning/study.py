@@ -82,7 +82,7 @@ class Study:
 
     @cached_property
     def planned(self) -> Path:
-        """The path whose worst stride on the teacher's own outputs is the least (`planning.plan_path`)."""
+        """The path whose worst stride on the teacher's own outputs is the least (`path_planning.plan_path`)."""
         recording = self.task.recording
         return path_planning.plan_path(
             recording.r, recording.teacher.rows, self.steps, samples_count=recording.pixels
