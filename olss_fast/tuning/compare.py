@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from olss_fast.solvers.table import display_name
 from olss_fast.support.arguments import check_count, checked_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, recorded
-from olss_fast.tuning.preparation import ddim_teacher, whole_steps
+from olss_fast.tuning.preparation import checked_teacher, whole_steps
 
 FIRST = 8  # samples on which every candidate is scored
 
@@ -30,6 +30,8 @@ def compare(
     steps: Sequence[int],
     plans: Iterable[Plan] = (),
     teacher_steps: int = 100,
+    teacher: Plan | None = None,
+    rivals: Sequence[Plan] = (),
     conditioning: Conditioning | None = None,
     unconditional: Conditioning | None = None,
     guidance_scale: float = 1.0,
@@ -38,54 +40,29 @@ def compare(
 ) -> Report:
     """A report of all analytic solvers at each of `steps` evaluations, and of `plans`, on all of `noise` (P, ...).
 
-    `plans` are scored at their own number of evaluations, together with the analytic solvers there, which ask the first
-    of several networks, as the teacher does. Arguments are those of `tune`.
+    `plans` are scored at their own number of evaluations, together with the analytic solvers and `rivals` there, which
+    ask the first of several networks, as the teacher does. Arguments are those of `tune`.
 
     Raises `InputError`, `NetworkError`, `StoreError`.
     """
-    plans = checked_plans(plans, "plans")
+    plans, rivals = checked_plans(plans, "plans"), checked_plans(rivals, "rivals")
     wanted = sorted({*whole_steps(steps), *(plan.nfe for plan in plans)})
     _check(wanted, plans, checked_schedule(schedule))
-    teacher = ddim_teacher(schedule, teacher_steps)
+    teacher = checked_teacher(teacher, teacher_steps, schedule)
     if batch_size is not None:
         checked_count("batch_size", batch_size)
     denoiser = Denoiser(
         network, noise, conditioning=conditioning, unconditional=unconditional, guidance_scale=guidance_scale
     )
-    return compare_denoiser(
-        denoiser,
-        schedule=schedule,
-        steps=wanted,
-        plans=plans,
-        teacher=teacher,
-        batch_size=batch_size,
-        progress=progress,
-    )
-
-
-def compare_denoiser(
-    denoiser: Denoiser,
-    *,
-    schedule: NoiseSchedule,
-    steps: Sequence[int],
-    plans: Sequence[Plan],
-    teacher: Plan,
-    rivals: Sequence[Plan] = (),
-    admits: Callable[[Plan], bool] = lambda plan: True,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> Report:
-    """`compare` of a network that already has its noise and conditioning; `rivals` are judged beside the analytic
-    solvers, of all of these only what `admits` lets through."""
     for plan in plans:
         check_plan_fits(plan, denoiser)
     clock = Clock(denoiser, progress)
     with recorded(teacher, schedule, clock=clock, batch_size=batch_size) as task:
-        judge = Judge(task, clock, rivals, admits, stage="score", first=FIRST)
+        judge = Judge(task, clock, rivals, stage="score", first=FIRST)
         candidates = [
-            each for nfe in steps for each in judge.candidates(nfe, [plan for plan in plans if plan.nfe == nfe])
+            each for nfe in wanted for each in judge.candidates(nfe, [plan for plan in plans if plan.nfe == nfe])
         ]
-    settings = {"steps": list(steps), "teacher_steps": teacher.nfe, "guidance_scale": denoiser.guidance_scale}
+    settings = {"steps": wanted, "teacher_steps": teacher.nfe, "guidance_scale": denoiser.guidance_scale}
     return Report(tuple(candidates), teacher, denoiser.samples, settings, dict(clock.evaluations), dict(clock.seconds))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,11 @@ def recorded(
     split: Split | None = None,
     store: str | Path | None = None,
     batch_size: int | None = None,
-    fixed_start: bool = False,
 ) -> Iterator[Task]:
     """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
 
-    The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`;
-    `fixed_start` is that of `Task`. Raises `NetworkError`, `StoreError`.
+    The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`. A
+    network may say that runs begin in one way only, as `fixed_start` (see `Task`). Raises `NetworkError`, `StoreError`.
     """
     denoiser, samples = clock.denoiser, clock.denoiser.samples
     split = split or Split(range(0), range(0), range(samples))
@@ -48,7 +47,8 @@ def recorded(
             place = recording_store(store, teacher, denoiser, schedule=schedule, split=split, batch_size=size)
             opened = stack.enter_context(place)
             recording = record(teacher, denoiser, store=opened, split=split, batch_size=size, progress=tick)
-        yield Task(recording, denoiser, schedule, fixed_start=fixed_start)
+        fixed = getattr(denoiser.networks[0], "fixed_start", False)
+        yield Task(recording, denoiser, schedule, fixed_start=fixed)
 
 
 def default_batch_size(teacher: Plan, noise: Tensor) -> int:
@@ -58,7 +58,8 @@ def default_batch_size(teacher: Plan, noise: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores plans on held-out noise, beside the analytic solvers and `rivals` that `admits` lets through.
+    """Scores plans on held-out noise, beside analytic solvers and `rivals`: those that the network `admits`, if it has
+    a say.
 
     stage  what the report calls the work
     first  how many samples every plan is scored on before hopeless ones are dropped
@@ -67,15 +68,15 @@ class Judge:
     task: Task
     clock: Clock
     rivals: Sequence[Plan]
-    admits: Callable[[Plan], bool]
     stage: str
     first: int
 
     def candidates(self, nfe: int, own: Sequence[Plan]) -> list[Candidate]:
         """All plans of `nfe` evaluations with their errors: first `own`, which are scored on all samples."""
         held_out, store = self.task.recording.split.held_out, self.task.recording.store
+        admits = getattr(self.task.denoiser.networks[0], "admits", lambda plan: True)
         others = with_rivals(candidates(self.task.schedule, nfe), self.rivals)
-        plans = [*own, *(plan for plan in others if plan not in own and self.admits(plan))]
+        plans = [*own, *(plan for plan in others if plan not in own and admits(plan))]
         total = expected_evaluations(plans, len(held_out), self.first)
         with self.clock.stage(self.stage, f"{nfe:>2} steps, {len(plans)} samplers", total) as tick:
             keep = range(len(own))

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from olss_fast.errors import InputError
-from olss_fast.plan.plan import Plan
+from olss_fast.plan.plan import Plan, checked_plan
 from olss_fast.schedule.fits import check_prediction
-from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
 from olss_fast.solvers.ddim import ddim
 from olss_fast.support.arguments import check_steps
 from olss_fast.support.text import quoted
@@ -21,15 +21,14 @@ from olss_fast.tuning.recording import Split
 PIXELS_PER_COEFFICIENT = 10
 
 
-def ddim_teacher(schedule: NoiseSchedule, steps: int) -> Plan:
-    """The default teacher: DDIM of `steps` evaluations, trailing spacing."""
-    return ddim(schedule, check_steps(steps, "teacher_steps"), spacing="trailing")
-
-
-def check_teacher(teacher: Plan, schedule: NoiseSchedule) -> None:
-    if teacher.noises or teacher.branches != 1 or teacher.models.any():
+def checked_teacher(teacher: Plan | None, steps: int, schedule: NoiseSchedule) -> Plan:
+    """`teacher`, or DDIM of so many trailing steps; `InputError` for what cannot teach on this schedule."""
+    if teacher is None:
+        return ddim(schedule, check_steps(steps, "teacher_steps"), spacing="trailing")
+    if checked_plan(teacher, "teacher").noises or teacher.branches != 1 or teacher.models.any():
         raise InputError("a teacher must be a deterministic plan of one network with guidance inside its outputs")
-    check_prediction(teacher, schedule)
+    check_prediction(teacher, checked_schedule(schedule))
+    return teacher
 
 
 def whole_steps(steps: int | Sequence[int]) -> list[int]:

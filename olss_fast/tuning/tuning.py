@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from olss_fast.errors import InputError, PlanFileError, StoreError
 from olss_fast.methods import METHODS, OLSS, Method
 from olss_fast.network import Conditioning, Denoiser, Network
-from olss_fast.plan.plan import Plan, checked_plan, checked_plans
+from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import Candidate, Report
-from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.arguments import checked_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, recorded
-from olss_fast.tuning.preparation import check_teacher, ddim_teacher, split_samples, steps_to_teach
+from olss_fast.tuning.preparation import checked_teacher, split_samples, steps_to_teach
 from olss_fast.tuning.study import Effort, Study
 
-__all__ = ["Effort", "TuneResult", "tune", "tune_denoiser"]
+__all__ = ["Effort", "TuneResult", "tune"]
 
 VERSION = 1  # of the plans in a store; raised whenever the same effort and seed would make others
 
@@ -84,41 +83,6 @@ def tune(
         guidance_scale=guidance_scale,
         doubled=doubled,
     )
-    return tune_denoiser(
-        denoiser,
-        schedule=schedule,
-        steps=steps,
-        teacher=ddim_teacher(schedule, teacher_steps) if teacher is None else teacher,
-        rivals=rivals,
-        effort=effort,
-        held_out=held_out,
-        batch_size=batch_size,
-        store=store,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def tune_denoiser(
-    denoiser: Denoiser,
-    *,
-    schedule: NoiseSchedule,
-    steps: int | Sequence[int],
-    teacher: Plan,
-    rivals: Sequence[Plan] = (),
-    admits: Callable[[Plan], bool] = lambda plan: True,
-    fixed_start: bool = False,
-    effort: Effort | None = None,
-    held_out: int | None = None,
-    batch_size: int | None = None,
-    store: str | Path | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> TuneResult:
-    """`tune` of a network that already has its noise, conditioning and guidance.
-
-    `admits` says which analytic plans and rivals can be run at all, `fixed_start` is that of `fitting.Task`.
-    """
     checked_count("seed", seed, least=0)
     if effort is not None and not isinstance(effort, Effort):
         raise InputError(f"effort is {effort!r}; expected an Effort, such as Effort.light(), or None")
@@ -127,13 +91,12 @@ def tune_denoiser(
     for name, value in (("batch_size", batch_size), ("held_out", held_out)):
         if value is not None:
             checked_count(name, value)
-    check_teacher(checked_plan(teacher, "teacher"), checked_schedule(schedule))
+    teacher = checked_teacher(teacher, teacher_steps, schedule)
     wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
-    split, clock = split_samples(denoiser.noise, wanted, held_out), Clock(denoiser, progress)
+    split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
     effort = effort or Effort()
-    how: dict[str, Any] = {"store": store, "batch_size": batch_size, "fixed_start": fixed_start}
-    with recorded(teacher, schedule, clock=clock, split=split, **how) as task:
-        judge = Judge(task, clock, rivals, admits, stage="accept", first=max(3, len(split.held_out) // 8))
+    with recorded(teacher, schedule, clock=clock, split=split, store=store, batch_size=batch_size) as task:
+        judge = Judge(task, clock, rivals, stage="accept", first=max(3, len(split.held_out) // 8))
         candidates = [each for n in wanted for each in _candidates(Study(task, effort, clock, seed, n), judge)]
     settings = {
         "samples": {name: len(part) for name, part in vars(split).items()},

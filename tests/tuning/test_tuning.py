@@ -245,3 +245,16 @@ def test_rows_of_conditioning_for_other_noises_are_named_before_the_work() -> No
     labels = {"conditioning": {"y": torch.arange(32) % 6}, "unconditional": None, "guidance_scale": 1.0}
     with pytest.raises(NetworkError, match="y has 32 rows; expected 64"):
         olss_fast.tune(network, **{**problem(64), **labels}, steps=2, teacher_steps=10, batch_size=32)  # type: ignore[arg-type]
+
+
+def test_a_network_has_a_say_in_how_runs_begin() -> None:
+    class Picky(Counting):
+        def admits(self, plan: olss_fast.Plan) -> bool:
+            return plan.timesteps[0] > 900.0
+
+    early, late = (olss_fast.solvers.ddim(SCHEDULE, timesteps=[first, 400.0, 90.0]) for first in (950.0, 850.0))
+    report = compare(Picky(mixture()), **problem(), steps=[3], teacher_steps=10, rivals=[early, late])  # type: ignore[arg-type]
+    plans = [each.plan for each in report.candidates]
+    assert early in plans
+    assert min(plan.timesteps[0] for plan in plans) == 950.0
+    assert len(plans) < len(olss_fast.solvers.candidates(SCHEDULE, 3))

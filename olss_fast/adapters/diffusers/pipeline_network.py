@@ -153,6 +153,8 @@ class PipelineNetwork:
     Raises `InputError` for calls that cannot be run together: latents of other shapes, another start, another shift.
     """
 
+    fixed_start = True  # the pipeline hands its own latents to the network first
+
     def __init__(self, sessions: Sequence[Session], progress: Callable[[int], object]) -> None:
         self.sessions = sessions
         self._check_alike()

@@ -36,16 +36,15 @@ from olss_fast.methods import ANALYTIC
 from olss_fast.network import Denoiser
 from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import GuidanceRow, Report
-from olss_fast.schedule.fits import check_prediction
 from olss_fast.support.arguments import check_steps, checked_count
 from olss_fast.support.progress import bar_options, evaluation_bar
 from olss_fast.tuning.clock import Clock
-from olss_fast.tuning.compare import compare_denoiser
+from olss_fast.tuning.compare import compare
 from olss_fast.tuning.fitting import Float64
 from olss_fast.tuning.judge import recorded
 from olss_fast.tuning.preparation import steps_to_teach
 from olss_fast.tuning.scoring import kept_scores, score
-from olss_fast.tuning.tuning import Effort, TuneResult, tune_denoiser
+from olss_fast.tuning.tuning import Effort, TuneResult, tune
 
 SWEEP_SAMPLES = 8  # held-out samples on which other guidance scales are tried
 SWEEP = (2 / 3, 1.0, 4 / 3)  # of the tuned scale
@@ -89,16 +88,14 @@ def tune_pipeline(
     wanted = steps_to_teach(steps, teacher_steps)
     if guidance_scales is not None:
         calls = with_guidance(pipe, calls, guidance_scales)
-    with _opened(pipe, calls, teacher_steps, seed, progress) as (network, denoiser):
+    with _opened(pipe, calls, teacher_steps, seed, progress) as (network, how):
         begun = network.evaluations
-        result = tune_denoiser(
-            denoiser,
-            schedule=network.schedule,
+        result = tune(
+            network,
+            **how,
             steps=wanted,
             teacher=teacher_of(network),
             rivals=captured_rivals(pipe.scheduler, wanted, network),
-            admits=network.admits,
-            fixed_start=True,
             effort=effort,
             held_out=held_out,
             store=store,
@@ -139,12 +136,10 @@ def compare_pipeline(
     checked_count("seed", seed, least=0)
     check_steps(teacher_steps, "teacher_steps")
     wanted = sorted({*steps_to_teach(list(steps), teacher_steps), *(plan.nfe for plan in plans)})
-    with _opened(pipe, calls, teacher_steps, seed, progress) as (network, denoiser):
-        for plan in plans:
-            check_prediction(plan, network.schedule)
-        return compare_denoiser(
-            denoiser,
-            schedule=network.schedule,
+    with _opened(pipe, calls, teacher_steps, seed, progress) as (network, how):
+        return compare(
+            network,
+            **how,
             steps=wanted,
             plans=plans,
             teacher=teacher_of(network),
@@ -162,13 +157,13 @@ def teacher_of(network: PipelineNetwork) -> Plan:
 @contextmanager
 def _opened(
     pipe: Any, calls: Sequence[Call], teacher_steps: int, seed: int, progress: bool
-) -> Iterator[tuple[PipelineNetwork, Denoiser]]:
-    """The pipeline as a network, and as a denoiser whose conditioning is the number of the sample."""
+) -> Iterator[tuple[PipelineNetwork, dict[str, Any]]]:
+    """The pipeline as a network, and how it is asked: its conditioning is the number of the sample."""
     bar = evaluation_bar("Calls", None, progress)
     with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
         bar.close()
-        count = network.start.shape[0]
-        yield network, Denoiser(network, network.start, conditioning={"sample": torch.arange(count, device="cpu")})
+        samples = torch.arange(network.start.shape[0], device="cpu")
+        yield network, {"noise": network.start, "schedule": network.schedule, "conditioning": {"sample": samples}}
 
 
 def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwork) -> list[Plan]:
@@ -275,8 +270,9 @@ def _errors(
     seed: int,
 ) -> tuple[list[Float64], int]:
     """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator; and evaluations."""
-    with _opened(pipe, calls, teacher_steps, seed, progress=False) as (network, denoiser):
-        clock, size = Clock(denoiser, visible=False), network.start.shape[0]
+    with _opened(pipe, calls, teacher_steps, seed, progress=False) as (network, how):
+        denoiser = Denoiser(network, how["noise"], conditioning=how["conditioning"])
+        clock, size = Clock(denoiser, visible=False), denoiser.samples
         opened = recorded(teacher, network.schedule, clock=clock, store=store, batch_size=size)
         with opened as task:
             samples = task.recording.split.held_out
