@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from olss_fast.capturing.facts import ENDS_AT_CLEAN
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.support.arguments import check_count
 from olss_fast.support.text import quoted
@@ -37,8 +38,6 @@ _OTHER_DRAWS = {
     Tensor.multinomial, Tensor.random_,
 }  # fmt: skip
 _WATCHED = _GAUSSIAN | _CASTS | _OTHER_DRAWS
-_ENDS_AT_CLEAN = {"SCMScheduler", "DDPMWuerstchenScheduler"}
-"""Schedulers whose `timesteps` end with the time of the clean sample, where no network is asked."""
 
 
 @dataclass
@@ -109,7 +108,7 @@ class Driver:
         with np.errstate(all="ignore"):
             self._guarded("set_timesteps", lambda: self.scheduler.set_timesteps(*counts, **arguments))
         timesteps = _timesteps(self.name, getattr(self.scheduler, "timesteps", None))
-        self.timesteps = timesteps[:-1] if self.name in _ENDS_AT_CLEAN else timesteps
+        self.timesteps = timesteps[:-1] if self.name in ENDS_AT_CLEAN else timesteps
         check_count(len(self.timesteps), f"the number of timesteps of {self.name} is")
         self.order = int(getattr(self.scheduler, "order", 1))
         self.begin = _check_begin(begin, len(self.timesteps), self.order)

@@ -16,6 +16,9 @@ from olss_fast.plan.plan import Plan
 from olss_fast.support.text import quoted
 
 MOST_STEPS = 10_000  # that metadata may speak of; far beyond every sampler
+ENDS_AT_CLEAN = ("SCMScheduler", "DDPMWuerstchenScheduler")
+"""Classes whose `timesteps` end with that of the clean sample, where no network is asked."""
+
 LEFT_OUT = {"scales": None, "noised_by_index": False, "noised": None}  # at these values, from the JSON
 
 

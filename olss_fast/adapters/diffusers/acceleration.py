@@ -66,16 +66,9 @@ class LoopScheduler(PlanScheduler):
         vars(loop).update(vars(scheduler), _sessions=Sessions(Session(), torch.empty(0, device="cpu")))
         return loop
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        **other: Any,
-    ) -> None:
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu, **other)
+    @functools.wraps(PlanScheduler.set_timesteps)  # pipelines look at the signatures of both
+    def set_timesteps(self, *args: Any, **named: Any) -> None:  # type: ignore[override]
+        super().set_timesteps(*args, **named)
         entry, self.finished = self._chosen(), None
         self.why_not = "its plan draws fresh noise" if entry.plan.noises else ""
         if entry.begin:
@@ -85,21 +78,14 @@ class LoopScheduler(PlanScheduler):
             self.grid = self.timesteps
             self.timesteps = self.grid[:1].clone()
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *positional: Any,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-        eta: float | None = None,
-        **other: Any,
+    @functools.wraps(PlanScheduler.step)
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *positional: Any, **named: Any
     ) -> Any:
-        named = {"generator": generator, "return_dict": return_dict, "eta": eta, **other}
         if positional or not self.whole:
             return super().step(model_output, timestep, sample, *positional, **named)
-        self._check_arguments(eta, other)
+        return_dict = named.pop("return_dict", True)
+        self._step_arguments().check({name: value for name, value in named.items() if name != "generator"})
         if self.finished is None:
             raise InputError("the pipeline came to its scheduler's step without a call of its unet")
         finished, self.finished = self.finished, None

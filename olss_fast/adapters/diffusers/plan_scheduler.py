@@ -48,7 +48,7 @@ from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_
 from olss_fast.adapters.diffusers.sessions import Loaded, OwnSession, Session, Sessions
 from olss_fast.adapters.diffusers.stand_in import StandIn, check_slot
 from olss_fast.adapters.diffusers.step_arguments import first_index, places, step_arguments_of
-from olss_fast.capturing.facts import captured_facts, name_of
+from olss_fast.capturing.facts import ENDS_AT_CLEAN, captured_facts, name_of
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors.stepwise import Run, lay_out
 from olss_fast.plan.plan import Plan
@@ -56,9 +56,6 @@ from olss_fast.schedule.fits import mismatch
 from olss_fast.support.text import quoted
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-ENDS_AT_CLEAN = ("SCMScheduler", "DDPMWuerstchenScheduler")
-"""Classes whose `timesteps` end with 0, where no network is asked and which their pipelines leave out."""
-
 DRAWS_FLOAT32 = {
     "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler", "SCMScheduler",
 }  # fmt: skip
@@ -290,7 +287,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         previous = other.pop("prev_timestep", None)
         session = self._sessions.at(timestep, sample)
         if eta is not None or other:
-            self._check_arguments(eta, other)
+            self._step_arguments().check({"eta": eta, **other})
         run = session.run
         if run is None or run.step == 0:
             run = self._start(session, timestep, sample)
@@ -360,10 +357,6 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         plan = self.plans[0] if (entry := self._session.entry) is None else entry.plan
         facts = captured_facts(plan)
         return facts.network_config if facts else self._book.network
-
-    def _check_arguments(self, eta: float | None, other: Mapping[str, Any]) -> None:
-        """InputError for an argument of `step` that asks for what the plan does not do."""
-        self._step_arguments().check({"eta": eta, **other})
 
     def _check_previous(self, told: Any, index: int) -> None:
         """`prev_timestep` of UnCLIPScheduler is where a step goes: to the next timestep, as every plan does."""

@@ -227,6 +227,6 @@ class OwnSession:
         return entry
 
     def _step_arguments(self) -> StepArguments:
-        if (expected := self._session.expected) is None:
-            raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
-        return expected
+        self._chosen()
+        assert self._session.expected is not None
+        return self._session.expected

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -53,7 +53,8 @@ def check_slot(pipe: Any) -> Any:
 
 def _check_combined(pipe: Any) -> None:
     """InputError for a pipeline of pipelines: their slots are used, its own is not."""
-    inner = list(_pipelines_within(pipe))
+    parts = {name: part for name, part in vars(pipe).items() if isinstance(part, DiffusionPipeline)}
+    inner = [name for name, part in parts.items() if getattr(part, "scheduler", None) is not None]
     if inner:
         slots = " and ".join(f"pipe.{name}.scheduler" for name in inner)
         raise InputError(
@@ -61,13 +62,6 @@ def _check_combined(pipe: Any) -> None:
             f"not use pipe.scheduler. Give them the plans: pipe.{inner[-1]}.scheduler = "
             f"PlanScheduler.from_pipe(pipe.{inner[-1]}, plan)"
         )
-
-
-def _pipelines_within(pipe: Any) -> Iterator[str]:
-    """Names of the attributes that are pipelines with a scheduler."""
-    for name, part in vars(pipe).items():
-        if isinstance(part, DiffusionPipeline) and getattr(part, "scheduler", None) is not None:
-            yield name
 
 
 class StandIn:
