@@ -110,3 +110,39 @@ def scheduler_class(name: str) -> Any:
 def name_of(plan: Plan) -> str:
     title = plan.metadata.get("title") or plan.metadata.get("method", "an unnamed plan")
     return f"{title} of {plan.nfe} evaluations"
+
+
+def steps_of(plan: Plan) -> int:
+    """The `num_inference_steps` that a plan answers to: metadata, what it was captured at, or its evaluations."""
+    begin, facts = begin_of(plan), captured_facts(plan)
+    if "num_inference_steps" in plan.metadata:
+        steps = _metadata_number(plan, "num_inference_steps")
+        if begin and not facts and steps - begin != plan.nfe:
+            raise InputError(
+                f"the metadata of {name_of(plan)} says that it begins at step {begin} of {steps}, which leaves "
+                f"{steps - begin} evaluations; correct them with plan.replace(metadata=…)"
+            )
+        return steps
+    if facts:
+        return facts.steps or (begin + plan.nfe + facts.order - 1) // facts.order
+    return plan.nfe
+
+
+def begin_of(plan: Plan) -> int:
+    """The index of the timestep where the plan's first evaluation stands."""
+    if facts := captured_facts(plan):
+        return facts.begin
+    return _metadata_number(plan, "begin") if "begin" in plan.metadata else 0
+
+
+def _metadata_number(plan: Plan, key: str) -> int:
+    try:
+        number = int(plan.metadata[key])
+    except ValueError:
+        number = -1
+    if not 0 <= number <= MOST_STEPS:
+        raise InputError(
+            f"metadata[{key!r}] of {name_of(plan)} is {quoted(plan.metadata[key])}; expected a whole number up to "
+            f"{MOST_STEPS}, the number of steps that a plan answers to or the first of them"
+        )
+    return number

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError
+from olss_fast.executors.draws import unit_noise
 from olss_fast.network import Network, network_device
 from olss_fast.plan.plan import Plan
-from olss_fast.sampling.draws import unit_noise
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.progress import evaluation_bar
 

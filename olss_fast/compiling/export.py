@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
+from olss_fast.compiling.quiet import quiet, shortened
 from olss_fast.compiling.shapes import Profile
-from olss_fast.engine.compiled import quiet, shortened
 from olss_fast.errors import BuildError
 
 ORDERS = {"StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan"}  # sympy's <, <=, >, >=

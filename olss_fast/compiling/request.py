@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from olss_fast.compiling.arguments import FlatNetwork, fixed_value, flatten, require_names
-from olss_fast.compiling.shapes import Profile
-from olss_fast.engine.compiled import shortened
-from olss_fast.engine.manifest import DTYPES
+from olss_fast.compiling.quiet import shortened
+from olss_fast.compiling.shapes import DTYPES, Profile
 from olss_fast.errors import InputError, NetworkError, OlssError
+from olss_fast.executors.draws import unit_noise
 from olss_fast.network import Conditioning, Denoiser, network_dtype, require_finite
 from olss_fast.plan.plan import Plan
-from olss_fast.sampling.draws import unit_noise
 from olss_fast.sampling.sampling import check_plan_fits
 from olss_fast.support.device import pick_device
 from olss_fast.support.tree import as_tensor, mapped

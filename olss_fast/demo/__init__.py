@@ -18,16 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
-from ..metrics import FeatureStatistics
+from olss_fast.errors import ModelError
+from olss_fast.metrics import FeatureStatistics
 
 if TYPE_CHECKING:
     import torch
 
+    from olss_fast.demo.class_pipeline import ClassPipeline
+    from olss_fast.demo.convnet import Classifier
     from olss_fast.schedule.noise_schedule import NoiseSchedule
-
-    from .class_pipeline import ClassPipeline
-    from .convnet import Classifier
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -73,7 +72,7 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
         import torch
 
-        from ..adapters.diffusers.folders import UNetNetwork, read_unet
+        from olss_fast.adapters.diffusers.folders import UNetNetwork, read_unet
 
         network = UNetNetwork(read_unet(path.parent, device=place, dtype=dtype or torch.float32))
     with _naming(MODEL_FOLDER / "scheduler" / "scheduler_config.json") as path:
@@ -92,8 +91,8 @@ def pipeline(device: torch.device | str | None = None) -> ClassPipeline:
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
         from diffusers import DDIMScheduler
 
-        from ..adapters.diffusers.folders import read_unet
-        from .class_pipeline import ClassPipeline
+        from olss_fast.adapters.diffusers.folders import read_unet
+        from olss_fast.demo.class_pipeline import ClassPipeline
 
         scheduler: Any = DDIMScheduler
         parts = read_unet(path.parent, device=place), scheduler.from_pretrained(MODEL_FOLDER / "scheduler")
@@ -106,9 +105,8 @@ def classifier(device: torch.device | str | None = None) -> Classifier:
     with _naming(MODEL_FOLDER / CLASSIFIER_FILE) as path:
         from safetensors.torch import load_file
 
+        from olss_fast.demo.convnet import Classifier
         from olss_fast.support.device import plain_defaults
-
-        from .convnet import Classifier
 
         with plain_defaults():
             module = Classifier()

@@ -28,8 +28,8 @@ from olss_fast.errors import BuildError, EngineFileError, InputError
 from olss_fast.network import Conditioning
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
+from olss_fast.sampling.old_forms import takes_old_forms
 from olss_fast.support.identity import structure
-from olss_fast.support.old_forms import takes_old_forms
 from olss_fast.support.progress import bar_options
 
 # How far the compiled network may be from the one that it was compiled from, relative to the largest output.

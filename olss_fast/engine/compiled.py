@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import tempfile
 import threading
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olss_fast.compiling.quiet import quiet, shortened
 from olss_fast.engine.manifest import CODE_FILE
 from olss_fast.engine.weights import LAYOUT, check_layout, layout_of, read_compiled_for
 from olss_fast.errors import BuildError, EngineFileError, OlssError
@@ -167,23 +166,3 @@ def _pack(code: Mapping[str, bytes], device: str, folder: Path) -> str:
 def weight_name(fqn: str) -> str:
     """What a weight of the code is called in the file, and in the network's state_dict."""
     return fqn.removeprefix(OWNER)
-
-
-def shortened(cause: BaseException) -> str:
-    """What went wrong, in one line of bearable length, without torch's own stack."""
-    text = str(cause).split("Exception raised from")[0].split("For more information")[0]
-    return f"{type(cause).__name__}: {' '.join(text.split())[:600]}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings and notes of torch's compiler, which are about its own insides."""
-    logger = logging.getLogger("torch")
-    before = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(before)

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from olss_fast.compiling.arguments import flatten
+from olss_fast.compiling.quiet import shortened
 from olss_fast.engine import inputs, machine
-from olss_fast.engine.compiled import LoadedCode, hash_code, shortened
+from olss_fast.engine.compiled import LoadedCode, hash_code
 from olss_fast.engine.manifest import FORMAT, Manifest
 from olss_fast.engine.verifying import Parts, check_unconditional, plan_facts, verified
 from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
 from olss_fast.errors import InputError, MachineError, NetworkError
+from olss_fast.executors.draws import Seed, checked_streams
 from olss_fast.executors.loop_cache import LoopCache, Stats, Work
 from olss_fast.network import Conditioning, Denoiser, Streams
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
-from olss_fast.sampling.draws import Seed, checked_streams
 from olss_fast.sampling.sampling import check_plan_fits, draw_step_noise
 from olss_fast.support import container
 from olss_fast.support.container import Blob

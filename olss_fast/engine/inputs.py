@@ -12,8 +12,8 @@ from torch import Tensor
 from olss_fast.compiling.arguments import fixed_value, flatten
 from olss_fast.engine.manifest import Input, Manifest
 from olss_fast.errors import InputError
+from olss_fast.executors.draws import initial_noise
 from olss_fast.network import Streams, sums_to_finite
-from olss_fast.sampling.draws import initial_noise
 from olss_fast.support.text import quoted
 
 

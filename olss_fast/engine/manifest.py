@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from olss_fast.compiling.shapes import Profile
+from olss_fast.compiling.shapes import DTYPES, Profile
 from olss_fast.errors import EngineFileError, InputError
 from olss_fast.support import container
 from olss_fast.support.container import MOST_AXES, Format, refuse
@@ -21,7 +21,6 @@ FORMAT = Format("olss_fast.engine", 2, "engine file", EngineFileError)  # 2: cod
 NOTICE = (
     "This file contains machine code, which runs when the file is loaded. Load only what comes from somebody you trust."
 )
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 INPUT_DTYPES = (*DTYPES, "int64", "int32", "int16", "int8", "uint8", "bool")
 BATCH = "batch"  # the size of an input's first axis, where that is the number of samples
 CODE_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")

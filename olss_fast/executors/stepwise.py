@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError
+from olss_fast.executors.draws import unit_noise
 from olss_fast.executors.increments import increments
 from olss_fast.plan.plan import Floats, Plan
-from olss_fast.sampling.draws import unit_noise
 
 CANCELLING = 1.5
 """Ratio of terms to sum from which rows of float32 samples are formed in float64. Rounding terms and coefficients costs

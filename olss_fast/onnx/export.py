@@ -34,13 +34,13 @@ import torch
 
 from olss_fast.compiling.arguments import require_names
 from olss_fast.compiling.export import export
+from olss_fast.compiling.quiet import quiet, shortened
 from olss_fast.compiling.request import Request, checked_request
 from olss_fast.compiling.shapes import LARGEST, Profile
-from olss_fast.engine.compiled import quiet, shortened
 from olss_fast.errors import BuildError, InputError, ModelError
 from olss_fast.network import Conditioning
 from olss_fast.plan.plan import Plan, checked_plan
-from olss_fast.support.old_forms import takes_old_forms
+from olss_fast.sampling.old_forms import takes_old_forms
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError
+from olss_fast.executors.draws import Seed, checked_shape, checked_streams
 from olss_fast.executors.graph import require_cuda
 from olss_fast.executors.loop_cache import LoopCache, Stats, Work
 from olss_fast.executors.reference import OnStep
@@ -35,7 +36,7 @@ from olss_fast.network import (
     network_dtype,
 )
 from olss_fast.plan.plan import Plan, checked_plan
-from olss_fast.sampling.draws import Seed, checked_shape, checked_streams
+from olss_fast.sampling.old_forms import takes_old_forms
 from olss_fast.sampling.sampling import (
     Callback,
     asked,
@@ -45,7 +46,6 @@ from olss_fast.sampling.sampling import (
     watching,
 )
 from olss_fast.support.device import pick_device
-from olss_fast.support.old_forms import takes_old_forms
 
 BACKENDS = ("auto", "reference", "fused", "graph")
 

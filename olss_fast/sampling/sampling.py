@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from olss_fast.errors import InputError
+from olss_fast.executors.draws import Seed, check_count_of, checked_streams, initial_noise, unit_noise
 from olss_fast.executors.reference import Loop, OnStep
 from olss_fast.network import (
     Conditioning,
@@ -24,10 +25,9 @@ from olss_fast.network import (
     require_finite,
 )
 from olss_fast.plan.plan import Plan, checked_plan
-from olss_fast.sampling.draws import Seed, check_count_of, checked_streams, initial_noise, unit_noise
+from olss_fast.sampling.old_forms import takes_old_forms
 from olss_fast.sampling.starts import begun
 from olss_fast.support.arguments import checked_count
-from olss_fast.support.old_forms import takes_old_forms
 from olss_fast.support.progress import bar_options
 from olss_fast.support.text import quoted
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olss_fast.capturing.facts import begin_of, captured_facts, name_of, steps_of
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
 
 
@@ -32,12 +34,46 @@ def begun(plan: Plan, noise: Tensor, image: Any, strength: Any) -> tuple[Plan | 
 @lru_cache(maxsize=16)  # deriving takes longer than some networks, and gives the same plan again
 def _rest(plan: Plan, strength: float, metadata: tuple[tuple[str, str], ...]) -> Plan | None:
     """`metadata` tells plans apart that are equal, which says nothing of where they come from."""
-    from olss_fast.adapters.diffusers.plan_book import PlanBook, steps_of
+    facts, steps = captured_facts(plan), steps_of(plan)
+    begin = (steps - min(int(steps * strength), steps)) * (facts.order if facts else 1)
+    return None if begin >= begin_of(plan) + plan.nfe else later_start(plan, begin)
 
-    book = PlanBook((plan,), None)
-    entry = book.choose(steps_of(plan), {})
-    begin = (entry.steps - min(int(entry.steps * strength), entry.steps)) * entry.order
-    return None if begin >= len(entry.timesteps) else book.begun_at(entry, begin)
+
+def later_start(plan: Plan, begin: int, schedule: NoiseSchedule | None = None) -> Plan:
+    """The plan of a run that begins at timestep `begin` of its grid: captured again, or derived again on `schedule`.
+
+    InputError where there is none. Solvers and capture are loaded when they are first needed.
+    """
+    first = begin_of(plan)
+    count, steps, facts = first + plan.nfe, steps_of(plan), captured_facts(plan)
+    if not 0 <= begin < count:
+        problem = f"a run of {count} timesteps cannot begin at index {begin}"
+        if count <= begin <= max(count, steps * (facts.order if facts else 1)):
+            problem += (
+                ", where no step is left: the strength of this call times its num_inference_steps is less than one "
+                "step. Raise strength, or num_inference_steps to at least 1 / strength"
+            )
+        raise InputError(problem)
+    if begin == first:
+        return plan
+    if facts:
+        from olss_fast.capturing.capturing import recapture
+
+        return recapture(plan, begin=begin)
+    from olss_fast.solvers.rederive import is_analytic, schedule_of, truncate
+
+    if first == 0 and is_analytic(plan):
+        return truncate(plan, schedule or schedule_of(plan), begin)
+    raise InputError(
+        f"{name_of(plan)} was fitted for {_taken(count, first)}, and this run takes {_taken(count, begin)}, as its "
+        "strength asks for. Fit plans with olss_fast.tune_pipeline and calls of that strength, or take a captured or "
+        "analytic plan"
+    )
+
+
+def _taken(count: int, begin: int) -> str:
+    """The steps of a run that begins there, in words."""
+    return f"all {count} steps" if begin == 0 else f"the last {count - begin} of {count} steps"
 
 
 def _checked(noise: Tensor, image: Any, strength: Any) -> tuple[Tensor, float]:

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from olss_fast.tuning.study import Effort
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from olss_fast.tuning.study import Effort
 
 __all__ = ["Effort"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Effort`, loaded when it is asked for: path planning needs numpy alone."""
+    if name != "Effort":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from olss_fast.tuning.study import Effort
+
+    return Effort

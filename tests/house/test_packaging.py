@@ -116,9 +116,9 @@ def test_import_of_the_package_loads_nothing_heavy() -> None:
     assert loaded & (HEAVY | {"numpy", "safetensors"}) == set()
 
 
-@pytest.mark.parametrize("name", ["plan", "noise_schedule", "errors", "planning"])
+@pytest.mark.parametrize("name", ["plan.plan", "schedule.noise_schedule", "errors", "tuning.path_planning"])
 def test_foundations_know_numpy_alone(name: str) -> None:
-    others = {module.partition(".")[0] for module in imported(PACKAGE / f"{name}.py", lazily=True)}
+    others = {module.partition(".")[0] for module in imported(MODULES[f"olss_fast.{name}"], lazily=True)}
     assert others - set(sys.stdlib_module_names) <= {"numpy", "olss_fast"}
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from olss_fast.adapters.diffusers.plan_book import steps_of
 from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
+from olss_fast.capturing.facts import steps_of
 from olss_fast.errors import InputError
 
 STEPS = 4  # where a scheduler takes no more: a consistency model's own schedule is short

@@ -16,10 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast.capturing.facts import MOST_STEPS, CapturedFacts, captured_facts, name_of, scheduler_class
+from olss_fast.capturing.facts import (
+    CapturedFacts,
+    begin_of,
+    captured_facts,
+    name_of,
+    scheduler_class,
+    steps_of,
+)
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.executors.stepwise import check_runnable
 from olss_fast.plan.plan import Floats, Plan
+from olss_fast.sampling.starts import later_start
 from olss_fast.schedule.from_diffusers import check_config
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
@@ -93,30 +101,9 @@ class PlanBook:
 
     def begun_at(self, entry: Entry, begin: int) -> Plan:
         """The plan of a run that begins at evaluation `begin` of the entry. InputError where there is none."""
-        plan = entry.plan
-        count = len(entry.timesteps)
-        if not 0 <= begin < count:
-            problem = f"a run of {count} timesteps cannot begin at index {begin}"
-            if count <= begin <= max(count, entry.steps * entry.order):
-                problem += (
-                    ", where no step is left: the strength of this call times its num_inference_steps is less than one "
-                    "step. Raise strength, or num_inference_steps to at least 1 / strength"
-                )
-            raise InputError(problem)
         if begin == entry.begin:
-            return plan
-        if captured_facts(plan):
-            return self._remember(f"{_key(plan)} {begin}", lambda: _recaptured(plan, begin=begin))
-        from olss_fast.solvers.rederive import is_analytic, schedule_of, truncate
-
-        if entry.begin == 0 and is_analytic(plan):
-            schedule = self.schedule or schedule_of(plan)
-            return self._remember(f"{_key(plan)} {begin}", lambda: truncate(plan, schedule, begin))
-        raise InputError(
-            f"{name_of(plan)} was fitted for {_taken(entry, entry.begin)}, and this run takes {_taken(entry, begin)}, "
-            "as its strength asks for. Fit plans with olss_fast.tune_pipeline and calls of that strength, or take a "
-            "captured or analytic plan"
-        )
+            return entry.plan
+        return self._remember(f"{_key(entry.plan)} {begin}", lambda: later_start(entry.plan, begin, self.schedule))
 
     def _grid(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
         """The plan on the timesteps, sigmas or mu that are asked for."""
@@ -193,42 +180,6 @@ def training_schedule(network: Mapping[str, Any]) -> NoiseSchedule | None:
         return None
 
 
-def steps_of(plan: Plan) -> int:
-    """The `num_inference_steps` that a plan answers to: metadata, what it was captured at, or its evaluations."""
-    begin, facts = begin_of(plan), captured_facts(plan)
-    if "num_inference_steps" in plan.metadata:
-        steps = _metadata_number(plan, "num_inference_steps")
-        if begin and not facts and steps - begin != plan.nfe:
-            raise InputError(
-                f"the metadata of {name_of(plan)} says that it begins at step {begin} of {steps}, which leaves "
-                f"{steps - begin} evaluations; correct them with plan.replace(metadata=…)"
-            )
-        return steps
-    if facts:
-        return facts.steps or (begin + plan.nfe + facts.order - 1) // facts.order
-    return plan.nfe
-
-
-def begin_of(plan: Plan) -> int:
-    """The index of the timestep where the plan's first evaluation stands."""
-    if facts := captured_facts(plan):
-        return facts.begin
-    return _metadata_number(plan, "begin") if "begin" in plan.metadata else 0
-
-
-def _metadata_number(plan: Plan, key: str) -> int:
-    try:
-        number = int(plan.metadata[key])
-    except ValueError:
-        number = -1
-    if not 0 <= number <= MOST_STEPS:
-        raise InputError(
-            f"metadata[{key!r}] of {name_of(plan)} is {quoted(plan.metadata[key])}; expected a whole number up to "
-            f"{MOST_STEPS}, the number of steps that a plan answers to or the first of them"
-        )
-    return number
-
-
 def whole(what: str, value: Any) -> int:
     """`value` as an int; InputError that begins with `what` and the value."""
     try:
@@ -266,12 +217,6 @@ def _is_met(name: str, value: Any, steps: int, facts: CapturedFacts) -> bool:
     if name in arguments:
         return _equal(value, arguments[name]) or (name == "sigmas" and _is_plain(value, steps))
     return name == "sigmas" and "timesteps" in arguments and _is_plain(value, steps)
-
-
-def _taken(entry: Entry, begin: int) -> str:
-    """The steps of a run that begins there, in words."""
-    count = len(entry.timesteps)
-    return f"all {count} steps" if begin == 0 else f"the last {count - begin} of {count} steps"
 
 
 def _is_plain(sigmas: Any, steps: int) -> bool:
