@@ -45,7 +45,7 @@ def one_solver_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def two_methods_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind, row in rows_of(*BLOCKS[2:], Method).items():
+    for kind, row in rows_of(*BLOCKS[2:4], Method).items():
         monkeypatch.setitem(METHODS, kind, row)
 
 
