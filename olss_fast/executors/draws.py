@@ -1,7 +1,7 @@
-"""Unit noise from one stream for all samples, or from one for each: then any sample of a batch can be made again alone.
+"""Unit noise from one stream for all samples, or one per sample: then any sample of a batch can be reproduced alone.
 
-A stream is a torch.Generator. It gives the initial noise first, then all fresh noises of a stochastic plan. Several
-streams give each sample what it would get in a batch of its own: one generator, seeded alike, makes it again.
+A stream is a torch.Generator. It gives the initial noise first, then all fresh noises of a stochastic plan. With
+several streams each sample gets the noise of a batch of its own, reproducible from one generator with the same seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEEDS = range(2**64)
 
 
 def checked_streams(generator: Any, seed: Any = None) -> Streams | None:
-    """`generator`, or generators of the CPU that begin with `seed`: one, or a list of one for each sample."""
+    """`generator`, or CPU generators seeded with `seed`: one, or a list of one per sample. InputError for others."""
     if seed is None:
         several = isinstance(generator, (list, tuple))
         for each in generator if several else [] if generator is None else [generator]:
@@ -48,7 +48,7 @@ def _seeded(seed: Any) -> torch.Generator:
 
 
 def checked_shape(shape: Any) -> tuple[int, ...]:
-    """(samples, …) of noise, or InputError."""
+    """`shape` as a tuple (samples, …); InputError unless it has two or more positive sizes."""
     sizes = tuple(shape) if isinstance(shape, (list, tuple)) else ()
     if len(sizes) < 2 or not all(type(size) is int and size > 0 for size in sizes):
         raise InputError(f"shape is {shape!r}; expected the noise's, (samples, ...): two whole numbers or more")
@@ -63,8 +63,8 @@ def unit_noise(
     samples: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Unit Gaussian noise of `shape`, whose axis `samples` counts the samples. InputError unless there is one stream
-    for all, or one for each."""
+    """Unit Gaussian noise of `shape`, with the samples along axis `samples`. InputError unless there is one stream for
+    all, or one per sample."""
     if streams is None or isinstance(streams, torch.Generator):
         place = device if streams is None else streams.device
         return torch.randn(tuple(shape), generator=streams, device=place, dtype=dtype).to(device)
@@ -74,7 +74,7 @@ def unit_noise(
 
 
 def check_count_of(streams: Sequence[torch.Generator], samples: int) -> None:
-    """InputError unless there is one stream for each of the samples."""
+    """InputError unless there is one stream per sample."""
     if len(streams) != samples:
         raise InputError(f"{len(streams)} seeds or generators came for {samples} samples; expected one for each")
 
@@ -88,8 +88,8 @@ def initial_noise(
     dtype: torch.dtype,
     device: torch.device | None,
 ) -> Tensor:
-    """`noise` itself, or where it is None drawn of `shape`; if neither came of the `usual` one, with as many samples as
-    there are streams. InputError where neither or both are there."""
+    """`noise`, or noise drawn in `shape`; given neither, in the shape `usual` with one sample per stream. InputError if
+    both are given, or neither and no `usual`."""
     if noise is None and shape is None and usual is not None:
         shape = (len(streams) if isinstance(streams, Sequence) else usual[0], *usual[1:])
     if (noise is None) == (shape is None):

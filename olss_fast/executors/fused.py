@@ -1,7 +1,7 @@
 """The fused executor: one kernel between two network calls (`olss_fast.kernels.step`), buffers made once.
 
-Every table of the plan lies in device memory in the layout of `StepState`, whose room may be larger than the plan: so a
-plan, a guidance scale or a noise is replaced by writing over it.
+Every table of the plan lies in device memory in the layout of `StepState`, whose capacity may exceed the plan: a new
+plan, guidance scale or noise is written over the old one.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ Ask = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Room(NamedTuple):
-    """What there is memory for, or what a plan takes."""
+    """Capacity of the buffers, or what a plan needs of it."""
 
     steps: int
     noises: int
 
 
-LEAST_ROOM = Room(steps=16, noises=0)  # so that most plans fit where another was
+LEAST_ROOM = Room(steps=16, noises=0)  # most plans then fit the buffers of another
 
 
 class FusedLoop:
-    """The loop of a plan over one network and one shape of noise.
+    """The sampling loop for one network and one noise shape.
 
-    like: an empty tensor (B, …) of the network's dtype, device and memory format. doubled: the network is handed both
-    halves of a guided pair, unconditional first. The network gets the same two tensors, x and its times, in every call,
-    or a copy of x if it writes to it.
-    room: what there is room for at least.
+    like: an empty tensor (B, …) of the network's dtype, device and memory format. doubled: the network gets both halves
+    of a guided pair, unconditional first. Every call passes the same two tensors, x and its timesteps, or a copy of x
+    if the network writes to it. room: the least capacity.
     """
 
     backend = "fused"
-    moved = ""  # the parameter or module because of which the last capture was repeated
+    moved = ""  # the parameter or module that forced the last recapture
 
     def __init__(self, ask: Ask, like: Tensor, plan: Plan, *, doubled: bool, room: Room = LEAST_ROOM) -> None:
         if plan.branches == 2 and not doubled:
@@ -62,10 +61,11 @@ class FusedLoop:
         )
         self.plan: Plan | None = None
         self._host = host_step(self.state)
-        self._asked, self._lends = 0, True  # evaluations since the start; whether the network is handed x itself
+        self._asked, self._lends = 0, True  # evaluations since the start; whether the network gets x itself
 
     @property
     def room(self) -> Room:
+        """Capacity of the buffers."""
         return Room(len(self.state.rows) - 1, self.state.history.shape[0] - self._noise_start)
 
     @property
@@ -79,17 +79,18 @@ class FusedLoop:
         return sum(each.numel() * each.element_size() for each in self.state if isinstance(each, Tensor))
 
     def fits(self, plan: Plan) -> bool:
+        """True if the buffers can hold `plan`."""
         room = self.room
         return plan.nfe <= room.steps and plan.noises <= room.noises and plan.branches == self.state.branches
 
     def load(self, plan: Plan, guidance_scale: float) -> None:
-        """Writes the plan's tables and the guidance scale into device memory, where they differ from what is there."""
+        """Writes the plan's tables and the guidance scale to device memory, if they changed."""
         self.state.guidance.fill_(guidance_scale)
         if plan is self.plan:
             return
         state, outputs = self.state, plan.noise_slice.start
         found = Increments(plan.rows, False)
-        if state.x.dtype == state.rows.dtype:  # else sums are wider than x, and carry on nothing that x is rounded by
+        if state.x.dtype == state.rows.dtype:  # otherwise sums are wider than x and do not carry its rounding on
             found = increments(plan.rows, outputs)
         rows = np.zeros(tuple(state.rows.shape))
         rows[: plan.nfe + 1, :outputs] = found.rows[:, :outputs]
@@ -130,7 +131,7 @@ class FusedLoop:
             torch.ops.olss_fast.step.default(output, *self.state)
 
     def _keep_x(self) -> None:
-        """The network wrote to x, next to which the next row is formed: from now on it is handed copies."""
+        """The network wrote to x, which the next row needs: from now on it gets copies."""
         if self._asked:
             raise NetworkError(
                 f"the network wrote to its input, for the first time at evaluation {self._asked}: copy it"
@@ -139,7 +140,7 @@ class FusedLoop:
         self.start()
 
     def start(self) -> None:
-        """The first network input. The operators themselves, here and above: the state was checked when it was made."""
+        """Forms the first network input. Calls the operators directly: the state was checked when it was made."""
         self._asked = 0
         if self._host is not None:
             self._host(None)
@@ -147,7 +148,7 @@ class FusedLoop:
             torch.ops.olss_fast.start.default(*self.state)
 
     def run(self, on_step: OnStep | None = None) -> Tensor:
-        """The sample (B, …): a view of the network's input buffer, gone with the next run."""
+        """The sample (B, …): a view of the network's input buffer, valid until the next run."""
         assert self.plan is not None
         self.start()
         for i, model in enumerate(self.plan.models.tolist()):
@@ -157,7 +158,7 @@ class FusedLoop:
         return self.x.narrow(0, 0, self.batch)
 
     def require_finite(self) -> None:
-        """NetworkError that names the first output of the last run that held NaN or infinity. Waits for the device."""
+        """NetworkError naming the first output of the last run with NaN or infinity. Synchronises with the device."""
         assert self.plan is not None
         columns = self.state.history[: self.plan.noise_slice.start]
         finite = torch.isfinite(columns).all(1)

@@ -1,9 +1,9 @@
-"""The graph executor: network and step as one CUDA graph, replayed once an evaluation.
+"""The graph executor: network and step as one CUDA graph, replayed once per evaluation.
 
-The step kernel keeps count in device memory and writes the network's next input and time where the graph reads them, so
-nothing changes between two replays and the host only launches. Another plan, guidance scale or conditioning is written
-over the old one: no capture. Weights that are changed in place are honoured; where a parameter has moved, or a module
-was replaced (adapters are put in so), the graph reads memory that is no longer its own, so it is captured anew.
+The step kernel counts in device memory and writes the network's next input and timestep where the graph reads them, so
+nothing changes between replays and the host only launches. Another plan, guidance scale or conditioning is written over
+the old one, without a capture. In-place changes of weights take effect; if a parameter has moved or a module was
+replaced (as adapters do), the graph would read freed memory, so it is captured again.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from olss_fast.plan.plan import Plan
 from olss_fast.support.identity import Watched, first_moved, watched
 
 CAPTURING = threading.RLock()
-"""One capture at a time in this process: a second would break off the first."""
+"""One capture at a time in this process: a second would abort the first."""
 
 WARM_UP = 3  # runs before a capture: cuDNN, Triton and the allocator settle
 
 
 class Graph(Protocol):
-    """What `torch.cuda.CUDAGraph` does."""
+    """The interface of `torch.cuda.CUDAGraph`."""
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Launches the captured work once."""
 
 
 def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Graph:
-    """`function` as a CUDA graph in the memory `pool`, warmed up on a stream of its own.
+    """`function` as a CUDA graph in the memory `pool`, warmed up on its own stream.
 
-    The last warm-up refuses what waits for the device, such as `.item()`: found inside a capture it would leave the
-    stream and the allocator in disorder. Autocast keeps no copies of weights: a graph would read them after their end.
+    The last warm-up refuses host synchronisation such as `.item()`, which inside a capture would leave stream and
+    allocator in a bad state. Autocast caches no weights: a graph would read them after they are freed.
     """
     with CAPTURING, torch.cuda.device(device), uncached_autocast():
         before, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -64,17 +65,17 @@ def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Gr
 
 
 def uncached_autocast() -> torch.autocast:
-    """Autocast as it is, without its cache."""
+    """The current autocast mode without its cache."""
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     return torch.autocast("cuda", enabled=enabled, dtype=dtype, cache_enabled=False)
 
 
 class GraphLoop(FusedLoop):
-    """One graph of network and step for each network of a plan, or with `unroll` one of the whole loop.
+    """One graph of network and step per network of a plan, or with `unroll` one graph of the whole loop.
 
-    networks: whose parameters the graphs read. pool: gives the memory that is shared with other loops, which never run
-    at the same time. counts: of captures and replays, which it adds to. Whatever else a graph depends on (adapters'
-    scales, train or eval) is as it was when captured.
+    networks: whose parameters the graphs read. pool: returns the memory shared with other loops, which never run at the
+    same time. counts: captures and replays, counted here. Whatever else a graph depends on (adapter scales, train or
+    eval) stays as it was when captured.
     """
 
     backend = "graph"
@@ -98,6 +99,7 @@ class GraphLoop(FusedLoop):
         self._watched: list[Watched] = []
 
     def run(self, on_step: OnStep | None = None) -> Tensor:
+        """As `FusedLoop.run`, by graphs, which are captured if there are none or a parameter has moved."""
         assert self.plan is not None
         if self._graphs and (name := first_moved(self._watched)):
             self.moved = name
@@ -127,10 +129,11 @@ class GraphLoop(FusedLoop):
 
     @property
     def alive(self) -> bool:
-        """Whether it holds graphs."""
+        """True if it holds graphs."""
         return bool(self._graphs)
 
 
 def require_cuda(device: torch.device) -> None:
+    """InputError unless `device` is a CUDA device."""
     if device.type != "cuda":
         raise InputError(f"the backend 'graph' needs a CUDA device, got {device}; use 'fused', or 'auto'")

@@ -1,7 +1,7 @@
 """A step on the host as one call: the CPU path of the fused executor in float32 and float64.
 
-The operators of `olss_fast.kernels` are some twenty small operations there. Warm, they cost 30 microseconds; between
-two calls of a network, which leaves the caches full of its own, ten times that.
+On the CPU the operators of `olss_fast.kernels` are some twenty small operations. With warm caches they cost 30
+microseconds; between two network calls, which evict them, ten times that.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def host_step(state: StepState) -> HostStep | None:
     def step(output: Tensor | None) -> None:
         address = 0
         if output is not None:
-            if abs(output.data_ptr() - begin) < size:  # it shares memory with x, which is written while it is read
+            if abs(output.data_ptr() - begin) < size:  # shares memory with x, which would be written while it is read
                 output = output.clone()
             address = output.data_ptr()
         if not run(address):
-            # Naming the state here also keeps its memory, of which `run` has the addresses alone.
+            # Naming the state here also keeps its memory alive: `run` has only the addresses.
             raise InputError(f"a step was asked for beyond the rows of this run, {len(state.rows) - 1}; call start")
 
     return step

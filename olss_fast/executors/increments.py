@@ -1,19 +1,18 @@
-"""A plan's rows as increments: each row next to the network's input before it.
+"""A plan's rows as increments: each row relative to the previous network input.
 
     x_{k+1} = rows[k+1] · basis = rho x_k + rows'[k+1] · basis        rows'[k+1] = rows[k+1] - rho rows[k]
 
-In exact numbers the same; x_k is the tensor that the network was handed. In float32, rows · basis has two faults where
-there is little signal, since the coefficients of x_T grow to alpha_S / alpha_T (15 for Stable Diffusion, 157 for DDPM):
-large terms cancel, and the network answers to the rounding of x_k, of which the rows know nothing. Next to x_k both are
-gone. What a one-step solver adds is one output times one number, as its inventors wrote it down.
+In exact arithmetic both are equal; x_k is the tensor that the network received. In float32, rows · basis has two faults
+at low signal, where the coefficients of x_T grow to alpha_S / alpha_T (15 for Stable Diffusion, 157 for DDPM): large
+terms cancel, and the network sees the rounding of x_k, which the rows ignore. Increments have neither. A one-step
+solver then adds one output times one number, as in its paper.
 
-rho = rows[k+1, p] / rows[k, p], where p is the column that no network wrote (x_T or a fresh noise) of which row k has
-most.
+rho = rows[k+1, p] / rows[k, p], where p is the column of x_T or a fresh noise with the largest coefficient in row k.
 
-Where sums are wider than x, nothing of the kind cancels, and rows · basis carries on no rounding of x. On the embedded
-model in bfloat16 both forms are alike at 8 to 20 steps (2.7e-3 to 3.8e-3), at 50 of DDIM rows · basis is better (2.5e-3
-against 5.8e-3): so the loops keep it in half precision. In a pipeline's slot rows are increments in every precision: a
-sample that was changed between two steps then counts as what it is.
+Where sums are wider than x, these terms do not cancel, and rows · basis does not carry on the rounding of x. On the
+embedded model in bfloat16 both forms agree at 8 to 20 steps (2.7e-3 to 3.8e-3); at 50 DDIM steps rows · basis is better
+(2.5e-3 against 5.8e-3), so the loops keep it in half precision. In a pipeline's slot rows are increments in every
+precision: a sample changed between two steps is then used as it is.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ import numpy as np
 
 from olss_fast.plan.plan import Floats
 
-GROWTH = 2.0  # an increment may have coefficients so much larger than those of the row itself
-NOTHING = 64 * float(np.finfo(np.float64).eps)  # of two numbers, is what their difference may be by rounding alone
+GROWTH = 2.0  # how much larger an increment's coefficients may be than those of the row
+NOTHING = 64 * float(np.finfo(np.float64).eps)  # relative rounding error of a difference
 
 
 class Increments(NamedTuple):
     """rows (S+1, columns): row 0 is the plan's. `anchored`: in all others, column 0 is x_k; else x_T, as in the plan.
 
-    A plan is not anchored if one of its rows cannot be: where row k has hardly anything of x_T, so that rho would be
-    large, or where row k+1 takes x_T in besides. No solver's rows do so, but fitted ones may.
+    A plan is not anchored if one of its rows cannot be: row k has next to no x_T, which would make rho large, or row
+    k+1 adds x_T of its own. This never happens with a solver's rows, but may with fitted ones.
     """
 
     rows: Floats
@@ -40,7 +39,7 @@ class Increments(NamedTuple):
 
 
 def increments(rows: Floats, first_noise: int) -> Increments:
-    """Of the rows of a plan, or of the states before a scheduler scales them; fresh noises from `first_noise` on.
+    """Increments of a plan's rows or of a scheduler's unscaled states; fresh noises: the columns from `first_noise`.
 
     `csrc/runtime/increments.h` does the same, operation by operation.
     """

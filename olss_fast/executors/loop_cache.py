@@ -1,4 +1,4 @@
-"""Loops by shape: their buffers and graphs are made once, kept while they are used, and written over between runs."""
+"""Loops by shape: buffers and graphs are made once, kept while in use, and overwritten between runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEPT = 4  # shapes whose buffers and graphs are kept
 
 
 class Key(NamedTuple):
-    """What a loop's buffers and graphs were made for."""
+    """The input shapes and settings that a loop's buffers and graphs were made for."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -40,7 +40,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Stats:
-    """What an executor did: `backend` of the last run, captures and replays of graphs since it was made, why it fell
+    """Counters of an executor: `backend` of the last run, captures and replays of graphs since it was made, why it fell
     back (or captured again), `bytes` of its own buffers, and kernels between two network calls."""
 
     backend: str
@@ -55,9 +55,9 @@ class Stats:
 class Work:
     """One call: samples (B, …) of `noise` with `plan`, in the noise's dtype and on its device.
 
-    dtype, device: of the network's input. arguments: the network's, nested as they like; `asking(held)` makes of a
-    loop's own copy of them the function `ask(x, time, model)`. step_noise: (Z, B, …) of a stochastic plan. Where
-    somebody looks on (`on_step`), a graph of the whole loop is replayed step by step.
+    dtype, device: of the network's input. arguments: the network's, nested in any way; `asking(held)` turns a loop's
+    own copy of them into `ask(x, time, model)`. step_noise: (Z, B, …) of a stochastic plan. With `on_step`, a loop
+    whose graph covers all steps runs step by step.
     """
 
     plan: Plan
@@ -90,6 +90,7 @@ class Work:
         )
 
     def done_by(self, loop: FusedLoop) -> Tensor:
+        """The samples (B, …), run by `loop`. NetworkError for non-finite samples on the CPU."""
         loop.load(self.plan, self.guidance_scale)
         loop.fill(self.noise, self.step_noise)
         result = loop.run(None if self.on_step is None else self._tell).to(self.noise, copy=True)
@@ -105,7 +106,7 @@ class Work:
 
 @dataclass(eq=False)
 class Kept:
-    """A loop with its copies of the network's arguments. calls: how many there were; busy: one is in it."""
+    """A loop with its copies of the network's arguments. calls: how many it has run; busy: a call is using it."""
 
     loop: FusedLoop
     held: list[Any]
@@ -116,9 +117,9 @@ class Kept:
 class LoopCache:
     """Runs plans on `networks` with the backend "fused" or "graph"; a network that cannot be captured runs fused.
 
-    "auto" is graph on CUDA and fused elsewhere. Several threads may run at once, and a network may call what it is
-    called by: each call has a loop of its own, and as many are kept as there were calls at once. On a GPU, and with
-    graphs, which share memory, threads take turns.
+    "auto" is graph on CUDA and fused elsewhere. Several threads may run at once, and a network may call its own
+    sampler: each call gets its own loop, and as many are kept as were in use at once. On a GPU, and with graphs, which
+    share memory, threads take turns.
     """
 
     def __init__(self, networks: Sequence[Any], backend: str, *, unroll: bool = False) -> None:
@@ -150,27 +151,27 @@ class LoopCache:
             except (OlssError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                if not graph or work.told:  # once a step was done, it is not the capture that failed
+                if not graph or work.told:  # after a completed step it is not the capture that failed
                     raise
                 message = " ".join(str(error).split())[:200]
                 reason = f"the network cannot be captured: {type(error).__name__}: {message}"
             with self._lock:
                 self._kept.pop(work.key, None)
-            result = self._run(work, graph=False)  # where this fails too, that says nothing about graphs
+            result = self._run(work, graph=False)  # if this fails too, graphs are not to blame
             self._not_captured.add(work.key)
             self._reason = reason
             return result
 
     def reset(self) -> None:
-        """Lets go of all buffers and graphs: for changes of a network that no capture sees, as of adapters' scales."""
+        """Frees all buffers and graphs: for changes of a network that go unnoticed, such as adapter scales."""
         with self._lock:
             self._kept.clear()
             self._not_captured.clear()
         self._threads = threading.local()
 
     def require_finite(self) -> None:
-        """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
-        device. InputError where another thread has used the same buffers since."""
+        """NetworkError naming the first non-finite evaluation of this thread's last run. Synchronises with the device.
+        InputError if another thread has used the same buffers since."""
         last: tuple[Kept, int] | None = getattr(self._threads, "last", None)
         if last is None:
             return
@@ -180,7 +181,7 @@ class LoopCache:
         kept.loop.require_finite()
 
     def stats(self) -> Stats:
-        """Of all threads."""
+        """Counters over all threads."""
         with self._lock:
             loops = [kept.loop for each in self._kept.values() for kept in each]
         moved = [f"captured again, {each.moved} was replaced" for each in loops if each.moved]
@@ -195,7 +196,7 @@ class LoopCache:
 
     @contextmanager
     def _in_turn(self, backend: str, device: torch.device) -> Iterator[None]:
-        """One thread after another on a GPU, and with graphs; what they queue there too, whatever their streams."""
+        """One thread at a time on a GPU and with graphs, and their queued work in the same order on any streams."""
         if backend != "graph" and device.type != "cuda":
             yield
             return
@@ -218,7 +219,7 @@ class LoopCache:
             self._give_back(work.key, kept)
 
     def _lent(self, work: Work, graph: bool) -> Kept:
-        """A loop for this shape of noise and of arguments that no other call is in."""
+        """A loop for these shapes of noise and arguments that no other call is using."""
         with self._lock:
             idle = [kept for kept in self._kept.get(work.key, ()) if not kept.busy]
             if idle and idle[0].loop.fits(work.plan):
@@ -234,7 +235,7 @@ class LoopCache:
         return kept
 
     def _give_back(self, key: Key, kept: Kept) -> None:
-        """The shapes that were used longest ago go, with all their loops."""
+        """Returns a loop, and drops the least recently used shapes with all their loops."""
         with self._lock:
             kept.busy = False
             if key in self._kept:
@@ -258,7 +259,7 @@ class LoopCache:
         )
 
     def _memory(self) -> Any:
-        """The pool of all graphs; a new one where none is alive, for the old one went with its last graph."""
+        """The memory pool of all graphs; a new one if none is alive, since a pool dies with its last graph."""
         loops = [kept.loop for each in self._kept.values() for kept in each]
         if torch.cuda.is_available() and not any(isinstance(loop, GraphLoop) and loop.alive for loop in loops):
             self._pool = torch.cuda.graph_pool_handle()
@@ -266,12 +267,12 @@ class LoopCache:
 
 
 def autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Whether and in what type autocast runs: a graph stays what it was captured under."""
+    """Autocast's state and dtype, which a captured graph keeps."""
     return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def signature(leaf: Any) -> object:
-    """Shape, dtype and place of a tensor, a plain value: where they are equal, one can be written over the other."""
+    """Shape, dtype and device of a tensor, or a plain value: a leaf of equal signature can be overwritten."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.stride(), leaf.device
     plain = isinstance(leaf, (str, int, float, bool, type(None), np.generic, torch.dtype, torch.device))

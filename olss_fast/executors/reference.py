@@ -1,8 +1,8 @@
-"""The reference executor: rows . basis in float64. The specification that every other executor is measured against.
+"""The reference executor: rows . basis in float64. Every other executor is tested against it.
 
 Row i of a plan times the basis [x_T | f_0 .. | z_1 ..] is the network input at evaluation i, row S the sample. Raw
-outputs are kept exactly as the network wrote them and each row is formed afresh from them, so no rounding error is
-carried from step to step. This is the only loop over a plan in torch: sampling, recording, fitting and scoring run it.
+outputs are kept exactly as the network returned them and each row is computed from them directly, so no rounding error
+is carried from step to step. This is the only loop over a plan in torch: sampling, recording, fitting, scoring run it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from olss_fast.executors.increments import increments
 from olss_fast.plan.plan import Plan
 
 Evaluate = Callable[..., Tensor]
-"""`evaluate(x, timestep, branches=, model=)` -> raw outputs (branches, B, ...). It leaves x as it is."""
+"""`evaluate(x, timestep, branches=, model=)` -> raw outputs (branches, B, ...). It does not modify x."""
 
 OnStep = Callable[[int, Tensor], None]
-"""`on_step(i, x)`: after evaluation i, with row i + 1 of the plan: the next network input, in the end the sample."""
+"""`on_step(i, x)`: after evaluation i, with row i + 1 of the plan: the next network input, or finally the sample."""
 
-LONG = 16  # evaluations; up to here, adding all columns costs less than looking whether two would do
+LONG = 16  # evaluations; up to here, adding all columns costs less than checking if two suffice
 
 
 class Steps(Protocol):
-    """What a loop runs, with the fields of a Plan: one, or rows that are still being fitted.
+    """The fields of a Plan that a loop runs: a Plan, or rows that are still being fitted.
 
-    `rows` and `timesteps` are arrays, or tensors to take gradients by (on the device of the columns).
+    `rows` and `timesteps` are arrays, or tensors that require gradients (on the device of the columns).
     """
 
     @property
@@ -44,12 +44,12 @@ class Steps(Protocol):
 
 
 class Loop:
-    """The columns of a run so far, and what comes of them.
+    """One run of a plan: its columns so far, and the rows formed from them.
 
-    It begins with `columns` (1 + i branches, B, ...): noise[None], or those of another run before evaluation i, and
-    takes further ones by asking (`ask`, `finish`) or by being told (`push`). `step_noise` (Z, B, ...) are the
-    fresh unit noises of a stochastic plan. Everything is float64, on the columns' device. Made where gradients are
-    enabled, a loop keeps them: by rows, timesteps, columns and weights; under `torch.no_grad()` it writes in place.
+    It starts from `columns` (1 + i branches, B, ...): noise[None], or those of another run before evaluation i, and
+    gets further ones from the network (`ask`, `finish`) or from the caller (`push`). `step_noise` (Z, B, ...) are the
+    fresh unit noises of a stochastic plan. Everything is float64, on the columns' device. With gradients enabled, a
+    loop is differentiable in rows, timesteps, columns and weights; under `torch.no_grad()` it writes in place.
     """
 
     def __init__(self, steps: Steps, columns: Tensor, *, step_noise: Tensor | None = None) -> None:
@@ -68,7 +68,7 @@ class Loop:
         self._pairs = _one_step(steps) if len(steps.timesteps) > LONG and not self._noises else None
 
     def follow(self, steps: Steps) -> Loop:
-        """Go on with other steps, such as the same with a row more that is fitted."""
+        """Continue with other steps, such as the same plus one more fitted row."""
         rows = steps.rows if isinstance(steps.rows, Tensor) else torch.tensor(steps.rows, device=self._basis.device)
         self.plan, self._x, self._pairs = steps, None, None
         self._rows = rows.roll(self._noises, 1) if self._noises else rows
@@ -80,19 +80,19 @@ class Loop:
 
     @property
     def columns(self) -> Tensor:
-        """[x_T | f_0 .. ] as far as they are known, (1 + evaluation branches, B, ...)."""
+        """The columns [x_T | f_0 .. ] known so far, (1 + evaluation branches, B, ...)."""
         return self._basis[self._noises : self._known]
 
     @property
     def x(self) -> Tensor:
-        """The next network input (B, ...), after the last evaluation the sample."""
+        """The next network input (B, ...), or after the last evaluation the sample."""
         if self._x is None:
             row, known = self._rows[self.evaluation, : self._known], self._basis[: self._known]
             self._x = (row @ known.flatten(1)).reshape(known.shape[1:])
         return self._x
 
     def push(self, outputs: Tensor) -> None:
-        """The raw outputs (branches, B, ...) of the evaluation at `x`."""
+        """Append the raw outputs (branches, B, ...) of the evaluation at `x`."""
         x, self._x = self._x, None
         if self._joins:
             self._basis = torch.cat([self._basis, outputs.to(self._basis)])
@@ -113,14 +113,14 @@ class Loop:
         return outputs
 
     def finish(self, evaluate: Evaluate) -> Loop:
-        """All evaluations that are left; then `x` is the sample."""
+        """Run the remaining evaluations; then `x` is the sample."""
         while not self.done:
             self.ask(evaluate)
         return self
 
     def fork(self, steps: Steps) -> Loop:
-        """A loop of other steps, none longer than those that memory was made for, from the columns so far. Both share
-        memory: a fork is run to its end before this loop, or another fork of it, goes on."""
+        """A loop of other steps, at most as many as memory was allocated for, from the columns so far. Both share
+        memory: finish a fork before this loop, or another fork of it, continues."""
         return copy.copy(self).follow(steps)
 
 
@@ -134,7 +134,7 @@ def run(
 ) -> Tensor:
     """The sample (B, ...) in float64, from unit initial noise (B, ...).
 
-    `dtype` is what the network is handed (default: the noise's), `step_noise` as for `Loop`.
+    `dtype` is that of the network's input (default: the noise's), `step_noise` as for `Loop`.
     """
     handed = dtype or noise.dtype
     loop = Loop(plan, noise[None], step_noise=step_noise)
@@ -144,8 +144,8 @@ def run(
 def _one_step(steps: Steps) -> list[tuple[float, float]] | None:
     """(rho_i, b_i) with row i+1 = rho_i row i + b_i f_i, or None if the rows look further back.
 
-    Those of DDIM and Euler do not. Their states then cost two columns instead of i, which over 100 steps in float64 is
-    the difference between reading the whole basis 50 times and once.
+    Those of DDIM and Euler do not. Their states then read two columns instead of i: over 100 steps the basis is read
+    once instead of 50 times.
     """
     if steps.branches != 1 or isinstance(steps.rows, Tensor):
         return None

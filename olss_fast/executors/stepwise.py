@@ -1,20 +1,19 @@
-"""One run of a plan, a step at a time: the history of what has come, and how far it is.
+"""One run of a plan, one step at a time: its history and its position.
 
-Costs per step, whatever the plan: one copy of what has come into the history, one matrix-vector product over the
-columns that the row needs, one cast where the sum is wider than the sample. Fresh noise costs its drawing, and a plan
-that is not anchored (`Layout`) the row before once more: what the sample differs from it was changed from outside.
-Nothing is read back by the host. Only operators that work on fake tensors of a device that is not there are used (no
-[], no copy_).
+Costs per step, for any plan: one copy of the new columns into the history, one matrix-vector product over the columns
+that the row needs, and one cast if the sum is wider than the sample. Fresh noise is drawn besides, and a plan that is
+not anchored (`Layout`) forms the previous row again to detect changes of the sample from outside.
+Nothing is read back by the host. Only operators that work on fake tensors of an absent device are used (no [], no
+copy_).
 
-Columns stand in the order in which they come to be. At step k (0 <= k < S) the output f_k arrives, then the noises are
-drawn that row k+1 needs, then row k+1 is formed. Where the plan is anchored (`increments`) the order is [f_0 z.. | f_1
-z.. | …], with the sample x_k behind what came at step k, where f_{k+1} will be. So row k+1 is one product of the last
-few columns: a solver of order p needs p outputs. Else the order is [x_0 | f_0 z.. | …], x_0 the sample that the run
-began with, row 0 itself: the coefficients of x_0 are rows[:, 0] / rows[0, 0].
+Columns are stored in order of arrival. At step k (0 <= k < S) the output f_k arrives, then the noises that row k+1
+needs are drawn, then row k+1 is formed. If the plan is anchored (`increments`) the order is [f_0 z.. | f_1 z.. | …],
+with the sample x_k after the columns of step k, where f_{k+1} will be. So row k+1 is one product of the last few
+columns: a solver of order p needs p outputs. Otherwise the order is [x_0 | f_0 z.. | …], with x_0 the initial sample,
+row 0 itself: the coefficients of x_0 are rows[:, 0] / rows[0, 0].
 
-Noises are drawn in the order of their columns, each at the step where the row that needs it, or any later one, is
-formed; that is when a sampler that draws in this order must have drawn it, so a generator's stream falls as it does
-there.
+Noises are drawn in the order of their columns, each at the step that forms the first row needing it or a later one.
+A sampler that draws in this order must have drawn it by then, so both use a generator's stream alike.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ from olss_fast.executors.increments import increments
 from olss_fast.plan.plan import Floats, Plan
 
 CANCELLING = 1.5
-"""Ratio of terms to sum from which rows of float32 samples are formed in float64. Rounding terms and coefficients costs
-up to 2.6 times the error of the scheduler's own recurrence from a ratio of 2 on. Plans of networks that predict noise
-have such (DDIM 4, UniPC 6, SASolver 58); flow matching, with the largest latents, and most plans for v stay below."""
+"""Ratio of terms to sum above which rows of float32 samples are formed in float64. From a ratio of 2 on, rounding costs
+up to 2.6 times the error of the scheduler's own recurrence. Plans for noise prediction reach it (DDIM 4, UniPC 6,
+SASolver 58); flow matching, with the largest latents, and most plans for v stay below."""
 
 
 @dataclass
 class Layout:
-    """All lists have one entry a step; steps are counted from 0 at the first evaluation of the plan.
+    """All lists have one entry per step; steps count from 0 at the first evaluation of the plan.
 
     slots: column of f_k. noise_slots: columns of the noises drawn at step k. sample_slots: column of x_k, or of x_0.
-    begins: the first column that row k+1 needs; weights: of the columns from there on. corrections: of a plan that is
-    not anchored, 1 / (share of x in row k), by which a change of that row counts as a change of x; 0 where row k and
-    all later rows take nothing of x, None where only row k does. cancels: some row is a small sum of large terms.
+    begins: the first column that row k+1 needs; weights: of the columns from there on. corrections: for a plan that is
+    not anchored, 1 / (share of x in row k), which turns a change of that row into a change of x; 0 if row k and all
+    later rows do not use x, None if only row k does not. cancels: some row is a small sum of large terms.
     """
 
     plan: Plan
@@ -61,11 +60,11 @@ class Layout:
 
     @property
     def columns(self) -> int:
-        """Of a history."""
+        """Number of columns of a history."""
         return self.begins[-1] + len(self.weights[-1])
 
     def dtype_of_sums(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """In which rows are formed: float64 for such samples, and for float32 ones of a plan that cancels."""
+        """The dtype in which rows are summed: float64 for float64 samples, and for float32 ones if the plan cancels."""
         wide = self.cancels and dtype == torch.float32 and device.type != "mps"  # which has no float64
         return torch.float64 if wide or dtype == torch.float64 else torch.float32
 
@@ -73,14 +72,14 @@ class Layout:
         """`weights` in one transfer; kept for the next run."""
         key = device, dtype
         if key not in self._on_device:
-            with torch.inference_mode(False):  # so that they serve every later mode
+            with torch.inference_mode(False):  # usable in every later mode
                 flat = torch.tensor(np.concatenate(self.weights).tolist(), dtype=dtype, device=device)
                 self._on_device[key] = torch.split(flat, [len(each) for each in self.weights])
         return self._on_device[key]
 
 
 def lay_out(plan: Plan, scales: Floats | float = 1.0) -> Layout:
-    """Of rows in the unit of the states, row k / scales[k], k < S. InputError for a plan that no scheduler can run."""
+    """The layout of the scheduler's states, row k / scales[k], k < S. InputError for a plan no scheduler can run."""
     check_runnable(plan)
     states = plan.rows.copy()
     states[:-1] /= np.broadcast_to(scales, plan.nfe)[:, None]
@@ -121,7 +120,7 @@ def noises_of_steps(plan: Plan) -> list[list[int]]:
 
 
 def check_runnable(plan: Plan) -> None:
-    """What a scheduler's slot cannot do."""
+    """InputError for plans that a scheduler's slot cannot run."""
     if plan.branches != 1:
         raise InputError(
             "this plan weighs the unconditional and the conditional output apart (branches=2), but a pipeline hands "
@@ -150,8 +149,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not fl
 class Run:
     """`step` counts this plan's evaluations; `history` is (columns, numel) in the order of `Layout`.
 
-    `readable`: its values may be looked at without waiting for a device. noise_dtype: in which noises are drawn, by
-    default the model output's. InputError for a sample that is no floating-point tensor of at least 16 bits.
+    `readable`: values can be read without waiting for a device. noise_dtype: of the noises drawn, by default the model
+    output's. InputError unless the sample is a floating-point tensor of at least 16 bits.
     """
 
     def __init__(self, layout: Layout, sample: Tensor, noise_dtype: torch.dtype | None = None) -> None:
@@ -209,13 +208,13 @@ class Run:
         return row
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
-        """A run that goes on alone from here. Gradients go back through what came before to the same leaves."""
+        """An independent run from here on. Gradients flow back through the shared past to the same leaves."""
         again = copy.copy(self)
         again.history = self.history.clone()
         return again
 
     def first_not_finite(self) -> int | None:
-        """The first evaluation whose output has a NaN or an infinity, -1 for the sample the run began with, or None."""
+        """The first evaluation whose output has NaN or infinity, -1 for the initial sample, or None."""
         outputs = [self.history.select(0, column) for column in self.layout.slots[: self.step]]
         finite = torch.stack([torch.isfinite(each).all() for each in (self.begun_with, *outputs)])
         bad = (~finite).nonzero().flatten().tolist()
@@ -237,7 +236,7 @@ class Run:
         return self.history.as_strided(self.shape, self.strides, column * self.numel)
 
     def _take_changes(self, sample: Tensor) -> None:
-        """Goes on from a sample that may not be row `step`, as if the run had begun with another one."""
+        """Continues from a sample that may differ from row `step`, as if the run had started from another one."""
         correction = self.layout.corrections[self.step]
         if correction is None and self._is_changed(sample):
             raise InputError(
@@ -249,14 +248,14 @@ class Run:
             self._column(0).add_(sample.to(self.history.dtype) - row, alpha=correction)
 
     def _is_changed(self, sample: Tensor) -> bool:
-        """By its values; where looking at them would wait for a device, whether it was replaced or written to."""
+        """Compares values; if reading them would wait for a device, checks if it was replaced or written to."""
         if self.readable and not torch.compiler.is_compiling():
             return not torch.equal(sample, self._row(self.step - 1))
         versions = _version(sample), self.version
         return sample is not self.returned or (None not in versions and len({*versions}) == 2)
 
     def _matching(self, model_output: Any) -> Tensor:
-        """The output's first channels, where the rest is a predicted variance. NetworkError for any other shape."""
+        """The output without its predicted variance, if it has one. NetworkError for any other shape."""
         if isinstance(model_output, Tensor) and model_output.ndim == len(self.shape) > 1:
             channels = self.shape[1]
             if model_output.shape[1] == 2 * channels:
@@ -275,5 +274,5 @@ class Run:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where that is not counted."""
+    """How often a tensor was written to; None if not tracked."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""`olss_fast.Sampler`: a plan and a network made ready to run many times, as fast as the device allows.
+"""`olss_fast.Sampler`: a plan and a network prepared to run many times, as fast as the device allows.
 
 | backend | what happens between two network calls |
 |---|---|
@@ -51,20 +51,20 @@ BACKENDS = ("auto", "reference", "fused", "graph")
 
 
 class Sampler:
-    """`sampler(noise, **conditioning)` runs `plan` on `network`; buffers and graphs are made once a shape.
+    """`sampler(noise, **conditioning)` runs `plan` on `network`; buffers and graphs are made once per shape.
 
-    It may be called from several threads, and by its own network: on the CPU each call has buffers of its own, on a GPU
-    calls take turns. A call runs the plan and the guidance scale that the sampler has when it begins.
+    It may be called from several threads, and by its own network: on the CPU each call has its own buffers, on a GPU
+    calls take turns. A call uses the sampler's plan and guidance scale at the time it begins.
 
     Args:
         network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, or a list of networks.
         plan: any Plan; `sampler.plan = other` swaps it in place.
-        shape, dtype, device: of the noise; given a shape, everything is made ready at once, else by the first call.
+        shape, dtype, device: of the noise; with a shape, everything is prepared now, otherwise by the first call.
             dtype and device default to those of the network's parameters, else of the noise.
-        conditioning, unconditional, guidance_scale: as for `olss_fast.sample`. Arguments of a call replace those of the
-            same name here. `sampler.guidance_scale = other` swaps the scale in place.
+        conditioning, unconditional, guidance_scale: as for `olss_fast.sample`. A call's arguments replace those of the
+            same name. `sampler.guidance_scale = other` swaps the scale in place.
         backend: one of BACKENDS. A network that cannot be captured falls back to fused, and `stats()` says why.
-        unroll: one graph of the whole loop instead of one that is replayed. Swapping the plan's length captures anew.
+        unroll: one graph of the whole loop instead of one replayed per step; another plan length is captured again.
 
     Raises:
         InputError, NetworkError: as `olss_fast.sample`; an unknown backend, or a graph without a CUDA device.
@@ -139,11 +139,11 @@ class Sampler:
     ) -> Tensor:
         """The samples (B, …) of unit Gaussian noise (B, …), in its dtype and on its device.
 
-        All arguments are those of `olss_fast.sample`; `shape` is by default the sampler's own, with as many samples as
-        there are seeds. A graph of the whole loop (`unroll`) is not used where somebody looks on. A network's argument
-        that has one of these names goes into the sampler's `conditioning`.
+        All arguments are those of `olss_fast.sample`; `shape` defaults to the sampler's own, with one sample per seed.
+        With `callback` or `progress` a graph of the whole loop (`unroll`) is not used. Pass network arguments that have
+        one of these names in the sampler's `conditioning`.
 
-        On the CPU outputs that are not finite raise NetworkError; on a GPU that would be a wait: `require_finite()`.
+        On the CPU, non-finite outputs raise NetworkError; on a GPU call `require_finite()`, which synchronises.
         """
         plan, denoiser = asked(
             self.networks,
@@ -167,20 +167,20 @@ class Sampler:
             return self._run(plan, denoiser, on_step)
 
     def require_finite(self) -> None:
-        """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
-        device. InputError where another thread has used the same buffers since."""
+        """NetworkError naming the first non-finite evaluation of this thread's last run. Synchronises with the device.
+        InputError if another thread has used the same buffers since."""
         self._loops.require_finite()
 
     def reset(self) -> None:
-        """Lets go of all buffers and graphs: for changes of a network that no capture sees, as of adapters' scales."""
+        """Frees all buffers and graphs: for changes of a network that go unnoticed, such as adapter scales."""
         self._loops.reset()
 
     def stats(self) -> Stats:
-        """What was done so far; see `Stats`."""
+        """Counters since the sampler was made; see `Stats`."""
         return Stats("reference", 0, 0, "", 0, None) if self.backend == "reference" else self._loops.stats()
 
     def _warm_up(self, shape: Sequence[int]) -> None:
-        """A run on zeros, with a generator of its own: torch's global ones stay as they are."""
+        """A run on zeros with its own generator, which leaves torch's global ones alone."""
         dtype = self.dtype or network_dtype(self.networks[0], torch.float32)
         self(torch.zeros(tuple(shape), dtype=dtype, device="cpu"), generator=torch.Generator())
 

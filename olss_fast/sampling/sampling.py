@@ -32,8 +32,8 @@ from olss_fast.support.progress import bar_options
 from olss_fast.support.text import quoted
 
 Callback = Callable[[int, float, Tensor], object]
-"""`callback(i, timestep, x)`: after evaluation i, at `timestep`. x (B, ...) is what the network is handed next, after
-the last evaluation the samples; a copy, of the noise's dtype and on its device. What it returns is not used."""
+"""`callback(i, timestep, x)`: after evaluation i, at `timestep`. x (B, ...) is the next network input, or finally the
+samples; a copy, in the noise's dtype and on its device. The return value is ignored."""
 
 
 @takes_old_forms
@@ -64,16 +64,16 @@ def sample(
     float64; the result has the noise's dtype and device.
 
     Args:
-        seed, shape: instead of `noise`: drawn on the CPU, the same for every device. Several seeds, one a sample, give
-            each sample a stream of its own, so that one of them can be made again alone.
-        generator: draws the noise (with `shape`), and then the fresh noises of a stochastic plan; or a list of one a
+        seed, shape: instead of `noise`: drawn on the CPU, the same for every device. Several seeds, one per sample,
+            give each sample its own stream, so any of them can be reproduced alone.
+        generator: draws the noise (with `shape`), then the fresh noises of a stochastic plan; or a list of one per
             sample. `seed` makes it.
         init_image, strength: start from clean samples (P, ...), noised to where the last int(nfe strength) steps begin.
             For captured and analytic plans, whose later starts can be derived; others start where they were fitted.
-        callback: sees what happens, see `Callback`; once an evaluation and batch. progress: shows a bar.
+        callback: see `Callback`; called once per evaluation and batch. progress: shows a bar.
 
-    Raises `InputError` for unusable noise, guidance or conditioning, `NetworkError` for outputs of a wrong shape or
-    that are not finite (naming evaluation and sample).
+    Raises `InputError` for unusable noise, guidance or conditioning, `NetworkError` for outputs of the wrong shape or
+    with non-finite values (naming evaluation and sample).
     """
     rest, denoiser = asked(
         checked_networks(network),
@@ -102,7 +102,7 @@ def sampled(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """`sample` of what is asked, by the reference executor."""
+    """The samples of checked inputs, by the reference executor."""
     check_plan_fits(plan, denoiser)
     slices = batches(range(denoiser.samples), batch_size or denoiser.samples)
     with torch.no_grad(), watching(plan, denoiser.noise, callback, progress, len(slices)) as on_step:
@@ -122,9 +122,9 @@ def asked(
     usual: Sequence[int] | None = None,
     **how: Any,
 ) -> tuple[Plan | None, Denoiser]:
-    """What a call asks, and the plan from where it begins; None where the noise already is the sample.
+    """The plan from where the call begins (None if the noise already is the sample), and its checked inputs.
 
-    The noise is given or drawn, if no shape came of the image's or the `usual` one. how: for `Denoiser`.
+    The noise is given or drawn, by default in the image's shape or `usual`. how: arguments of `Denoiser`.
     """
     dtype, device = network_dtype(networks[0], torch.float32), network_device(networks)
     if isinstance(image, Tensor):
@@ -141,7 +141,7 @@ def asked(
 def watching(
     plan: Plan, noise: Tensor, callback: Callback | None, progress: bool, batches: int = 1
 ) -> Iterator[OnStep | None]:
-    """What an executor is to call after each evaluation of `batches` runs; None where nobody looks."""
+    """The function an executor calls after each evaluation of `batches` runs; None without callback and progress."""
     if callback is None and not progress:
         yield None
         return
@@ -158,7 +158,7 @@ def watching(
 
 
 def check_plan_fits(plan: Plan, denoiser: Denoiser) -> None:
-    """Raise `InputError` if the plan needs more networks than there are, or has another guidance folded in."""
+    """Raise `InputError` if the plan needs more networks than given, or has another guidance scale folded in."""
     highest = int(plan.models.max())
     if highest >= len(denoiser.networks):
         raise InputError(f"the plan uses network {highest}, but {len(denoiser.networks)} came: pass a list of networks")
@@ -189,7 +189,7 @@ def _sample_batch(
         loop.ask(evaluate)
         if on_step is not None:
             on_step(loop.evaluation - 1, loop.x if loop.done else loop.x.to(denoiser.dtype))
-    if not bool(torch.isfinite(loop.x).all()):  # one look at the end keeps host syncs out of the loop
+    if not bool(torch.isfinite(loop.x).all()):  # checking once at the end keeps host syncs out of the loop
         for i in range(plan.nfe):
             require_finite(loop.columns[plan.output_slice(i)], step=i, first_sample=samples.start)
     return loop.x.to(noise.dtype)

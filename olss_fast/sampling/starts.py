@@ -1,4 +1,4 @@
-"""A run that starts from an image: noised to the level of one of the plan's rows, and sampled from there on."""
+"""Runs that start from an image, noised to the level of one of the plan's rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from olss_fast.support.text import quoted
 
 
 def begun(plan: Plan, noise: Tensor, image: Any, strength: Any) -> tuple[Plan | None, Tensor]:
-    """The plan of the last `strength` of its steps, and its x_T: alphas[0] image + sigmas[0] noise, in units of row 0.
+    """The plan of the last part `strength` of its steps, and x_T: alphas[0] image + sigmas[0] noise, scaled to row 0.
 
-    As in diffusers, n steps at strength s run the last int(n s) of them; where none is left, the plan is None and the
-    tensor the image. Without an image both stay as they are.
+    As in diffusers, n steps at strength s run the last int(n s) of them; if none is left, the plan is None and the
+    tensor is the image. Without an image both are returned unchanged.
     """
     if image is None and strength is None:
         return plan, noise
@@ -33,16 +33,16 @@ def begun(plan: Plan, noise: Tensor, image: Any, strength: Any) -> tuple[Plan | 
 
 @lru_cache(maxsize=16)  # deriving takes longer than some networks, and gives the same plan again
 def _rest(plan: Plan, strength: float, metadata: tuple[tuple[str, str], ...]) -> Plan | None:
-    """`metadata` tells plans apart that are equal, which says nothing of where they come from."""
+    """`metadata` is part of the cache key: equal plans may come from different solvers."""
     facts, steps = captured_facts(plan), steps_of(plan)
     begin = (steps - min(int(steps * strength), steps)) * (facts.order if facts else 1)
     return None if begin >= begin_of(plan) + plan.nfe else later_start(plan, begin)
 
 
 def later_start(plan: Plan, begin: int, schedule: NoiseSchedule | None = None) -> Plan:
-    """The plan of a run that begins at timestep `begin` of its grid: captured again, or derived again on `schedule`.
+    """The plan of a run that starts at index `begin` of its timesteps: captured again, or derived again on `schedule`.
 
-    InputError where there is none. Solvers and capture are loaded when they are first needed.
+    InputError if there is none. Solvers and capture are imported when first needed.
     """
     first = begin_of(plan)
     count, steps, facts = first + plan.nfe, steps_of(plan), captured_facts(plan)
@@ -72,7 +72,7 @@ def later_start(plan: Plan, begin: int, schedule: NoiseSchedule | None = None) -
 
 
 def _taken(count: int, begin: int) -> str:
-    """The steps of a run that begins there, in words."""
+    """The steps of a run that starts at index `begin`, in words."""
     return f"all {count} steps" if begin == 0 else f"the last {count - begin} of {count} steps"
 
 
