@@ -1,8 +1,7 @@
 """`olss-fast`, and `python -m olss_fast`.
 
-`inspect` of an engine file takes a short way, past the parser of the commands and past numpy, which take longer to
-start than the file to read. Whatever is not exactly that goes to `olss_fast.cli.commands`, and so does a damaged file:
-it has the messages.
+`inspect` of an engine file bypasses the command parser and numpy, which take longer to import than the file to read.
+Everything else goes to `olss_fast.cli.commands`, and so does a damaged file, for the error message.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ def main() -> None:
     if text is not None:
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # whoever reads has seen enough
+        except BrokenPipeError:  # the reader has closed the pipe
             os._exit(1)
         return
     from olss_fast.cli.commands import app
@@ -29,7 +28,7 @@ def main() -> None:
 
 
 def shown_at_once(words: Sequence[str]) -> str | None:
-    """What `inspect FILE [--json]` prints where FILE is an engine; None for anything else."""
+    """The output of `inspect FILE [--json]` if FILE is an engine; None for anything else."""
     given = [word for word in words[1:] if word != "--json"]
     if words[:1] != ["inspect"] or len(given) != 1 or given[0].startswith("-"):
         return None
@@ -39,7 +38,7 @@ def shown_at_once(words: Sequence[str]) -> str | None:
         if describe.is_engine_file(given[0]):
             return describe.inspected(given[0], as_json="--json" in words)
     except OlssError:
-        pass  # told by the command line
+        pass  # the command line reports it
     return None
 
 

@@ -1,6 +1,6 @@
 """How far samples lie from a reference: per sample, and as distributions.
 
-A *sampler* is judged against its teacher from the same noise: `rmse` and `psnr` give one figure a sample, `summarise`
+A *sampler* is judged against its teacher from the same noise: `rmse` and `psnr` give one figure per sample, `summarise`
 their mean and median with bootstrap intervals (the errors are heavy-tailed, so look at both). A *distribution* of
 samples is judged by `frechet_distance` on the features of any extractor, and by `class_agreement`.
 
@@ -8,7 +8,7 @@ samples is judged by `frechet_distance` on the features of any extractor, and by
     metrics.frechet_distance(features, olss_fast.demo.reference_statistics())     # to real images
     metrics.frechet_distance(features, metrics.extract_features(teacher, olss_fast.demo.classifier()))
 
-With Inception-v3's 2048 pooled features the same call is the true FID (Heusel et al. 2017). Any callable will do:
+With Inception-v3's 2048 pooled features the same call is the true FID (Heusel et al. 2017). Any callable works:
 
     from torchmetrics.image.fid import NoTrainInceptionV3                         # brings the weights you supply
     inception = NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path="weights.pth")
@@ -19,8 +19,8 @@ With Inception-v3's 2048 pooled features the same call is the true FID (Heusel e
 Images are numpy arrays or torch tensors of any dtype and device, samples along the first axis. All arithmetic is
 float64. Everything raises `InputError` for shapes that do not fit, too few samples and values that are not finite.
 
-torchmetrics has these metrics too, and the tests hold ours against it. Its Fréchet distance takes neither stored nor
-weighted statistics and its PSNR rounds to float32, so that it would take more code to call than these formulas take.
+torchmetrics has these metrics too, and the tests compare ours with it. Its Fréchet distance takes neither stored nor
+weighted statistics and its PSNR rounds to float32, so calling it would take more code than these formulas.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def class_agreement(
     *,
     batch_size: int = 256,
 ) -> float:
-    """Share of `images` (P, C, H, W) in which the classifier sees the class that was asked for, `labels` (P,)."""
+    """Share of `images` (P, C, H, W) that the classifier assigns to their requested class, `labels` (P,)."""
     predicted = predict_classes(images, classifier, batch_size=batch_size)
     asked = _array(labels, "labels")
     if asked.shape != predicted.shape:
@@ -190,7 +190,7 @@ def class_agreement(
 
 
 def _run(images: ArrayLike | torch.Tensor, module: Extractor, batch_size: int, *, pick: int) -> torch.Tensor:
-    """The output of `module` on all images, on the module's device if it has parameters; `pick` chooses of a tuple."""
+    """The output of `module` on all images, on the module's device if it has parameters; `pick` indexes a tuple."""
     import torch
 
     if batch_size < 1:
@@ -229,7 +229,7 @@ def _root(covariance: Floats) -> Floats:
 
 
 def _array(value: Any, name: str) -> Floats:
-    """`value` as finite float64 in numpy; torch tensors of any dtype and device are welcome."""
+    """`value` as a finite float64 array; torch tensors may have any dtype and device."""
     if hasattr(value, "detach"):
         value = value.detach().double().cpu().numpy()
     try:

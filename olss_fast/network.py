@@ -1,7 +1,7 @@
-"""What a sampler sees of a network: raw outputs for a slice of the samples, after guidance, shape-checked.
+"""The sampler's view of a network: raw outputs for a slice of the samples, after guidance, shape-checked.
 
 Classifier-free guidance (Ho & Salimans 2022) lives inside the output: f = u + g (c - u), with u the unconditional and
-c the conditional output. With two branches u and c are handed on apart.
+c the conditional output. With two branches u and c are returned separately.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what n
 
 def module_of(network: Any) -> torch.nn.Module | None:
     """The module whose weights a network reads: itself, or the one behind a bound method (`model.forward`), a
-    functools.partial or a decorator that tells what it wraps (`torch.no_grad()`). None where there is none to see."""
+    functools.partial or a decorator with `__wrapped__` (`torch.no_grad()`). None if none is found."""
     while network is not None and not isinstance(network, torch.nn.Module):
         if isinstance(network, functools.partial):
             network = network.func
@@ -47,32 +47,32 @@ def module_of(network: Any) -> torch.nn.Module | None:
 
 
 def network_dtype(network: Network, default: torch.dtype) -> torch.dtype:
-    """The floating-point dtype of the network's parameters, or `default` if it has none to show."""
+    """The floating-point dtype of the network's parameters, or `default` if none are found."""
     module = module_of(network)
     parameters = () if module is None else module.parameters()
     return next((each.dtype for each in parameters if each.is_floating_point()), default)
 
 
 def network_device(networks: Sequence[Network]) -> torch.device | None:
-    """Where the networks' parameters lie; None if they have none to show."""
+    """The device of the networks' parameters; None if none are found."""
     modules = [module for module in map(module_of, networks) if module is not None]
     return next((parameter.device for module in modules for parameter in module.parameters()), None)
 
 
 class Denoiser:
-    """What a sampler is asked, all of it checked: networks, the noise of P samples, conditioning and guidance.
+    """The checked inputs of a sampler: networks, the noise of P samples, conditioning and guidance.
 
     Args:
         network: one, or several for a model schedule. noise: (P, …), unit Gaussian.
         conditioning, unconditional: the networks' other arguments. Tensors whose first dimension is P, however deep
-            they lie in dicts, lists, tuples and dataclasses, are sliced with the samples; all else is handed on whole.
+            they lie in dicts, lists, tuples and dataclasses, are sliced with the samples; all else is passed whole.
         streams: of the fresh noises of a stochastic plan. doubled: both halves of a guided pair in one call, if they
-            differ in nothing but tensors of the samples. waits: look at the values of noise on a GPU too.
+            differ only in per-sample tensors. waits: check the values of noise on a GPU too, which synchronises.
 
     `evaluations` counts samples x network evaluations; a guided pair counts once.
 
-    Raises `InputError` for unusable noise or conditioning, for guidance without `unconditional`, for the two having
-    different keys, and for lists in which some tensors have P rows and others have not.
+    Raises `InputError` for unusable noise or conditioning, for guidance without `unconditional`, if the two have
+    different keys, and for lists in which some tensors have P rows and others do not.
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class Denoiser:
 
     @property
     def guided(self) -> bool:
-        """Whether an evaluation asks the network twice."""
+        """True if an evaluation needs both the conditional and the unconditional output."""
         return self.unconditional is not None and self.guidance_scale != 1.0
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the networks are handed: their own dtype, else the noise's."""
+        """The dtype of the network input: the networks' own, else the noise's."""
         return network_dtype(self.networks[0], self.noise.dtype)
 
     def what_is_asked(self) -> dict[str, Any]:
@@ -149,18 +149,18 @@ class Denoiser:
         return torch.stack([without, given]) if branches == 2 else torch.lerp(without, given, self.guidance_scale)[None]
 
     def asking(self, samples: slice) -> Callable[..., Tensor]:
-        """How a loop asks about `samples`: with an x of its own, of the networks' dtype."""
+        """The `evaluate` of a loop over `samples`: passes a copy of x in the networks' dtype."""
         dtype = self.dtype
         return lambda x, timestep, **how: self(x.to(dtype, copy=True), timestep, samples, **how)
 
     def naming_arguments(self) -> AbstractContextManager[None]:
-        """What the network raises because of an argument says so; see `_network_failures`."""
+        """Errors that an argument explains name it; see `support.network_failures`."""
         modules = [module_of(network) for network in self.networks]
         return naming_arguments(modules, self.samples, self.conditioning, self.unconditional)
 
     def arguments(self, samples: slice, device: torch.device, *, doubled: bool) -> list[dict[str, Any]]:
-        """The network's arguments for `samples`: the conditional ones; doubled, those of the doubled batch, or of each
-        half, unconditional first, where one batch cannot hold both."""
+        """The network's arguments for `samples`: the conditional ones; if doubled, those of the doubled batch, or of
+        each half, unconditional first, if one batch cannot hold both."""
 
         def part(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -191,7 +191,7 @@ class Denoiser:
 
     @cached_property
     def _joins(self) -> bool:
-        """Whether one doubled batch can hold both halves."""
+        """True if one doubled batch can hold both halves."""
         (given, form), (without, other) = self._given, self._without
         pairs = zip(given, without, strict=False)
         if not self.doubled or form != other:
@@ -217,7 +217,7 @@ def asking_with(
 
 
 def checked_networks(network: Any) -> list[Network]:
-    """One network or several as a list. `InputError` for what cannot be called."""
+    """One network or several as a list. `InputError` if one is not callable."""
     listed = list(network) if isinstance(network, (list, tuple)) else [network]
     if not listed or not all(callable(each) for each in listed):
         raise InputError(f"network must be a callable or a list of callables, got {network!r}")
@@ -225,7 +225,7 @@ def checked_networks(network: Any) -> list[Network]:
 
 
 def checked_guidance_scale(scale: Any) -> float:
-    """`InputError` for what is not a finite number."""
+    """The guidance scale as a float. `InputError` unless it is a number, finite in float32."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
         raise InputError(f"guidance_scale must be a number, got {scale!r}")
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:  # nor is NaN
@@ -234,7 +234,7 @@ def checked_guidance_scale(scale: Any) -> float:
 
 
 def checked_arguments(given: Any, name: str) -> dict[str, Any]:
-    """A checked copy of `conditioning` or `unconditional`, numpy arrays made tensors."""
+    """A checked copy of `conditioning` or `unconditional`, with numpy arrays as tensors. `InputError` if unusable."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -245,7 +245,7 @@ def checked_arguments(given: Any, name: str) -> dict[str, Any]:
 
 
 def _check_rows(arguments: Mapping[str, Any], name: str, samples: int) -> None:
-    """InputError where some tensors of a list belong to the samples, and others have another number of rows."""
+    """InputError if some tensors of a list are per sample and others have another number of rows."""
     rows: dict[Path, dict[str, int]] = {}
     for path, leaf in with_paths(arguments):
         if isinstance(leaf, Tensor) and leaf.ndim and in_list(path):
@@ -269,12 +269,12 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _matched(without: Any, given: Any, name: str) -> Any:
-    """The unconditional argument with what stands for every sample, numbers and single rows, expanded to `given`."""
+    """The unconditional argument, with numbers and single rows expanded to the shape of `given`."""
     if isinstance(given, Tensor):
         return _expanded(without, given, f"[{name!r}]")
     leaves, form = flat(without)
     if form != flat(given)[1]:
-        return without  # the halves are asked apart
+        return without  # the halves are separate calls
     pairs = zip(leaves, with_paths(given), strict=True)
     return form.unflatten(
         [leaf if leaf is None else _expanded(leaf, like, f"[{name!r}]{spelled(path)}") for leaf, (path, like) in pairs]
@@ -337,14 +337,14 @@ def require_finite(outputs: Tensor, *, step: int, first_sample: int) -> None:
 
 
 def sums_to_finite(values: Tensor) -> bool:
-    """True only where no value is NaN or infinity, for a sum would be so too; one pass, with nothing to keep. A sum may
-    overflow where no value does: then, False says to look at each."""
+    """True only if no value is NaN or infinity, since the sum would be too; one pass, without temporaries. A sum may
+    overflow though no value does: False means to check each."""
     return math.isfinite(float(values.sum()))
 
 
 def check_noise(noise: Any, *, waits: bool = True) -> None:
     """Raise `InputError` unless `noise` is a finite floating-point tensor (P, ...) with at least one sample. Without
-    `waits` its values are looked at only where this is no wait for a GPU."""
+    `waits` values are checked only if that needs no GPU synchronisation."""
     if not isinstance(noise, Tensor):
         raise InputError(f"noise must be a tensor of shape (samples, ...), got {type(noise).__name__}")
     if noise.layout != torch.strided or noise.is_nested or noise.is_meta:

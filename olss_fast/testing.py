@@ -15,11 +15,11 @@ NULL_CLASS = -1
 
 @dataclass(frozen=True)
 class ExactMixture:
-    """The exact raw output for data that is an equal mixture of Gaussians N(m_k, s^2), dealt out to `classes`.
+    """The exact raw output for data from an equal mixture of Gaussians N(m_k, s^2), divided among `classes`.
 
     With p_k(x) proportional to exp(-|x - alpha m_k|^2 / 2 v), v = alpha^2 s^2 + sigma^2, the denoised image is
-    E[x0 | x] = sum_k p_k (m_k + (alpha s^2 / v) (x - alpha m_k)). Component k is of class k modulo `classes` (a class
-    each by default). `y` (B,) names the class whose components are meant, `NULL_CLASS` means all, for guidance.
+    E[x0 | x] = sum_k p_k (m_k + (alpha s^2 / v) (x - alpha m_k)). Component k belongs to class k modulo `classes`
+    (one class each by default). `y` (B,) selects a class; `NULL_CLASS` selects all components, for guidance.
 
     Shapes: `means` (K, ...), x (B, ...), timestep (B,), all equal within a batch. epsilon and v_prediction.
     """

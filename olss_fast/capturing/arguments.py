@@ -1,7 +1,7 @@
-"""What `capture` is asked for, checked before anything is run.
+"""The arguments of `capture`, checked before anything is run.
 
-A plan of S evaluations has S + 1 rows of at least S + 1 numbers, so S is bounded; and a grid of one's own must be
-numbers that the scheduler's noise levels are defined for, because schedulers take most others without a word.
+A plan of S evaluations has S + 1 rows of at least S + 1 numbers, so S is bounded. Custom timesteps or sigmas must lie
+where the scheduler's noise levels are defined, because most schedulers accept others silently.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GRIDS = ("timesteps", "sigmas")  # arguments of set_timesteps that say how many 
 def checked_arguments(
     scheduler: Any, steps: int | None, arguments: Mapping[str, Any], step_arguments: object
 ) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
-    """(steps, arguments of set_timesteps, arguments of step). InputError where they are unusable."""
+    """(steps, arguments of set_timesteps, arguments of step). InputError if they are unusable."""
     if step_arguments is not None and not isinstance(step_arguments, Mapping):
         raise InputError(
             f'step_arguments is {quoted(step_arguments)}; expected a mapping of names to values, such as {{"eta": 0.5}}'
@@ -44,13 +44,13 @@ def checked_arguments(
 
 
 def config_of(scheduler: Any) -> Mapping[str, Any]:
-    """The scheduler's config, empty where it has none."""
+    """The scheduler's config, empty if it has none."""
     config = getattr(scheduler, "config", {})
     return config if isinstance(config, Mapping) else {}
 
 
 def is_flow(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler of this class and config samples x = (1 - sigma) x0 + sigma eps."""
+    """True if a scheduler of this class and config samples x = (1 - sigma) x0 + sigma eps."""
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     return bool(flow or name.startswith(FLOW_CLASSES))
 
@@ -70,7 +70,7 @@ def _check_grid(name: str, value: Any, config: Mapping[str, Any], scheduler: str
 
 
 def _numbers(name: str, value: Any) -> Floats:
-    """(N,), N >= 1, of a list, tuple, array or tensor of real numbers."""
+    """(N,), N >= 1, from a list, tuple, array or tensor of real numbers. InputError otherwise."""
     try:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as cause:

@@ -2,11 +2,11 @@
 
 A linear scheduler turns [x_T | f_0 … f_{S-1} | z_1 … z_Z] into network inputs and a sample by fixed coefficients. So it
 is run with unit vectors in place of these tensors (one tensor whose last axis enumerates the basis, in float64):
-what then reaches the network *is* the row of its coefficients. A second run on random tensors must agree with
-rows · basis to `LINEARITY`; a scheduler that clips, mixes pixels or looks at the values fails it and is refused.
+the network input then *is* the row of coefficients. A second run on random tensors must agree with rows · basis to
+`LINEARITY`; a scheduler that clips, mixes pixels or depends on the values fails this check and is refused.
 
-Noise columns stand in the order in which the scheduler draws. Draws after the last one that any row uses are dropped;
-unused ones before it keep their column, so that a generator's stream falls on the same columns as in the original.
+Noise columns are in the order in which the scheduler draws. Draws after the last used one are dropped; unused ones
+before it keep their column, so a generator's stream fills the same columns as in the original.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from olss_fast.support.text import quoted
 LINEARITY = 1e-9
 """Largest deviation of a run on random tensors from rows · basis, relative to the sum of the magnitudes of the terms.
 
-Both sides are float64 with at most a few hundred operations an element: honest rounding stays below 1e-13, even where a
+Both sides are float64 with at most a few hundred operations per element: rounding stays below 1e-13, even where a
 scheduler divides by a signal level of 1e-3; the least clipping is of order 1."""
 
 MAGNITUDES = (1e-2, 1e2, 1e6)  # of the random tensors: below and beyond every usual threshold and clipping range
@@ -51,23 +51,23 @@ def capture(
     """The plan that equals `scheduler` after `set_timesteps(steps, **set_timesteps_arguments)`.
 
     Args:
-        scheduler: any object with the interface of a diffusers scheduler. It is copied, never touched.
-        steps: num_inference_steps; None where `timesteps=` or `sigmas=` are given. NFE may be larger (Heun).
-        begin: leave out the timesteps before this one, as image-to-image pipelines do. The column x_T then stands for
-            the first *network input*, alphas[0] image + sigmas[0] noise, and rows[0, 0] = 1.
+        scheduler: any object with the interface of a diffusers scheduler. It is copied, never modified.
+        steps: num_inference_steps; None if `timesteps=` or `sigmas=` are given. NFE may be larger (Heun).
+        begin: index of the first timestep to run, as in image-to-image pipelines. The column x_T then is the first
+            *network input*, alphas[0] image + sigmas[0] noise, and rows[0, 0] = 1.
         step_arguments: further arguments of every `step`, such as {"eta": 0.5}.
         set_timesteps_arguments: further arguments of `set_timesteps`: timesteps, sigmas, mu, …
 
     Returns:
         A plan with metadata "scheduler": JSON of class, config, steps, arguments, step_arguments, begin and order, from
-        which `recapture` derives it anew, and of what its states and `add_noise` are (`_capture_levels.noising`);
-        "method", "title", and where known "prediction_type" and "schedule".
+        which `recapture` derives it again, and of its states and `add_noise` (`levels.noising`); "method", "title",
+        and if known "prediction_type" and "schedule".
 
     Raises:
-        InputError: `steps` below 1, more than MAX_EVALUATIONS steps, timesteps or sigmas that are no numbers of the
-            scheduler's range or along which the noise does not fall, arguments that the scheduler's methods do not
-            take, a `begin` beyond the timesteps.
-        ScheduleError: no scheduler, or not one that a Plan can hold; the message says why and what to switch off.
+        InputError: `steps` below 1 or above MAX_EVALUATIONS, timesteps or sigmas outside the scheduler's range or along
+            which the noise does not fall, arguments that the scheduler's methods do not take, a `begin` beyond the
+            timesteps.
+        ScheduleError: not a scheduler, or none that a Plan can represent; the message says why and what to switch off.
     """
     check_protocol(scheduler)
     steps, arguments, stepping = checked_arguments(scheduler, steps, set_timesteps_arguments, step_arguments)
@@ -103,11 +103,11 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
     """A captured plan again, with another `begin`, number of steps or arguments of `set_timesteps` (mu, sigmas, …).
 
     The scheduler is made from the class and config in the plan's metadata. New `timesteps` or `sigmas` replace the
-    number of steps, and the other way round; to replace both, pass both.
+    number of steps, and vice versa; to replace both, pass both.
 
     Raises:
-        InputError: the plan was not captured, diffusers has no such class, or the class makes another plan of the
-            stored config, because the scheduler was altered by hand or diffusers is another version.
+        InputError: the plan was not captured, diffusers has no such class, or the class gives another plan for the
+            stored config, because the scheduler was modified or the version of diffusers differs.
     """
     facts = captured_facts(plan)
     if facts is None:
@@ -132,13 +132,13 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
         return _captured_again(plan, kind.from_config(facts.config), facts, changes)
     except InputError:
         raise
-    except Exception as error:  # of diffusers' own, from a config that somebody may have altered
+    except Exception as error:  # any error of diffusers, from a config that may have been altered
         detail = str(error) if isinstance(error, OlssError) else f"{type(error).__name__}: {quoted(str(error), 200)}"
         raise InputError(f"this plan of {facts.class_name} cannot be derived again{what}: {detail}") from error
 
 
 def _captured_again(plan: Plan, scheduler: Any, facts: CapturedFacts, changes: dict[str, Any]) -> Plan:
-    """With `changes` of the arguments of `capture`, once the plan itself has come out again."""
+    """Captured with `changes` of its arguments, after checking that the plan itself can be reproduced."""
     stored = {"begin": facts.begin, "steps": facts.steps, **facts.arguments}
     again = capture(scheduler, step_arguments=facts.step_arguments, **stored)
     if again.rows.shape != plan.rows.shape or not np.allclose(again.rows, plan.rows, rtol=1e-6, atol=1e-6):
@@ -157,7 +157,7 @@ def _captured_again(plan: Plan, scheduler: Any, facts: CapturedFacts, changes: d
 
 
 def _rows(driver: Driver) -> tuple[Floats, Trace]:
-    """(S+1, columns) and the run they come from; the run on random tensors also tells how many noises there are."""
+    """(S+1, columns) and the run they come from; the run on random tensors also counts the noises."""
     basis, found = _probe(driver)
     width = len(basis)
     identity = torch.eye(width, dtype=torch.float64).view(width, 1, 1, 1, width)
@@ -175,7 +175,7 @@ def _rows(driver: Driver) -> tuple[Floats, Trace]:
 def _probe(driver: Driver) -> tuple[Floats, Floats]:
     """A run on random tensors: the basis [x_T | outputs | noises], and the network inputs and sample made of it.
 
-    Samples of each of MAGNITUDES lie behind one another in the batch.
+    The batch holds samples of each of MAGNITUDES in turn.
     """
     generator = np.random.default_rng(0)
     magnitudes = np.repeat(MAGNITUDES, PROBE_SHAPE[0]).reshape(-1, *(1 for _ in PROBE_SHAPE[1:]))
@@ -205,7 +205,7 @@ def _check_finite(driver: Driver, rows: Floats) -> None:
 
 
 def _division(driver: Driver, row: int) -> str:
-    """What a scheduler divided by to make a row that is not finite: equal timesteps just before it, or a level."""
+    """The likely division by zero behind a non-finite row: equal timesteps just before it, or a level of 0."""
     times = driver.timesteps[driver.begin :].tolist()
     for i in range(max(row - 3, 0), min(row, driver.nfe - 1)):
         if times[i] == times[i + 1]:
@@ -236,7 +236,7 @@ def _check_linear(driver: Driver, rows: Floats, basis: Floats, found: Floats) ->
 
 
 def _title(scheduler: Any) -> str:
-    """ "EulerDiscreteScheduler (linspace)": class and how its timesteps are spaced."""
+    """ "EulerDiscreteScheduler (linspace)": class and timestep spacing."""
     config = config_of(scheduler)
     kinds = ("karras", "exponential", "beta", "flow")
     notes = [str(config["timestep_spacing"])] if config.get("timestep_spacing") else []

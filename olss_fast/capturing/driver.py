@@ -6,8 +6,8 @@ A run is the loop of every pipeline, with a "network" that answers evaluation i 
     for t in timesteps:  x = scale_model_input(state, t);  f_i = outputs(i);  state = step(f_i, t, state)
 
 A TorchFunctionMode watches the run. It answers the k-th Gaussian draw with `noises(k)`, refuses other random numbers,
-and turns casts of float64 states to fewer digits into copies, so that coefficients are the scheduler's own and nothing
-else is rounded. The scheduler's tables stay what they are.
+and turns narrowing casts of float64 states into copies, so the coefficients are the scheduler's own without further
+rounding. The scheduler's tables are unchanged.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _WATCHED = _GAUSSIAN | _CASTS | _OTHER_DRAWS
 
 @dataclass
 class Trace:
-    """What one run met: network inputs (S), the sample, the factor of scale_model_input (S), the answered draws (Z)."""
+    """Record of one run: network inputs (S), the sample, the factor of scale_model_input (S), the noises drawn (Z)."""
 
     inputs: list[Tensor] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
@@ -88,8 +88,8 @@ class _Watch(TorchFunctionMode):
 class Driver:
     """A private copy of a scheduler with its timesteps set. `run` may be called any number of times.
 
-    Raises InputError for arguments that its methods do not take and a `begin` outside its timesteps, ScheduleError
-    where it fails.
+    Raises InputError for arguments that its methods do not take and a `begin` outside its timesteps, ScheduleError if
+    it fails.
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class Driver:
 
     @property
     def nfe(self) -> int:
-        """Evaluations of a run."""
+        """Number of network evaluations of a run."""
         return len(self.timesteps) - self.begin
 
     @property
     def _starts_twice(self) -> bool:
-        """Whether the first timesteps are equal; a scheduler that looks up its place by timestep starts too late."""
+        """True if the first timesteps are equal: a scheduler that looks up its index by timestep starts too late."""
         return len(self.timesteps) > 1 and bool(self.timesteps[0] == self.timesteps[1])
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ class Driver:
             )
 
     def _guarded(self, where: str, call: Callable[[], Any]) -> Any:
-        """The result of `call`; a failure of the scheduler, or of the watch on it, becomes one named error."""
+        """The result of `call`; a failure of the scheduler or of `_Watch` becomes a ScheduleError."""
         try:
             return call()
         except Exception as error:
@@ -163,7 +163,7 @@ class Driver:
 
 
 def _scaled(scheduler: Any, state: Tensor, timestep: Tensor) -> tuple[Tensor, float]:
-    """The network input and its ratio to the state, by projection: scale_model_input is a multiplication."""
+    """The network input and its ratio to the state, by projection: scale_model_input multiplies by a number."""
     if not hasattr(scheduler, "scale_model_input"):
         return state, 1.0
     x = scheduler.scale_model_input(state, timestep)
@@ -181,7 +181,7 @@ def _step_function(
 
     def ordinary(output: Tensor, index: int, state: Tensor) -> Tensor:
         timestep = timesteps[index]
-        if name == "DDPMWuerstchenScheduler":  # one timestep a sample
+        if name == "DDPMWuerstchenScheduler":  # one timestep per sample
             timestep = timestep.expand(len(state))
         extra = {"prev_timestep": following(index)} if name == "UnCLIPScheduler" else {}
         result = scheduler.step(output, timestep, state, **extra, **arguments)
@@ -201,7 +201,7 @@ def _step_function(
 
 
 def _timesteps(name: str, value: Any) -> Tensor:
-    """(N,) of finite numbers on the CPU. ScheduleError for what else set_timesteps left behind."""
+    """(N,) finite numbers on the CPU. ScheduleError if set_timesteps left anything else."""
     try:
         timesteps = torch.as_tensor(value)
         usable = timesteps.device.type == "cpu" and timesteps.ndim == 1 and len(timesteps) > 0

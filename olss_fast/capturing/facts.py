@@ -1,4 +1,4 @@
-"""What a captured plan remembers of its scheduler: one record, JSON in metadata["scheduler"]."""
+"""The record of the scheduler in a captured plan: JSON in metadata["scheduler"]."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.support.text import quoted
 
-MOST_STEPS = 10_000  # that metadata may speak of; far beyond every sampler
+MOST_STEPS = 10_000  # limit for metadata; far beyond every sampler
 ENDS_AT_CLEAN = ("SCMScheduler", "DDPMWuerstchenScheduler")
-"""Classes whose `timesteps` end with that of the clean sample, where no network is asked."""
+"""Classes whose `timesteps` end with that of the clean sample, where the network is not evaluated."""
 
 LEFT_OUT = {"scales": None, "noised_by_index": False, "noised": None}  # at these values, from the JSON
 
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedFacts:
-    """How to capture a plan anew, and how its scheduler's states and add_noise differ from rows and levels.
+    """How to capture a plan again, and how its scheduler's states and add_noise differ from rows and levels.
 
     class_name, config: of the scheduler. steps, arguments: of set_timesteps. step_arguments: of every step. begin:
-    timesteps that were left out. order: evaluations a step.
+    number of skipped timesteps. order: evaluations per step.
     scales: (S,) network input / state; None for all 1. noised: (S+1, 2), the levels of the states that add_noise makes
-    for a start at each evaluation, and after the last; None for those of the rows. noised_by_index: after
-    set_begin_index it looks at the place of the run, not at the timestep that it is given.
+    for a start at each evaluation, and after the last; None if equal to those of the rows. noised_by_index: after
+    set_begin_index, add_noise uses the index of the run, not the timestep passed to it.
     """
 
     class_name: str
@@ -60,7 +60,7 @@ class CapturedFacts:
         return {**self.config, "_class_name": self.class_name}
 
     def to_json(self) -> str:
-        """InputError where something in it is no plain data."""
+        """JSON text. InputError if config or arguments hold other than plain data."""
         kept = {name: each for name, each in vars(self).items() if name not in LEFT_OUT or each != LEFT_OUT[name]}
         kept = {"class": kept.pop("class_name"), **kept}
         try:
@@ -73,7 +73,7 @@ class CapturedFacts:
 
 
 def captured_facts(plan: Plan) -> CapturedFacts | None:
-    """What `capture` noted; None of a plan that was not captured. InputError if it cannot be read."""
+    """The record of `capture`; None for a plan that was not captured. InputError if it cannot be read."""
     if plan.metadata.get("method") != "captured" or "scheduler" not in plan.metadata:
         return None
     return _read(plan.metadata["scheduler"])
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def scheduler_class(name: str) -> Any:
-    """The scheduler class of diffusers with this name; None where there is none."""
+    """The scheduler class of diffusers with this name; None if there is none."""
     import diffusers
 
     kind = getattr(diffusers.schedulers, name, None)
@@ -108,12 +108,13 @@ def scheduler_class(name: str) -> Any:
 
 
 def name_of(plan: Plan) -> str:
+    """The plan's title and NFE, for messages."""
     title = plan.metadata.get("title") or plan.metadata.get("method", "an unnamed plan")
     return f"{title} of {plan.nfe} evaluations"
 
 
 def steps_of(plan: Plan) -> int:
-    """The `num_inference_steps` that a plan answers to: metadata, what it was captured at, or its evaluations."""
+    """The `num_inference_steps` that selects a plan: from its metadata, its capture, or its NFE."""
     begin, facts = begin_of(plan), captured_facts(plan)
     if "num_inference_steps" in plan.metadata:
         steps = _metadata_number(plan, "num_inference_steps")
@@ -129,7 +130,7 @@ def steps_of(plan: Plan) -> int:
 
 
 def begin_of(plan: Plan) -> int:
-    """The index of the timestep where the plan's first evaluation stands."""
+    """The timestep index of the plan's first evaluation."""
     if facts := captured_facts(plan):
         return facts.begin
     return _metadata_number(plan, "begin") if "begin" in plan.metadata else 0

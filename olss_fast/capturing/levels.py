@@ -1,13 +1,13 @@
-"""Signal and noise level of every row of a captured plan, and what its network predicts.
+"""Signal and noise level of every row of a captured plan, and its prediction type.
 
-A row that begins a step has the levels at which the scheduler itself noises an image to that step (its add_noise or
+A row that begins a step has the levels to which the scheduler itself noises an image at that step (its add_noise or
 scale_noise, times the factor of scale_model_input): an image-to-image run starts exactly there. Evaluations inside a
-step, and schedulers without such a method, take the levels of `NoiseSchedule` at the timestep. A flow whose sigmas pass
-1 (Cosmos 2) has no signal of 1 - sigma there; its steps are those of x = x0 + sigma eps, read so. Where none is there,
-tables of the scheduler's own are read: `alphas_cumprod` at the timestep, or `sigmas` at the step, which are those of
-flow matching if none is above 1 and variance exploding otherwise. The sample has the levels that the rows really reach
-on point-mass data, whose exact network outputs are known (see `plan.point_mass`); where a config does not say what the
-network predicts, it is the one prediction under which every row has its levels, or left open.
+step, and schedulers without such a method, use the levels of `NoiseSchedule` at the timestep. A flow with sigmas above
+1 (Cosmos 2) has no signal 1 - sigma there; it is read as x = x0 + sigma eps, whose steps it takes. Without a
+`NoiseSchedule`, the scheduler's tables are read: `alphas_cumprod` at the timestep, or `sigmas` at the step, as flow
+matching if all are at most 1 and variance exploding otherwise. The sample has the levels that the rows reach on
+point-mass data, whose exact network outputs are known (see `plan.point_mass`). If the config has no prediction type,
+it is the only one under which every row has its levels, or left open.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 Pair = tuple[float, float]
 
-CONSISTENT = 1e-3  # of a row's levels on point-mass data: float32 tables divided by small signal levels stay below
-NEARLY_CLEAN = 0.1  # schedulers that leave the least noise they know in the sample leave about 0.03
+CONSISTENT = 1e-3  # of a row's levels on point-mass data: above the error of float32 tables at small signal levels
+NEARLY_CLEAN = 0.1  # schedulers that keep their lowest noise level in the sample leave about 0.03
 
 
 @dataclass(frozen=True)
 class Levels:
     """alphas, sigmas (S,) of the network inputs, the exact point-mass output of each, and facts for the metadata.
 
-    No outputs: what the network predicts is not known, and the sample is taken to be clean.
+    No outputs: the prediction type is unknown, and the sample is assumed clean.
     """
 
     alphas: Floats
@@ -48,7 +48,7 @@ class Levels:
 
 
 def levels_of(driver: Driver, scales: list[float], rows: Floats) -> Levels:
-    """See the module's docstring. ScheduleError where the levels are not known."""
+    """See the module's docstring. ScheduleError if the levels are unknown."""
     scheduler = driver.scheduler
     schedule = _schedule(scheduler)
     indices = range(driver.begin, len(driver.timesteps))
@@ -67,11 +67,9 @@ def levels_of(driver: Driver, scales: list[float], rows: Floats) -> Levels:
 
 
 def noising(driver: Driver, scales: list[float], plan: Plan) -> dict[str, Any]:
-    """How the scheduler's states and its add_noise differ from rows and levels; what goes without saying is left out.
+    """How the scheduler's states and its add_noise differ from rows and levels; only what differs.
 
-    scales: (S,) network input / state. noised: (S+1, 2), the levels of the states that add_noise makes for a start at
-    each evaluation, and after the last. noised_by_index: after set_begin_index it looks at the place of the run, not at
-    the timestep that it is given.
+    Keys `scales`, `noised` and `noised_by_index`, as in `CapturedFacts`.
     """
     facts: dict[str, Any] = {} if all(scale == 1.0 for scale in scales) else {"scales": scales}
     indices = range(driver.begin, len(driver.timesteps))
@@ -88,7 +86,7 @@ def noising(driver: Driver, scales: list[float], plan: Plan) -> dict[str, Any]:
 
 
 def _noised_at_the_end(driver: Driver) -> Pair | None:
-    """Of a run that has taken its last step; None where the scheduler does not look so far."""
+    """`_noised` after the last step; None if the scheduler's tables end before it."""
     try:
         return _noised(driver, len(driver.timesteps), len(driver.timesteps) - 1)
     except IndexError:
@@ -96,10 +94,10 @@ def _noised_at_the_end(driver: Driver) -> Pair | None:
 
 
 def check_falling(driver: Driver, levels: Levels) -> None:
-    """InputError where noise over signal does not fall from a step to the next: timesteps or sigmas of one's own."""
+    """InputError if noise over signal does not fall at every step, as custom timesteps or sigmas may have it."""
     times = driver.timesteps[driver.begin :: driver.order].tolist()
     signal, noise = levels.alphas[:: driver.order], levels.sigmas[:: driver.order]
-    bad = np.flatnonzero(noise[1:] * signal[:-1] >= noise[:-1] * signal[1:] * (1.0 - 1e-9))  # equal but for rounding
+    bad = np.flatnonzero(noise[1:] * signal[:-1] >= noise[:-1] * signal[1:] * (1.0 - 1e-9))  # equal up to rounding
     if bad.size:
         i = int(bad[0])
         raise InputError(
@@ -109,14 +107,14 @@ def check_falling(driver: Driver, levels: Levels) -> None:
 
 
 def with_final_levels(plan: Plan, levels: Levels, name: str, *, begun: bool) -> Plan:
-    """The plan with the levels that its last row reaches. ScheduleError where that is no less noisy than the first.
+    """The plan with the levels that its last row reaches. ScheduleError if it is no less noisy than the first.
 
-    `begun`: the run begins part of the way, where as noisy will do.
+    `begun`: the run starts at a later timestep, and may end as noisy as it starts.
     """
     if levels.outputs is None:
         return plan
     signal, noise = np.maximum(levels_of_rows(plan, levels.outputs)[-1], 0.0).tolist()  # -1e-7 is rounding
-    # Begun at its last timesteps, a scheduler may have nothing left to do: DDIM with set_alpha_to_one=False.
+    # Started at its last timesteps, a scheduler may have nothing left to do: DDIM with set_alpha_to_one=False.
     risen, fallen = noise * plan.alphas[0], signal * plan.sigmas[0]
     if risen > fallen * (1.0 + CONSISTENT) or (risen >= fallen and not begun):
         raise ScheduleError(
@@ -163,9 +161,9 @@ def _scheduled(schedule: NoiseSchedule, timestep: float) -> Pair:
 
 
 def _noised(driver: Driver, index: int, told: int | None = None) -> Pair | None:
-    """(alpha, sigma) that the scheduler mixes image and noise with at a timestep; None where it cannot tell.
+    """(alpha, sigma) with which the scheduler mixes image and noise at a timestep; None if it has no such method.
 
-    `told`: the index of the timestep that it is given, if not `index`, where the run begins.
+    `told`: the index of the timestep passed to it, if not `index`, where the run begins.
     """
     scheduler = copy.copy(driver.scheduler)
     if hasattr(scheduler, "set_begin_index"):
@@ -184,7 +182,7 @@ def _noised(driver: Driver, index: int, told: int | None = None) -> Pair | None:
 
 
 def _from_tables(driver: Driver, index: int) -> Pair | None:
-    """(alpha, sigma) from the scheduler's alphas_cumprod or sigmas; None where there are none that fit."""
+    """(alpha, sigma) from the scheduler's alphas_cumprod or sigmas; None if none fit."""
     timestep = float(driver.timesteps[index])
     signals = _table(driver.scheduler, "alphas_cumprod")
     if timestep.is_integer() and 0 <= timestep < signals.size and np.all((signals >= 0) & (signals <= 1)):
@@ -200,7 +198,7 @@ def _from_tables(driver: Driver, index: int) -> Pair | None:
 
 
 def _table(scheduler: Any, name: str) -> Floats:
-    """(N,) finite numbers of an attribute; empty where there are none."""
+    """(N,) finite numbers of an attribute; empty if there are none."""
     try:
         table = np.asarray(getattr(scheduler, name, ()), dtype=np.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -209,7 +207,7 @@ def _table(scheduler: Any, name: str) -> Floats:
 
 
 def _noises_otherwise(driver: Driver) -> bool:
-    """SASolver's add_noise mixes by its betas even where it samples a flow."""
+    """SASolver's add_noise uses its betas even when it samples a flow."""
     return driver.name == "SASolverScheduler" and bool(config_of(driver.scheduler).get("use_flow_sigmas"))
 
 
@@ -218,7 +216,7 @@ def _ipndm(scheduler: Any, index: int) -> Pair:
 
 
 def _trigonometric(scheduler: Any, index: int) -> Pair:
-    # Noise is that of the data's spread, which pipelines multiply the initial noise by.
+    # This noise has the data's standard deviation, by which pipelines multiply the initial noise.
     timestep, spread = float(scheduler.timesteps[index]), float(scheduler.config.sigma_data)
     return math.cos(timestep), spread * math.sin(timestep)
 
@@ -234,7 +232,7 @@ _LEVELS_OF_CLASS: dict[str, Callable[[Any, int], Pair]] = {
     "ConsistencyDecoderScheduler": _consistency_decoder,
 }
 
-# --- what the network predicts ----------------------------------------------------------------------------------------
+# --- prediction type --------------------------------------------------------------------------------------------------
 
 _PREDICTIONS = {
     "IPNDMScheduler": ("v_prediction", "diffusers' IPNDM: noise level sin^2"),
@@ -243,7 +241,7 @@ _PREDICTIONS = {
 
 
 def _metadata(scheduler: Any, schedule: NoiseSchedule | None) -> dict[str, str]:
-    """prediction_type and schedule, as `NoiseSchedule.metadata` has them; less where they have no name of ours."""
+    """prediction_type and schedule, as in `NoiseSchedule.metadata`; without those that have no name here."""
     name, config = type(scheduler).__name__, config_of(scheduler)
     if schedule is not None:
         return schedule.metadata()
@@ -258,9 +256,9 @@ def _metadata(scheduler: Any, schedule: NoiseSchedule | None) -> dict[str, str]:
 
 
 def _exploding(driver: Driver, sigmas: Floats, rows: Floats) -> Levels:
-    """Of the steps x + (sigma' - sigma) f with sigma above 1: x = x0 + sigma eps, f = eps.
+    """Levels of the steps x + (sigma' - sigma) f with sigma above 1: x = x0 + sigma eps, f = eps.
 
-    ScheduleError where the rows are others, such as those that noise anew with the signal 1 - sigma.
+    ScheduleError for other rows, such as those that add noise again at signal 1 - sigma.
     """
     levels = Levels(
         np.ones_like(sigmas),
@@ -299,7 +297,7 @@ def _inferred(rows: Floats, alphas: Floats, sigmas: Floats) -> Levels:
 def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, float, float, float], Pair] | None:
     """(index, alpha, sigma of the network input, input scale) -> (signal, noise) of the exact point-mass output.
 
-    None where what the network predicts is not known.
+    None if the prediction type is unknown.
     """
     scheduler, config = driver.scheduler, config_of(driver.scheduler)
     if prediction is not None:
@@ -307,7 +305,7 @@ def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, floa
         return lambda _, alpha, sigma, __: known(alpha, sigma)
     if driver.name == "MiniMaxH3Scheduler" or config.get("invert_sigmas"):
         return lambda *_: (1.0, -1.0)  # the velocity toward the data
-    if driver.name.startswith("EDM"):  # v_prediction here is F with the sign turned
+    if driver.name.startswith("EDM"):  # v_prediction here is F with its sign flipped
         edm = edm_output(float(config.get("sigma_data", 0.5)))
         return lambda _, alpha, sigma, __: tuple(-part for part in edm(alpha, sigma))  # type: ignore[return-value]
     if driver.name == "SCMScheduler":  # x0 = cos(t) x - sin(t) f
@@ -327,7 +325,7 @@ def _consistency(scheduler: Any, boundary: Callable[[Any, int], Any]) -> Callabl
 
     def exact(index: int, alpha: float, sigma: float, scale: float) -> Pair:
         c_skip, c_out = map(float, boundary(scheduler, index))
-        if c_out == 0.0:  # at the least noise the output is not used
+        if c_out == 0.0:  # at the lowest noise level the output is not used
             return 0.0, 0.0
         return (1.0 - c_skip * alpha / scale) / c_out, -c_skip * sigma / scale / c_out
 

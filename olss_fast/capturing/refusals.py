@@ -1,4 +1,4 @@
-"""Which schedulers cannot be plans, and what to switch off in those that could."""
+"""Schedulers that cannot be plans, and the options that keep others from being one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFUSED = {
     "RePaintScheduler": "its step needs the image and the mask",
     "RFD4ProteinaScheduler": "its step needs a mask of atoms",
 }
-"""Classes that no option makes a plan of. Others are refused for what they are found to do."""
+"""Classes that no option turns into a plan. Others are refused by what they do when run."""
 
 _IGNORE_CLIP_SAMPLE = {"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"}  # in the config, but nothing is clipped
 _CLIPPING = ("clip_sample", "clip_denoised", "thresholding")
@@ -50,7 +50,7 @@ def check_protocol(scheduler: Any) -> None:
 
 
 def refuse_known(scheduler: Any, step_arguments: Mapping[str, Any]) -> None:
-    """ScheduleError for options that are known not to be linear, and for steps that need more than they are given."""
+    """ScheduleError for options known to be nonlinear, and for steps with missing arguments."""
     name, config = type(scheduler).__name__, config_of(scheduler)
     clipping = clipping_options(scheduler)
     if clipping:
@@ -76,14 +76,14 @@ def refuse_known(scheduler: Any, step_arguments: Mapping[str, Any]) -> None:
 
 
 def clipping_options(scheduler: Any) -> list[str]:
-    """The options of this scheduler that clip and are on."""
+    """The scheduler's enabled clipping options."""
     config = config_of(scheduler)
     ignored = {"clip_sample"} if type(scheduler).__name__ in _IGNORE_CLIP_SAMPLE else set()
     return [option for option in _CLIPPING if config.get(option) and option not in ignored]
 
 
 def linear_advice(scheduler: Any) -> str:
-    """What may be the reason that a scheduler was found not to be linear."""
+    """The likely reason why a scheduler is not linear, and what to switch off."""
     config = config_of(scheduler)
     on = [option for option in _CLIPPING if config.get(option)]
     if on:

@@ -1,4 +1,4 @@
-"""`olss-fast`: the command line. Nothing heavy is imported before a command needs it."""
+"""`olss-fast`: the command line. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ app = typer.Typer(
 
 
 def show_version(wanted: bool) -> None:
+    """Print the version and exit, if wanted."""
     if wanted:
         typer.echo(f"olss-fast {__version__}")
         raise typer.Exit
@@ -58,7 +59,7 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -222,6 +223,7 @@ def sample(
 
 
 def load_plan(path: Path) -> Plan:
+    """`Plan.load`, imported when needed."""
     from olss_fast.plan.plan import Plan
 
     return Plan.load(path)

@@ -1,4 +1,4 @@
-"""What `olss-fast demo` does, and the files that `tune` and `demo` leave behind."""
+"""`olss-fast demo`, and the files that `tune` and `demo` write."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from olss_fast.tuning.study import Effort
 STEPS = (4, 5, 6, 8, 10)
 TEACHER_STEPS = 100
 PLANS = "plans"  # folder within the output folder
-SAMPLES = 80  # of these a quarter judge
+SAMPLES = 80  # a quarter are held out
 GRID_STEPS = 5
 GRID_CLASSES = (3, 5, 7, 8, 9, 10, 13, 15, 18, 19)
-GRID_PEERS = 3  # solver families beside OLSS
-GRID_SEED = 1  # added to the seed: noises that neither fit nor judgement have seen
+GRID_PEERS = 3  # solver families shown with OLSS
+GRID_SEED = 1  # added to the seed: noise used for neither fitting nor judging
 
 Say = Callable[[str], None]
 
@@ -44,9 +44,9 @@ def run_demo(
     progress: bool = True,
     say: Say = print,
 ) -> olss_fast.TuneResult:
-    """Tune the embedded model, print the table through `say`, and leave plans, report and pictures in `out`.
+    """Tune the embedded model, print the table through `say`, and write plans, report and pictures to `out`.
 
-    Errors as of `tune`; `PlanFileError` if something cannot be written.
+    Errors as in `tune`; `PlanFileError` if something cannot be written.
     """
     start = time.perf_counter()
     out = try_folders(out)
@@ -76,7 +76,7 @@ def run_demo(
 
 
 def try_folders(out: str | Path) -> Path:
-    """`out`, and its `plans`, tried before any work whose result could not be written."""
+    """`out` and its `plans`, checked for writing before any work starts."""
     try_folder(out)
     return try_folder(Path(out) / PLANS).parent
 
@@ -92,7 +92,7 @@ def write_result(result: olss_fast.TuneResult, out: Path) -> list[Path]:
 
 
 def time_spent(report: Report, total: float) -> str:
-    """One line: the whole, and each stage of the report."""
+    """One line: total time, and that of each stage of the report."""
     stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items())
     evaluations = sum(report.evaluations.values())
     return f"{duration(total)} in all ({stages}); {evaluations:,} network evaluations of one sample."
@@ -107,7 +107,7 @@ def duration(seconds: float) -> str:
 
 
 def draw_grid(report: Report, model: demo.DemoModel, path: Path, *, seed: int, progress: bool = True) -> Path:
-    """The same noises through the teacher, OLSS and the best others at `GRID_STEPS` NFE (the fewest, if not tuned)."""
+    """Samples of the teacher, OLSS and the best others from the same noise at `GRID_STEPS` NFE (else the fewest)."""
     nfe = GRID_STEPS if GRID_STEPS in report.nfes else report.nfes[0]
     rows = {"teacher\n" + f"{report.teacher.nfe} NFE": report.teacher}
     best = report.olss(nfe)
@@ -135,7 +135,7 @@ def peers(report: Report, nfe: int, count: int) -> list[Candidate]:
 def _sample_rows(
     plans: Mapping[str, Plan], model: demo.DemoModel, seed: int, progress: bool
 ) -> dict[str, NDArray[np.float64]]:
-    """Samples (K, C, H, W) of each plan from the same K noises, one for each of `GRID_CLASSES`."""
+    """Samples (K, C, H, W) of each plan from the same K noises, one per class of `GRID_CLASSES`."""
     noise = draw_noise(model, len(GRID_CLASSES), seed)
     how = arguments(model, pick_labels(model, len(GRID_CLASSES), GRID_CLASSES))
     total = 2 * len(GRID_CLASSES) * sum(plan.nfe for plan in plans.values())  # a guided pair is two

@@ -22,7 +22,7 @@ from olss_fast.cli.options import (
 )
 from olss_fast.errors import EngineFileError, InputError, OlssError
 
-SOLVER = {"solver": "unipc", "order": 3, "variant": "bh1"}  # of analytic ones the best, or nearly, at few evaluations
+SOLVER = {"solver": "unipc", "order": 3, "variant": "bh1"}  # among the best analytic solvers at low NFE
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PROGRAM = (
     "It is a program: whoever loads it runs its machine code. Load only files that you built yourself, or whose sha256 "
@@ -120,7 +120,7 @@ def _batches(text: str) -> list[int]:
 
 
 def _check_target(out: Path) -> None:
-    """InputError where no file can be written, before minutes are spent on what is to be in it."""
+    """InputError if no file can be written there, before minutes are spent on building it."""
     from olss_fast.support.folders import try_folder
 
     try_folder(out.parent)

@@ -1,4 +1,4 @@
-"""What the commands of `olss-fast` do, for a network in a folder, and for a pipeline with a file of prompts."""
+"""The work behind the commands of `olss-fast`, for a network in a folder or a pipeline with a file of prompts."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from olss_fast.tuning.compare import compare
 if TYPE_CHECKING:
     from olss_fast.engine.engine import Engine
 
-BATCH = 64  # images of a network that are sampled at once
+BATCH = 64  # images sampled at once
 Images = tuple[NDArray[np.float32], int, list[str]]
-"""(P, C, H, W) in [-1, 1], their NFE, and what each is of: its class or prompt, else its number."""
+"""(P, C, H, W) in [-1, 1], their NFE, and a label for each: its class or prompt, else its number."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a command is about, and how it is asked."""
+    """The model of a command, with its settings."""
 
     model: str
     device: str | None = None
@@ -58,26 +58,27 @@ class Subject:
             raise InputError(f"--guidance-scale is {scale}: expected a number of at least 0")
 
     def scale(self, plans: Sequence[Plan]) -> float | None:
-        """The guidance scale that was named, else the one of the plans."""
+        """The guidance scale given, else that of the plans."""
         return tuned_guidance(plans, self.guidance_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSubject(Subject):
-    """A network in a folder, or that of the demo."""
+    """A network in a folder, or the embedded model."""
 
     null_class: int | None = None
 
     @cached_property
     def loaded(self) -> Model:
+        """The model, loaded once."""
         return load_model(self.model, device=self.device, null_class=self.null_class)
 
     def conditioning(self, samples: int, plans: Sequence[Plan] = (), classes: Sequence[int] = ()) -> dict[str, Any]:
-        """Conditioning and guidance of `samples` samples."""
+        """Conditioning and guidance for `samples` samples."""
         return arguments(self.loaded, pick_labels(self.loaded, samples, classes), self.scale(plans))
 
     def question(self, samples: int, plans: Sequence[Plan] = ()) -> dict[str, Any]:
-        """What `tune` and `compare` are asked."""
+        """Arguments common to `tune` and `compare`."""
         return {
             "noise": draw_noise(self.loaded, samples, self.seed),
             "schedule": self.loaded.schedule,
@@ -114,7 +115,7 @@ class NetworkSubject(Subject):
         return images.float().cpu().numpy(), chosen.nfe, [names[each] if names else f"{each}" for each in asked]
 
     def export_onnx(self, plan: Plan | None, solver: Mapping[str, Any], path: Path) -> Plan:
-        """Writes the model of a plan, and returns the plan."""
+        """Exports the model with a plan to `path`, and returns the plan."""
         from olss_fast.onnx.export import export_onnx
 
         chosen, network = self.plan(plan, solver), self._module
@@ -194,7 +195,7 @@ class PipelineSubject(Subject):
 def subject(
     model: str, prompts: Path | None, dtype: str | None, null_class: int | None, *how: Any
 ) -> NetworkSubject | PipelineSubject:
-    """What `--model` is about: with `--prompts` a pipeline. how: the other fields of `Subject`, in turn."""
+    """The `Subject` of `--model`: with `--prompts` a pipeline. how: the other fields of `Subject`, in turn."""
     common = Subject(model, *how)
     if prompts is None:
         if dtype is not None:

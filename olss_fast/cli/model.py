@@ -1,4 +1,4 @@
-"""A network with what sampling from it takes: schedule, sample shape, classes. For the command line and the demo."""
+"""A network with its schedule, sample shape and classes, for the command line and the demo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEMO = "demo"
 
 
 class Model(Protocol):
-    """What `demo.load` and `adapters.diffusers.load_pipeline` return."""
+    """Common fields of the results of `demo.load` and `adapters.diffusers.load_pipeline`."""
 
     @property
     def network(self) -> Callable[..., Any]: ...
@@ -56,11 +56,12 @@ def draw_noise(model: Model, count: int, seed: int) -> Tensor:
 
 
 def device_of(model: Model) -> torch.device:
+    """The device of the network's parameters; the CPU if it has none."""
     return network_device([model.network]) or torch.device("cpu")
 
 
 def pick_labels(model: Model, count: int, classes: Sequence[int] = ()) -> list[int]:
-    """`count` labels, taking turns through `classes` (all of the model's if none are named); empty without classes."""
+    """`count` labels that cycle through `classes` (by default all of the model's); empty without classes."""
     if model.classes == 0:
         if classes:
             raise InputError(f"the classes {list(classes)} were asked for, but this model has none: leave them out")
@@ -92,7 +93,7 @@ def arguments(model: Model, labels: Sequence[int], guidance_scale: float | None 
 
 @contextmanager
 def counted(network: Network, title: str, total: int, *, progress: bool = True) -> Iterator[Network]:
-    """`network` with a progress bar that counts the samples it is asked about, `total` in the end."""
+    """`network` with a progress bar that counts evaluated samples, `total` at the end."""
     with evaluation_bar(title, total, progress) as bar:
 
         def ask(x: Tensor, timestep: Tensor, **conditioning: Any) -> Any:
@@ -104,7 +105,7 @@ def counted(network: Network, title: str, total: int, *, progress: bool = True) 
 
 
 def tuned_guidance(plans: Iterable[Plan], guidance_scale: float | None = None) -> float | None:
-    """`guidance_scale`, or if it is None the one that `plans` were tuned at; None if they do not say."""
+    """`guidance_scale`, or if None the one that `plans` were tuned at; None if they have none."""
     told = {plan.metadata["guidance_scale"] for plan in plans if "guidance_scale" in plan.metadata}
     if guidance_scale is not None or not told:
         return guidance_scale
@@ -118,7 +119,7 @@ def tuned_guidance(plans: Iterable[Plan], guidance_scale: float | None = None) -
 
 
 def solver_plan(schedule: NoiseSchedule, settings: Mapping[str, Any]) -> Plan:
-    """The plan of an analytic solver: `settings` are `solver`, its name, `steps`, and what else it takes."""
+    """The plan of an analytic solver: `settings` are `solver` (its name), `steps`, and its other arguments."""
     from olss_fast.solvers.table import TABLE
 
     settings = dict(settings)

@@ -1,4 +1,4 @@
-"""What the commands of `olss-fast` share: their options, and how bad input ends."""
+"""Options and error handling shared by the commands of `olss-fast`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 
 
 def named_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Bad input ends in one clear message and exit code 2, Ctrl-C in a word and 130, neither in a traceback."""
+    """Bad input ends in one clear message and exit code 2, Ctrl-C in one word and 130, neither with a traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -73,12 +73,13 @@ def named_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """NumPy's, or torch's of a GPU (by name, so that torch is not imported for this) or of the CPU."""
+    """True for out-of-memory errors of NumPy, and of torch on GPU or CPU (by name, without importing torch)."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
 
 
 def fail(message: str) -> NoReturn:
+    """Print the error and exit with code 2."""
     typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
     raise typer.Exit(BAD_INPUT)
 

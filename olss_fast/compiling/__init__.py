@@ -1,1 +1,1 @@
-"""A network made exportable: its arguments as flat tensors, its shapes, its graph. Engines and ONNX share it."""
+"""Exporting a network: its arguments as flat tensors, its shapes, its graph. Shared by engines and ONNX."""

@@ -1,7 +1,7 @@
-"""A network's arguments as a flat list of tensors: what compiled code takes.
+"""A network's arguments as a flat list of tensors, as compiled code takes them.
 
-Nested mappings and sequences are flattened to names with dots ("added_cond_kwargs.text_embeds"). What is no tensor is
-baked into the code.
+Nested mappings and sequences are flattened to dotted names ("added_cond_kwargs.text_embeds"). Values that are not
+tensors are baked into the code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from olss_fast.support.tree import as_tensor, dotted, flat, is_array, mapped, wi
 
 
 def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors. Lists of no tensors stay whole."""
+    """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors. Lists without tensors stay whole."""
     found: dict[str, Any] = {}
     for path, leaf in with_paths(dict(arguments), whole=_stays_whole) if arguments else []:
         if dotted(path) in found:
@@ -27,7 +27,7 @@ def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fixed_value(value: Any) -> str:
-    """What is baked into the code, as a manifest tells it."""
+    """The text of a baked-in value in a manifest."""
     return repr(value)[:200]
 
 
@@ -48,10 +48,10 @@ def require_names(arguments: object, what: str) -> Mapping[str, Any]:
 
 
 class FlatNetwork(nn.Module):
-    """`network` as forward(x, time, *tensors): the tensors in the order in which `flatten(example)` has them. What the
-    example holds is no array of numpy's.
+    """`network` as forward(x, time, *tensors), with the tensors in the order of `flatten(example)`. The example holds
+    no NumPy arrays.
 
-    lends_x: whether the network is handed x itself; where it writes to it, it must be handed a copy.
+    lends_x: pass x itself; a network that writes to its input must get a copy.
     """
 
     lends_x = True
@@ -63,7 +63,7 @@ class FlatNetwork(nn.Module):
 
     @property
     def form(self) -> str:
-        """How the arguments are nested."""
+        """The nesting of the arguments."""
         return str(flat(self._example)[1])
 
     def forward(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:

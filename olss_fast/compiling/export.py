@@ -1,4 +1,4 @@
-"""A network's graph for all the sizes of a profile, as torch.export writes it down."""
+"""A network's graph for all sizes of a profile, by torch.export."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from olss_fast.compiling.shapes import Profile
 from olss_fast.errors import BuildError
 
 ORDERS = {"StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan"}  # sympy's <, <=, >, >=
-COPIES = {torch.ops.aten.contiguous.default, torch.ops.aten.clone.default}  # they move values, and change none
+COPIES = {torch.ops.aten.contiguous.default, torch.ops.aten.clone.default}  # they move values without changing them
 
 
 def export(
@@ -28,8 +28,8 @@ def export(
 ) -> ExportedProgram:
     """The network's graph for all shapes of `profile`. inputs: x, time, and then the conditioning's tensors.
 
-    Code that asks whether a size is below some number ("copy, from 64 samples on") has two graphs. Both are written
-    down, and are one if they differ in nothing but copies.
+    Code that compares a size with some number ("copy, from 64 samples on") has two graphs. Both are exported, and count
+    as one if they differ only in copies.
 
     Raises BuildError: control flow that depends on values, or code that computes something else at other sizes.
     """
@@ -55,12 +55,12 @@ def export(
 
 
 def graph_text(exported: ExportedProgram) -> str:
-    """The graph with all shapes and ranges, the same for equal networks: where its lines came from is left out."""
+    """The graph with all shapes and ranges, equal for equal networks: without source locations."""
     return "\n".join(line for line in str(exported).splitlines() if not line.strip().startswith("# File: "))
 
 
 def _dimension(profile: Profile, axis: int, halves: int) -> Any:
-    """The sizes of one axis; of the batch, as the network sees it: both halves of a guided pair."""
+    """The sizes of one axis; for the batch, those of the network input, with both halves of a guided pair."""
     step = profile.multiple[axis]
     name = "batch" if axis == 0 else f"axis{axis}"
     base = torch.export.Dim(name, min=profile.min[axis] // step, max=profile.max[axis] // step)
@@ -69,10 +69,10 @@ def _dimension(profile: Profile, axis: int, halves: int) -> Any:
 
 
 class _CheckedIndices(TorchFunctionMode):
-    """Adds to the graph that indices into a table of embeddings, such as numbers of classes, are in its range.
+    """Adds checks to the graph that indices into embedding tables, such as class labels, are in range.
 
-    Compiled code looks too, but in several threads at once, where an exception ends the whole process. On a GPU this
-    would be a wait in every call, which no graph can capture.
+    Compiled code checks too, but in several threads at once, where an exception ends the process. On a GPU the check
+    would synchronise in every call, which no CUDA graph can capture.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,10 +83,10 @@ class _CheckedIndices(TorchFunctionMode):
 
 
 class _Questions(AbstractContextManager["_Questions"]):
-    """While a network is traced: what it asks about the order of sizes that vary, where the profile leaves it open.
+    """Records comparisons of variable sizes while a network is traced, if the profile leaves the answer open.
 
-    Torch would bind the graph to the answer, a guard. Here the graph goes on with the answer for the example, or with
-    the opposite one, and `asked` tells what was asked and where.
+    Torch would bind the graph to the answer by a guard. Here tracing continues with the answer for the example, or with
+    the opposite one, and `asked` records each comparison and its source line.
     """
 
     def __init__(self, *, opposite: bool = False) -> None:
@@ -115,23 +115,23 @@ def _settled(question: torch.SymBool) -> bool:
 
 
 def _asked_where(question: str) -> str:
-    """`question`, and the line of code outside torch that asks it."""
+    """`question`, and the line of code outside torch that makes the comparison."""
     ours = (__file__, str(Path(torch.__file__).parent))
     *_, frame = (each for each in traceback.extract_stack() if not each.filename.startswith(ours))
     return f"{question} ({frame.filename}, line {frame.lineno})"
 
 
 def _same_otherwise(exported: ExportedProgram, traced: Any, questions: _Questions) -> bool:
-    """Whether the opposite answers lead to the same graph."""
+    """True if the opposite answers lead to the same graph."""
     try:
         other = traced(_Questions(opposite=True))
-    except Exception:  # whatever the code does where it refuses such sizes
+    except Exception:  # code that refuses such sizes may raise anything
         return False
     return _operations(exported) == _operations(other)
 
 
 def _operations(exported: ExportedProgram) -> list[str]:
-    """What the graph computes, in order: each operator and what it is applied to, by number; without copies."""
+    """The graph's operations in order, without copies: each operator and its numbered arguments."""
     graphs = [each.graph for each in exported.graph_module.modules() if isinstance(each, fx.GraphModule)]
     return [line for graph in graphs for line in _lines(graph)]
 
@@ -150,7 +150,7 @@ def _lines(graph: fx.Graph) -> list[str]:
 
 
 def _reason(cause: Exception) -> str:
-    """Why torch cannot export, in words: its guards are about symbols that nobody has seen."""
+    """Why torch cannot export, in plain words: its guards name internal symbols."""
     _, found, advice = str(cause).partition("Suggested fixes:\n")
     if not found:
         return shortened(cause)

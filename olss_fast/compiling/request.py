@@ -1,4 +1,4 @@
-"""What is asked of `build`, all of it checked before minutes are spent on it."""
+"""The arguments of `build`, all checked before minutes are spent on compiling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESERVED = {"noise", "seed", "shape", "steps", "plan", "guidance_scale", "uncond
 
 @dataclass(frozen=True)
 class Request:
-    """What is built, all of it checked. tensors: the example's, by name, `unconditional` alike, of one row each."""
+    """The checked arguments. tensors: the example's, by name; `unconditional` likewise, with one row each."""
 
     flat: FlatNetwork
     profile: Profile
@@ -43,12 +43,12 @@ class Request:
 
     @property
     def per_sample(self) -> list[bool]:
+        """`is_per_sample` of each tensor."""
         return [is_per_sample(each, self.profile) for each in self.tensors.values()]
 
     def inputs(self, least: int = 1, *, time: float | None = None, shape: Sequence[int] | None = None) -> list[Tensor]:
-        """x, time and the example's tensors, as the network sees them at `shape`, by default `opt`; of an axis that is
-        not fixed at least `least` steps, since one is a special case for torch.export. time: default: the first of the
-        first plan."""
+        """x, time and the example's tensors at `shape` (default: `opt`), with at least `least` steps in each dynamic
+        axis, since one is a special case for torch.export. time defaults to the first timestep of the first plan."""
         sizes = list(self.profile.opt if shape is None else shape)
         for axis in self.profile.dynamic:
             sizes[axis] = max(sizes[axis], least * self.profile.multiple[axis])
@@ -114,9 +114,9 @@ def checked_request(
 
 
 def _check_callable(request: Request) -> None:
-    """A network that cannot be called is found before minutes are spent on it, and one that writes to its input.
+    """Tries a call before minutes are spent on compiling, also to find out if the network writes to its input.
 
-    Raises NetworkError.
+    Raises NetworkError if it cannot be called.
     """
     inputs = request.inputs()
     x = inputs[0].clone()
@@ -140,7 +140,7 @@ def _noise(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Te
 
 
 def named_plans(plan: Any) -> dict[str, Plan]:
-    """By name. Plans without a name are called by their method and NFE."""
+    """Plans by name; those without one are named by their method and NFE. InputError for unusable names."""
     if isinstance(plan, Mapping):
         named = dict(plan)
     else:
@@ -181,7 +181,7 @@ def _dtype(network: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _prepared(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The network itself, or a copy of it where it has another dtype or lies elsewhere."""
+    """The network itself, or a copy if its dtype or device differs."""
     tensors = [*network.parameters(), *network.buffers()]
     fits = all(each.device == device and (not each.is_floating_point() or each.dtype == dtype) for each in tensors)
     return network if fits else copy.deepcopy(network).to(device=device, dtype=dtype)
@@ -193,16 +193,17 @@ def _on_device(leaf: Any, device: torch.device) -> Any:
 
 
 def is_per_sample(value: Tensor, profile: Profile) -> bool:
+    """True if the first axis of `value` has the batch size of the example."""
     return value.ndim > 0 and value.shape[0] == profile.opt[0]
 
 
 def _repeated(value: Tensor, batch: int) -> Tensor:
-    """Its rows, in turn, as many as `batch`."""
+    """`batch` rows, cycling through those of `value`."""
     return value[torch.arange(batch, device=value.device) % value.shape[0]]
 
 
 def _one_row(name: str, whole: Tensor, own: bool) -> Tensor:
-    """What stands for every sample in the unconditional half."""
+    """The row that stands for every sample in the unconditional half."""
     first = whole[:1] if own else whole
     if not torch.equal(whole, first.expand(whole.shape)):
         raise InputError(f"the rows of unconditional[{name!r}] differ; expected one row that stands for every sample")

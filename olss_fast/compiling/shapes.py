@@ -12,16 +12,16 @@ from olss_fast.errors import InputError
 Shape = tuple[int, ...]
 MULTIPLE = 8  # most networks halve their images three times
 LARGEST = 2**31 - 1
-DTYPES = ("float16", "bfloat16", "float32", "float64")  # of noise
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # axes of noise
 
 
 @dataclass(frozen=True, init=False)
 class Profile:
     """Shapes (B, …) of the noise: size s of axis i fits if min[i] <= s <= max[i] and multiple[i] divides it.
 
-    `opt` is what the engine is compiled and measured at. An axis with min = max is fixed. `multiple` is 1 for the batch
-    and, unless it is given, the greatest common divisor of min, opt, max and 8 for other axes: networks that halve
-    their images take no other sizes.
+    The engine is compiled and measured at `opt`. An axis with min = max is fixed. `multiple` defaults to 1 for the
+    batch and to the greatest common divisor of min, opt, max and 8 for other axes: networks that halve their images
+    take no other sizes.
 
     Raises:
         InputError: shapes of different lengths or fewer than two axes, sizes below 1, not min <= opt <= max, or a
@@ -74,7 +74,7 @@ class Profile:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in a manifest."""
+        """The profile's entry in a manifest."""
         return {name: list(getattr(self, name)) for name in ("min", "opt", "max", "multiple")}
 
     def __str__(self) -> str:

@@ -1,11 +1,11 @@
-"""The embedded model: a class-conditional pixel diffusion model that comes with the package, and what judges it.
+"""The embedded model: a class-conditional pixel diffusion model that comes with the package, and its classifier.
 
     model = olss_fast.demo.load()
     raw = model.network(x, timestep, class_labels=y)          # (B, 1, 32, 32) -> predicted noise (B, 1, 32, 32)
     images = olss_fast.demo.pipeline()([3, 17]).images        # the same as a pipeline of diffusers
 
 Classes 0-9 are MNIST's digits, 10-19 Fashion-MNIST's garments, `null_class` is the label for "any" that guidance
-needs. Everything is read from files of the package, never from a network. The folder `model/` beside this file is
+needs. Everything is read from the package's files; nothing is downloaded. The folder `model/` beside this file is
 an ordinary diffusers pipeline (`DDIMPipeline`); its README.md is the model card.
 """
 
@@ -47,7 +47,7 @@ __all__ += ["pipeline", "reference_statistics"]
 
 @dataclass(frozen=True)
 class DemoModel:
-    """The embedded network with all that sampling from it takes.
+    """The embedded network with its schedule, sample shape and classes.
 
     `network(x, timestep, class_labels=y)`: x (B, *shape), timestep (B,) in 0..999 (need not be whole), y (B,) int64.
     """
@@ -64,7 +64,7 @@ class DemoModel:
 def load(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DemoModel:
     """The embedded model on `device` (default: a GPU if there is one) in `dtype` (default: float32).
 
-    Raises `ModelError` if a file of the model is missing or unreadable, `InputError` for a device that is not there.
+    Raises `ModelError` if a file of the model is missing or unreadable, `InputError` for an unavailable device.
     """
     from olss_fast.schedule.noise_schedule import NoiseSchedule
 
@@ -81,11 +81,10 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
 
 
 def pipeline(device: torch.device | str | None = None) -> ClassPipeline:
-    """The embedded model as a pipeline of diffusers: `pipe([3, 17], num_inference_steps=20).images`. Errors as in
-    `load`.
+    """The embedded model as a diffusers pipeline: `pipe([3, 17], num_inference_steps=20).images`. Errors as in `load`.
 
-    Where it was saved, `ClassPipeline.from_pretrained(folder)` loads it; `DiffusionPipeline.from_pretrained` needs to
-    be told custom_pipeline=olss_fast.demo.class_pipeline.__file__ and trust_remote_code=True.
+    Once saved, load it with `ClassPipeline.from_pretrained(folder)`; `DiffusionPipeline.from_pretrained` needs
+    custom_pipeline=olss_fast.demo.class_pipeline.__file__ and trust_remote_code=True.
     """
     place = _device(device)
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
@@ -115,7 +114,7 @@ def classifier(device: torch.device | str | None = None) -> Classifier:
 
 
 def reference_statistics() -> FeatureStatistics:
-    """Mean (64,) and covariance (64, 64) of the classifier's features over real test images, classes counting alike.
+    """Mean (64,) and covariance (64, 64) of the classifier's features on real test images, with equal class weights.
 
     For `metrics.frechet_distance`. Raises `ModelError` if the file is missing or unreadable.
     """
@@ -134,7 +133,7 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[Path]:
-    """Turn whatever goes wrong while reading `path` into a `ModelError` that names it."""
+    """Turn any error while reading `path` into a `ModelError` that names it."""
     if not path.is_file():
         raise ModelError(f"{path} is missing: reinstall olss_fast, or make it with tools/train_demo.py")
     try:

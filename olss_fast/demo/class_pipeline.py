@@ -1,4 +1,4 @@
-"""A diffusers pipeline that is asked for classes: the embedded model as those who use pipelines know models."""
+"""A class-conditional diffusers pipeline for the embedded model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Base: Any = DiffusionPipeline
 
 class ClassPipeline(_Base):  # type: ignore[misc]
     """`pipe(class_labels, num_inference_steps=…)`: images of these classes, by a UNet2DModel with classifier-free
-    guidance. Classes are the labels below `null_class`, which means any. Every scheduler of diffusers fits its slot."""
+    guidance. Classes are the labels below `null_class`, which means any. Works with every diffusers scheduler."""
 
     def __init__(self, unet: Any, scheduler: Any, null_class: int = CLASSES) -> None:
         super().__init__()
@@ -37,10 +37,10 @@ class ClassPipeline(_Base):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """One image a label. `generator`: one, or a list of one an image; `latents`: unit noise in its place;
+        """One image per label. `generator`: one, or a list of one per image; `latents`: unit noise, in its place;
         `output_type`: "pil", "np" (B, H, W, C) in [0, 1], or "latent", the tensor (B, C, H, W) in [-1, 1].
 
-        Raises InputError for labels that are no classes.
+        Raises InputError for labels that are not classes.
         """
         labels = self._labels(class_labels)
         shape = (len(labels), self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)

@@ -12,8 +12,8 @@ from torch import nn
 class Classifier(nn.Module):
     """Images (B, 1, 32, 32) in [-1, 1] -> logits (B, 20) and the 64 features (B, 64) they are computed from.
 
-    The features are taken before their activation, where they are closest to the Gaussian that a Fréchet distance
-    assumes. Images are clamped to [-1, 1] first, as writing them to a file would do.
+    The features are taken before the activation, where they are closest to the Gaussian that a Fréchet distance
+    assumes. Images are clamped to [-1, 1] first, as when written to a file.
     """
 
     num_features = 64

@@ -1,4 +1,4 @@
-"""`olss_fast.export_onnx`: network, guidance and plan as one ONNX model, for ONNX Runtime and its kin.
+"""`olss_fast.export_onnx`: network, guidance and plan as one ONNX model, for ONNX Runtime and others.
 
     how = {"conditioning": {"y": y}, "unconditional": {"y": null}, "guidance_scale": 3.0}
     olss_fast.export_onnx(network, plan, "five.onnx", shape=noise.shape, **how)
@@ -9,17 +9,17 @@ The model's inputs are
 | name | shape | |
 |---|---|---|
 | noise | (batch, …) | unit Gaussian, of the network's dtype |
-| step_noise | (Z, batch, …) | float32, fresh unit noises; of stochastic plans only |
-| the network's arguments by name | (batch, …), or as they came | nested ones joined by dots: "added.text_embeds" |
-| unconditional.NAME | (1, …) | may be left out: stands for every sample in the unconditional half |
-| guidance_scale | () | may be left out; float32, or float64 for float64 networks |
+| step_noise | (Z, batch, …) | float32, fresh unit noises; for stochastic plans only |
+| the network's arguments by name | (batch, …), or as given | nested ones joined by dots: "added.text_embeds" |
+| unconditional.NAME | (1, …) | optional; used for every sample in the unconditional half |
+| guidance_scale | () | optional; float32, or float64 for float64 networks |
 
-and its output is `sample` (batch, …), in the network's dtype. The batch is free; all other sizes are those of the
-export. A Loop calls the network as often as the plan's tables say. They are the initialisers `plan.rows`,
-`plan.timesteps`, `plan.columns` and `plan.nfe`: a longer plan makes no larger graph. Weights keep the names that they
-have in the network's state_dict. The model's metadata hold those of the plan, and the version of olss_fast.
+and its output is `sample` (batch, …), in the network's dtype. The batch size is free; all other sizes are fixed at
+export. A Loop calls the network NFE times, by the plan's tables. They are the initialisers `plan.rows`,
+`plan.timesteps`, `plan.columns` and `plan.nfe`: a longer plan does not make the graph larger. Weights keep their names
+in the network's state_dict. The model's metadata holds that of the plan and the version of olss_fast.
 
-No value is looked at: NaN or infinity goes through to the sample.
+Values are not checked: NaN or infinity propagates to the sample.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ def export_onnx(
 
     Args:
         network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, in evaluation mode. Not changed.
-        plan: any Plan that asks one network.
-        shape: (B, …) of the noise that `conditioning` belongs to. The model takes any batch.
-        conditioning: the network's other arguments. A tensor whose first size is B belongs to the samples and becomes
-            an input (batch, …), any other tensor an input of its own shape. What is no tensor is baked in.
-        unconditional: as for `sample`; one row, or rows that are all the same. The network of such a model is always
-            handed both halves, in one doubled batch.
-        guidance_scale: what `guidance_scale` is if left out. Default: what the plan was tuned at, else 1.
+        plan: any Plan of a single network.
+        shape: (B, …) of the noise that matches `conditioning`. The model takes any batch size.
+        conditioning: the network's other arguments. A tensor whose first size is B is per sample and becomes an input
+            (batch, …), any other tensor an input of its own shape. Values that are not tensors are baked in.
+        unconditional: as for `sample`; one row, or identical rows. The network then always gets both halves in one
+            doubled batch.
+        guidance_scale: the model's default. Default: the scale the plan was tuned at, else 1.
 
-    Weights beyond what fits into one file (2 GB) lie in a second one beside it, `<name>.<digest>.data`. Either file is
+    Weights that do not fit in one file (2 GB) go to a second file beside it, `<name>.<digest>.data`. Both files are
     written atomically, the model last.
 
     Raises:
-        InputError: arguments that do not fit each other. NetworkError: the network cannot be called with them.
-        BuildError: packages that this needs are missing, or the network cannot be expressed in ONNX.
+        InputError: inconsistent arguments. NetworkError: the network cannot be called with them.
+        BuildError: required packages are missing, or the network cannot be expressed in ONNX.
         ModelError: the file cannot be written.
     """
     _check_plan(plan)
@@ -135,7 +135,7 @@ def _request(
     unconditional: Conditioning | None,
     guidance_scale: float | None,
 ) -> Request:
-    """The arguments, checked: what an engine of this network, for any batch, would be built from."""
+    """The checked arguments, as for an engine of this network for any batch size."""
     sizes = Profile.of(shape).opt
     profile = Profile((1, *sizes[1:]), sizes, (LARGEST, *sizes[1:]))
     taken = sorted(RESERVED & set(require_names(conditioning, "conditioning")))
@@ -168,7 +168,7 @@ def _one_call(request: Request) -> onnx_ir.Model:
 
 
 def _root(cause: BaseException) -> BaseException:
-    """The exporter wraps what went wrong in pages of advice."""
+    """The root cause: the exporter wraps errors in pages of advice."""
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return cause

@@ -1,4 +1,4 @@
-"""ONNX models as files: checked, and written atomically; weights that are too large for one file in a second one."""
+"""ONNX models as files: checked and written atomically, with weights too large for one file in a second one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALIGNMENT = 64
 
 
 def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write `model`, whose names and notes are tidied. Raises BuildError for an invalid one, ModelError."""
+    """Write `model` after tidying its names and notes. Raises BuildError for an invalid model, ModelError."""
     _tidy(model)
     weights = [each for each in model.graph.initializers.values() if _tensor(each).nbytes >= SMALL]
     outside: tuple[Path, list[memoryview]] | None = None
@@ -35,7 +35,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
 
 
 def _tidy(model: ir.Model) -> None:
-    """Unique names, and nothing left of the exporter's notes, which quote source files of the network."""
+    """Makes names unique and removes the exporter's notes, which quote the network's source files."""
     NameFixPass()(model)
     ClearMetadataAndDocStringPass()(model)
     for graph in model.graphs():
@@ -45,9 +45,9 @@ def _tidy(model: ir.Model) -> None:
 
 
 def _move_out(weights: list[ir.Value], path: Path) -> tuple[Path, list[memoryview]]:
-    """Make the weights refer to a file beside the model; the file, and what belongs into it.
+    """Make the weights refer to a file beside the model; returns that file and its content.
 
-    No other weights have a file of that name, so that a model never lies beside weights that are not its own.
+    The name is unique to the weights, so a model never lies beside weights that are not its own.
     """
     buffers = [part for each in weights for part in _parts(_tensor(each))]
     digest = hashlib.sha256()
@@ -79,7 +79,7 @@ def _tensor(weight: ir.Value) -> ir.TensorProtocol:
 
 
 def _check(proto: onnx.ModelProto) -> None:
-    """onnx's checker and its shape inference. Weights outside, whose file is not there yet, stand in as inputs."""
+    """onnx's checker and shape inference. External weights, whose file does not exist yet, are treated as inputs."""
     outside = [each for each in proto.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL]
     if outside:
         inside = [each for each in proto.graph.initializer if each.data_location != onnx.TensorProto.EXTERNAL]

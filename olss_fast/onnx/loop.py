@@ -9,9 +9,9 @@ network output f of evaluation i (doubled batch: the unconditional half u first,
                 history[columns[i]] = f, or u + g (c - u), or u and c
     sample           = rows[S] · history
 
-Sums are formed in float32 (float64 for float64 networks) and rounded once, as `olss_fast.kernels.step` does. History
-holds what is rounded to the network's dtype, in the wider type of the sums. Where that is no wider, history[0] = x too,
-and rows are increments (`olss_fast.executors.increments`).
+Sums are formed in float32 (float64 for float64 networks) and rounded once, as in `olss_fast.kernels.step`. History
+holds values rounded to the network's dtype, in the dtype of the sums. If both dtypes are equal, history[0] = x too, and
+rows are increments (`olss_fast.executors.increments`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from olss_fast import __version__
 from olss_fast.executors.increments import increments
 from olss_fast.plan.plan import Plan
 
-IR_VERSION = 10  # the oldest that knows everything used here, so that older runtimes read it
+IR_VERSION = 10  # the oldest version with everything used here, for older runtimes
 
 
 @dataclass(frozen=True)
 class Argument:
     """A tensor among the network's arguments.
 
-    name: of the model's input; that of a nested argument is joined by dots. shape: the example's. per_sample: whether
-    the first axis is the batch. unconditional: (1, …) what stands for every sample in the unconditional half; None
-    where the batch is not doubled, or the argument belongs to no sample.
+    name: of the model's input; nested names are joined by dots. shape: the example's. per_sample: true if the first
+    axis is the batch. unconditional: (1, …), used for every sample in the unconditional half; None if the batch is not
+    doubled or the argument is not per sample.
     """
 
     name: str
@@ -54,10 +54,10 @@ def loop_model(
     *,
     guidance_scale: float | None,
 ) -> ir.Model:
-    """The whole sampler as one model, made of the parts of `network`, which is used up.
+    """The whole sampler as one model, built from the parts of `network`, which is consumed.
 
-    network: one call; its inputs are x, the times, then `arguments`. shape: of one sample. guidance_scale: the default;
-    None where the batch is not doubled.
+    network: one call; its inputs are x, the timesteps, then `arguments`. shape: of one sample. guidance_scale: the
+    default; None if the batch is not doubled.
     """
     graph = network.graph
     writer = _Writer(plan, _dtype_of(graph.inputs[0]), shape, doubled=guidance_scale is not None)
@@ -95,7 +95,7 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 
 class _Writer:
-    """Writes what is around the network: nodes, inputs and initialisers of the model."""
+    """Writes everything around the network: nodes, inputs and initialisers of the model."""
 
     def __init__(self, plan: Plan, dtype: ir.DataType, shape: Sequence[int], *, doubled: bool) -> None:
         self.plan, self.dtype, self.shape, self.doubled = plan, dtype, tuple(shape), doubled
@@ -124,7 +124,7 @@ class _Writer:
         return self.op("Concat", *parts, axis=0)
 
     def argument(self, argument: Argument, dtype: ir.DataType) -> ir.Value:
-        """What the network is handed for it: the model's input, or both halves of the doubled batch."""
+        """The network's value for it: the model's input, or both halves of the doubled batch."""
         shape: list[int | str] = [*argument.shape]
         if argument.per_sample:
             shape[0] = "batch"
@@ -135,7 +135,7 @@ class _Writer:
         return self.op("Concat", self.op("Expand", row, self.op("Shape", given)), given, axis=0)
 
     def body(self, network: ir.Graph, guidance: ir.Value | None) -> ir.Graph:
-        """One evaluation: its number, whether to go on, history -> whether to go on, history."""
+        """One evaluation as the Loop's body: its index, condition, history -> condition, history."""
         number = ir.val("number", ir.DataType.INT64, [])
         go_on = ir.val("go_on", ir.DataType.BOOL, [])
         history = ir.val("history", self.sums, [self.plan.columns, None])
@@ -164,7 +164,7 @@ class _Writer:
         return self.op("Cast", self.op("Reshape", total, self.batch), to=self.dtype)
 
     def outputs(self, output: ir.Value, guidance: ir.Value | None) -> ir.Value:
-        """The network's output as it goes into history: (b, N)."""
+        """The network's output as stored in history: (b, N)."""
         halves = self.table("shape.halves", [2 if self.doubled else 1, -1], np.int64)
         columns = self.widened(self.op("Cast", self.op("Reshape", output, halves), to=self.dtype))
         if guidance is None:
@@ -174,7 +174,7 @@ class _Writer:
         return self.widened(self.op("Cast", guided, to=self.dtype))
 
     def columns(self) -> ir.Value:
-        """Which columns are written after evaluation i: (S, b, 1), or (S, 1 + b, 1) with that of x."""
+        """The columns written after evaluation i: (S, b, 1), or (S, 1 + b, 1) with that of x."""
         evaluations = np.arange(self.plan.nfe)[:, None, None] * self.plan.branches
         outputs = 1 + evaluations + np.arange(self.plan.branches)[:, None]
         columns = np.concatenate([np.zeros_like(outputs[:, :1]), outputs], axis=1) if self.anchored else outputs
@@ -194,7 +194,7 @@ class _Writer:
         return value
 
     def optional(self, name: str, default: ir.TensorProtocol) -> ir.Value:
-        """An input that may be left out."""
+        """An optional input."""
         value = self.initializer(name, default)
         self.inputs.append(value)
         return value
@@ -233,6 +233,6 @@ def _take_nodes(graph: ir.Graph) -> list[ir.Node]:
 def _body(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node]) -> ir.Graph:
     body = ir.Graph(inputs, outputs, nodes=nodes, name="evaluation")
     for node in ir.traversal.RecursiveGraphIterator(body):
-        for value in node.outputs:  # no name of the model around a body may come again in it
+        for value in node.outputs:  # a body may not reuse names of the surrounding model
             value.name = f"{body.name}/{value.name}"
     return body

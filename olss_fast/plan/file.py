@@ -1,4 +1,4 @@
-"""Plan files: what is in the container (`support.container`) of a Plan. Any safetensors library reads the arrays.
+"""Plan files: a Plan in a container (`support.container`). Any safetensors library reads the arrays.
 
 Version 1. S >= 1 evaluations, C columns; all little-endian, in C order, and in this order:
 
@@ -6,15 +6,14 @@ Version 1. S >= 1 evaluations, C columns; all little-endian, in C order, and in 
     alphas     F64 [S+1]      rows       F64 [S+1, C]
     sigmas     F64 [S+1]      timesteps  F64 [S]
 
-The entry "olss_fast.plan" has exactly the members that every file has, and
+The entry "olss_fast.plan" has exactly the members common to all files, and
 
     branches  1 or 2
     metadata  object of strings
 
-Forbidden, each with its own message, beside what the container forbids: a file above 16 MiB or a header above 1 MiB
-(looked at before reading them); more than 4,096 evaluations or 16,384 columns; other, missing or additional tensors,
-dtypes, dimensions or members; whatever `Plan` forbids (a value that is not finite, a causality violation, shapes that
-do not fit each other).
+Also forbidden, besides what the container forbids, each with its own message: a file above 16 MiB or a header above
+1 MiB (checked before reading); more than 4,096 evaluations or 16,384 columns; other, missing or additional tensors,
+dtypes, dimensions or members; whatever `Plan` forbids (non-finite values, causality violations, inconsistent shapes).
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """The Plan: a deterministic or stochastic sampler as data.
 
-Symbols: S network evaluations (NFE), b branches (1, or 2 when the unconditional and the conditional output are
-kept apart), Z fresh noises. The basis is
+Symbols: S network evaluations (NFE), b branches (1, or 2 if the unconditional and the conditional output have separate
+columns), Z fresh noises. The basis is
 
     [ x_T | f_0 … f_{S-1} | z_1 … z_Z ]          (b = 1)
     [ x_T | u_0 c_0 … u_{S-1} c_{S-1} | z_1 … ]  (b = 2)
 
 x_T unit initial noise, f_i the raw output of evaluation i (u_i unconditional, c_i conditional), z_k unit noises.
-Row i < S of `rows` forms the input of evaluation i, row S forms the sample; nothing but rows · basis is ever
-computed while sampling. Everything is float64, read-only, and checked when the plan is made.
+Row i < S of `rows` forms the input of evaluation i, row S forms the sample; sampling computes only rows · basis.
+Everything is float64, read-only, and checked when the plan is made.
 
 Source: Duan et al., "Optimal Linear Subspace Search", CIKM 2023, section 3, where the coefficients are fitted; the
-same form holds every linear sampler (DDIM, DPM-Solver++, UniPC, …).
+same form represents every linear sampler (DDIM, DPM-Solver++, UniPC, …).
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from olss_fast.support.text import a
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-LARGEST_TIME = float(np.finfo(np.float32).max)  # networks are handed their times as float32
+LARGEST_TIME = float(np.finfo(np.float32).max)  # networks get their timesteps as float32
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Plan:
-    """A sampler of S network evaluations as times and coefficients.
+    """A sampler of S network evaluations as timesteps and coefficients.
 
     Args (keyword only; anything `numpy.asarray` takes; copied, cast to float64, made read-only):
-        timesteps: (S,) what the network is handed as time at evaluation i, in the network's own unit. S >= 1.
-            Within float32, which networks are handed.
-        rows: (S+1, 1 + S·branches + Z) coefficients over the basis. Strictly causal: row i is exactly 0 at every
-            output of evaluation j >= i, because that output does not exist yet when row i is formed.
+        timesteps: (S,) the timestep passed to the network at evaluation i, in the network's own unit. S >= 1. Within
+            the range of float32, the dtype in which it is passed.
+        rows: (S+1, 1 + S·branches + Z) coefficients over the basis. Strictly causal: row i is exactly 0 for every
+            output of evaluation j >= i, which does not exist yet when row i is formed.
         alphas, sigmas: (S+1,) signal and noise level of each row, >= 0 and not both 0. For diagnosis and plots.
         models: (S,) integers >= 0: which network evaluates step i. Zeros if left out.
         branches: 1, or 2 for separate unconditional and conditional columns (1+2i and 2+2i of evaluation i).
         metadata: str -> str, facts for people and tools ("method", "spacing", "prediction_type", …).
 
     Raises:
-        PlanError: a wrong shape or dtype, a value that is not finite, a causality violation, unusable metadata.
+        PlanError: a wrong shape or dtype, a non-finite value, a causality violation, unusable metadata.
 
     Two plans are equal if they are the same function: equal `timesteps`, `rows`, `models` and `branches`. The other
-    fields describe; they take no part in equality and hash. Negative zeros become zeros, so equal means equal bytes.
+    fields are descriptive and ignored by equality and hash. Negative zeros become zeros, so equal means equal bytes.
     """
 
     timesteps: Floats
@@ -127,7 +127,7 @@ class Plan:
         return ("x_T", *outputs, *(f"z_{k + 1}" for k in range(self.noises)))
 
     def replace(self, **changes: Any) -> Plan:
-        """A copy with some fields changed, checked like any new plan: `plan.replace(metadata={...})`."""
+        """A copy with some fields changed, validated like any new plan: `plan.replace(metadata={...})`."""
         return Plan(**{**self._fields(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Plan:
         return f"Plan({method!r}, nfe={self.nfe}, columns={self.columns}, branches={self.branches})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # In-process copies (copy, deepcopy, worker processes) go through the constructor: checked and read-only again.
+        # Copies (copy, deepcopy, worker processes) go through the constructor: validated and read-only again.
         return _rebuild, (self._fields() | {"metadata": dict(self.metadata)},)
 
     def _fields(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _rebuild(values: dict[str, Any]) -> Plan:
     return Plan(**values)
 
 
-# --- conversion: whatever comes becomes a read-only array, or a PlanError ------------------------------------------
+# --- conversion: every argument becomes a read-only array, or a PlanError ------------------------------------------
 
 
 def _array(name: str, value: ArrayLike, kinds: str, dimensions: int) -> NDArray[Any]:
@@ -208,7 +208,7 @@ def _array(name: str, value: ArrayLike, kinds: str, dimensions: int) -> NDArray[
 
 
 def _floats(name: str, value: ArrayLike, *, dimensions: int) -> Floats:
-    with np.errstate(over="ignore", invalid="ignore"):  # of a long double comes inf, which the next check names
+    with np.errstate(over="ignore", invalid="ignore"):  # a long double may become inf, which the next check names
         array = _array(name, value, "fiu", dimensions).astype(np.float64) + 0.0  # -0.0 + 0.0 == 0.0: canonical bytes
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):

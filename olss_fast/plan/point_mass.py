@@ -1,6 +1,6 @@
-"""The point-mass diagnostic: what a plan does to data whose exact network output is known.
+"""The point-mass diagnostic: a plan applied to data with a known exact network output.
 
-If all data are one point m, the state at levels (a, s) is x = a m + s ε, and the exact raw output of the network is
+If all data is one point m, the state at levels (a, s) is x = a m + s ε, and the exact raw output of the network is
 
     epsilon       ε                                              = ( 0, 1)
     sample        m                                              = ( 1, 0)
@@ -9,11 +9,10 @@ If all data are one point m, the state at levels (a, s) is x = a m + s ε, and t
     edm           F = (m − c_skip x) / c_out, x = m + (s/a) ε    = ( s/σ_d, −a σ_d) / √(s² + a² σ_d²)
 
 as (signal, noise). (v: Salimans and Ho 2022, appendix D; F: Karras et al. 2022, table 1; a, s are the levels of the
-row as handed to the network, so for edm a is c_in.) A consistent solver makes row i reproduce (alphas[i], sigmas[i]).
+network input, so for edm a is c_in.) With a consistent solver row i reproduces (alphas[i], sigmas[i]).
 
-With fresh noises, ε of the state is no longer the initial noise but a unit mixture of it and of the z drawn so far.
-So the noise part is a vector over [initial noise, z_1 … z_Z], and its length (root of the sum of squares) is
-compared with sigmas[i].
+With fresh noises, ε of the state is a unit mixture of the initial noise and the z drawn so far. So the noise part is a
+vector over [initial noise, z_1 … z_Z], and its length (root of the sum of squares) is compared with sigmas[i].
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ ExactOutput = Callable[[float, float], tuple[float, float]]
 def point_mass_residual(plan: Plan) -> Floats:
     """(signal, noise) of every row minus (alphas, sigmas), (S+1, 2), in the unit of the levels.
 
-    Raises PlanError where metadata["prediction_type"] is missing or unknown (and "sigma_data" for edm), and where
-    rows[0, 0] is 0, because the scale of the initial noise is read from there.
+    Raises PlanError if metadata["prediction_type"] is missing or unknown (and "sigma_data" for edm), and if
+    rows[0, 0], the scale of the initial noise, is 0.
     """
     exact_output = exact_output_of(plan)
     outputs = [exact_output(*levels) for levels in zip(plan.alphas.tolist(), plan.sigmas.tolist(), strict=True)]
@@ -44,9 +43,9 @@ def point_mass_residual(plan: Plan) -> Floats:
 
 
 def levels_of_rows(plan: Plan, outputs: Sequence[tuple[float, float]]) -> Floats:
-    """(signal, noise) that each row really has, (S+1, 2), if evaluation i answers `outputs[i]` = (signal, noise).
+    """The actual (signal, noise) of each row, (S+1, 2), if evaluation i returns `outputs[i]` = (signal, noise).
 
-    The first row starts from (alphas[0], sigmas[0]). PlanError where rows[0, 0] is 0.
+    The first row starts from (alphas[0], sigmas[0]). PlanError if rows[0, 0] is 0.
     """
     if plan.rows[0, 0] == 0:
         raise PlanError("rows[0, 0] is 0; the first network input must contain the initial noise x_T")
@@ -76,7 +75,7 @@ def _noise_level(noise: Floats) -> float:
 
 
 def _unit_noise(noise: Floats) -> Floats:
-    """ε of a state: the direction of its noise; the initial noise where there is none or no other."""
+    """ε of a state: the direction of its noise; the initial noise if there is none or no other."""
     length = float(np.linalg.norm(noise))
     if noise.size == 1 or length == 0:
         initial: Floats = np.eye(noise.size)[0]
@@ -85,7 +84,7 @@ def _unit_noise(noise: Floats) -> Floats:
 
 
 def exact_output_of(plan: Plan) -> ExactOutput:
-    """(alpha, sigma) -> signal and noise of the exact output at alpha m + sigma eps. PlanError if it is not known."""
+    """(alpha, sigma) -> signal and noise of the exact output at alpha m + sigma eps. PlanError if unknown."""
     prediction = plan.metadata.get("prediction_type")
     if prediction == "edm":
         return edm_output(_sigma_data(plan))

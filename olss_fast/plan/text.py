@@ -1,8 +1,8 @@
 """A plan for people: one line of facts, a table with a row per evaluation, and the remaining metadata.
 
-lambda is log(alpha / sigma), half the logarithm of the signal-to-noise ratio. A coefficient that causality forces to
-be zero is left blank; one that happens to be zero is a dot. Where not all columns fit, each row shows x_T and its
-newest outputs: f[i-1] is the output just before row i.
+lambda is log(alpha / sigma), half the log signal-to-noise ratio. A coefficient that causality forces to zero is left
+blank; one that happens to be zero is a dot. If not all columns fit, each row shows x_T and its newest outputs: f[i-1]
+is the output just before row i.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def describe(plan: Plan, *, width: int = 120) -> str:
     """The text of `Plan.describe`. Lines are at most `width` characters, but never below the columns of levels."""
     width = checked_count("width", width)
     levels = _level_columns(plan)
-    room = width - _space(levels) + len(_GAP)  # there is no gap before the first column
+    room = width - _space(levels) + len(_GAP)  # no gap before the first column
     table = _joined(levels + _coefficients(plan, room))
     facts = clipped(_facts(plan), width)
     return "\n".join([facts, "", *table, *_notes(plan, width)])
@@ -74,7 +74,7 @@ def _coefficients(plan: Plan, room: int) -> list[list[str]]:
 
 
 def _newest(plan: Plan, room: int) -> list[list[str]]:
-    """x_T, an ellipsis for all that is left out, and as many of the newest outputs of each row as fit."""
+    """x_T, an ellipsis for omitted columns, and as many of the newest outputs of each row as fit."""
     rows = np.arange(plan.nfe + 1)
     left: list[list[str]] = [_column(plan, "x_T", 0 * rows), ["…"] * (plan.nfe + 2)]
     right: list[list[str]] = []

@@ -1,1 +1,1 @@
-"""Noise schedules: how much signal and noise there is at each time, and where to ask the network."""
+"""Noise schedules: signal and noise level at each timestep, and where to evaluate the network."""

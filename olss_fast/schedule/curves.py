@@ -5,10 +5,10 @@ cover every network: a table of lam over integer timesteps, variance exploding (
 (alpha = 1 - sigma). Each knows
 
 - `first`, `last`: the timesteps of its noise end and its data end;
-- `end`: where "trailing" timesteps head for, one step beyond `last` on grids that count from 0;
+- `end`: the target of "trailing" timesteps, one step beyond `last` on grids that count from 0;
 - `levels(timestep) -> (alpha, sigma, lam)` and `timestep_of_lam(lam)`, both vectorised.
 
-Where alpha is exactly 0, `lam` is floored so that differences of it stay finite.
+Where alpha is exactly 0, `lam` is floored to keep its differences finite.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ZERO_SNR_LAM = -12.0 * np.log(2.0)
 FLOW_ALPHA_FLOOR = 1e-6
 """Signal level below which flow matching's lam stops falling."""
 
-_SLACK = 1e-9  # relative room at the ends of a range, for timesteps that went through arithmetic
+_SLACK = 1e-9  # relative tolerance at the ends of a range, for rounded timesteps
 
 
 class Curve(Protocol):
-    """What a `NoiseSchedule` asks of its curve."""
+    """The interface of a `NoiseSchedule`'s curve; the module's docstring defines its members."""
 
     @property
     def first(self) -> float: ...
@@ -45,12 +45,12 @@ class Curve(Protocol):
     def variance_exploding(self) -> bool: ...
     @property
     def whole(self) -> bool:
-        """Whether the network was trained on whole timesteps."""
+        """True if the network was trained on whole timesteps."""
         ...
 
     @property
     def straight(self) -> bool:
-        """Whether timesteps are noise levels, but for a shift that `bend` applies."""
+        """True if timesteps are noise levels, up to the shift that `bend` applies."""
         ...
 
     def bend(self, timestep: FloatArray) -> FloatArray: ...
@@ -82,7 +82,7 @@ def number(what: str, value: object) -> float:
 
 
 class Unbent:
-    """What holds for curves but that of flow matching."""
+    """Common to all curves except flow matching."""
 
     whole = straight = False
 
@@ -171,7 +171,7 @@ TIMESTEP_UNITS = ("sigma", "log", "quarter_log")
 
 @dataclass(frozen=True)
 class ExplodingCurve(Unbent):
-    """alpha = 1, sigma in [sigma_min, sigma_max]; the network is told sigma, log(sigma) or log(sigma) / 4 (EDM)."""
+    """alpha = 1, sigma in [sigma_min, sigma_max]; the timestep is sigma, log(sigma) or log(sigma) / 4 (EDM)."""
 
     sigma_min: float
     sigma_max: float
@@ -262,13 +262,13 @@ class FlowCurve:
         return False
 
     def bend(self, timestep: FloatArray) -> FloatArray:
-        """The shifted timestep; 0 and `first` stay where they are."""
+        """The shifted timestep; 0 and `first` are fixed points."""
         start = self.first / self.num_train_timesteps
         u = timestep / self.first * start / (self.shift - (self.shift - 1.0) * start)
         return np.asarray(self.num_train_timesteps * self.shift * u / (1.0 + (self.shift - 1.0) * u))
 
     def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-        # Below `last` the curve is as well defined as above it; only sigma = 0 has no finite lam.
+        # The curve is well defined below `last` too; only sigma = 0 has no finite lam.
         t = check_range("timestep", timestep, 1e-6 * self.num_train_timesteps, self.first)
         sigma = t / self.num_train_timesteps
         alpha = 1.0 - sigma

@@ -1,4 +1,4 @@
-"""Does this plan belong to this model?"""
+"""Checks that a plan belongs to a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 
 def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:
-    """Raise `InputError` if `plan` says that it is for networks that predict something else."""
+    """Raise `InputError` if `plan` names another prediction type than `schedule`."""
     told = plan.metadata.get("prediction_type", schedule.prediction_type)
     if told != schedule.prediction_type:
         raise InputError(
@@ -18,9 +18,9 @@ def check_prediction(plan: Plan, schedule: NoiseSchedule) -> None:
 
 
 def mismatch(plan: Plan, schedule: NoiseSchedule) -> str | None:
-    """How the plan's prediction type or training schedule differs from `schedule`; None if equal or not known.
+    """How the plan's prediction type or training schedule differs from `schedule`; None if equal or unknown.
 
-    Labels do not count, nor does the shift of flow matching, which moves evaluation times but no noise level.
+    Labels are ignored, and so is the shift of flow matching, which moves timesteps but changes no noise level.
     """
     facts = schedule.metadata()
     for key, essence in (("prediction_type", str), ("sigma_data", str), ("schedule", _essence)):

@@ -13,7 +13,7 @@ from olss_fast.schedule.noise_schedule import NoiseSchedule, beta_schedule, with
 from olss_fast.support.text import quoted
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow_prediction": "flow"}
-MOST_TIMESTEPS = 100_000  # of a training schedule: a hundred times the usual, and still quick
+MOST_TIMESTEPS = 100_000  # of a training schedule: a hundred times the usual, still fast
 _NUMBERS = (
     "beta_start",
     "beta_end",
@@ -52,7 +52,7 @@ def schedule_from_diffusers(scheduler: object) -> NoiseSchedule:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """ScheduleError where an entry that says how much noise there is cannot be read, whatever the scheduler."""
+    """ScheduleError if a config entry that defines noise levels cannot be read, for any scheduler."""
     count = config.get("num_train_timesteps", 1000)
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= MOST_TIMESTEPS:
         raise ScheduleError(

@@ -1,9 +1,9 @@
-"""Noise schedules: how much signal and noise a network expects at each of its timesteps, and what its output means.
+"""Noise schedules: the signal and noise level a network expects at each timestep, and the meaning of its output.
 
 Symbols. A state is x = alpha x0 + sigma eps: clean data x0, unit noise eps. lam = log(alpha / sigma). `timestep` is
 always the network's own: 0 .. N-1 (or between) for a network trained on betas, N sigma for flow matching,
-log(sigma) / 4 for EDM preconditioning, sigma for other variance-exploding networks unless told otherwise. The network
-is handed `input_scale(timestep) * x` and writes f, by `prediction_type` (n = sqrt(alpha^2 + sigma^2)):
+log(sigma) / 4 for EDM preconditioning, by default sigma for other variance-exploding networks. The network gets
+`input_scale(timestep) * x` and returns f, by `prediction_type` (n = sqrt(alpha^2 + sigma^2)):
 
 | prediction_type | f |
 |---|---|
@@ -47,12 +47,12 @@ class NoiseSchedule:
     curve: Curve
     prediction_type: str
     sigma_data: float = 0.5  # standard deviation of the data; edm only
-    unit_input: bool = False  # the network is handed x / sqrt(1 + sigma^2); variance exploding only
+    unit_input: bool = False  # the network gets x / sqrt(1 + sigma^2); variance exploding only
     leading_offset: int = 0  # added to "leading" timesteps (diffusers' steps_offset)
     from_sample: bool = False  # x_T is the network input of the first evaluation, not unit noise
 
     def __post_init__(self) -> None:
-        """ScheduleError where the prediction type does not fit the curve."""
+        """ScheduleError if the prediction type does not fit the curve."""
         if not isinstance(self.prediction_type, str) or self.prediction_type not in PREDICTION_TYPES:
             raise ScheduleError(
                 f"prediction_type {self.prediction_type!r} is unknown; choose one of {', '.join(PREDICTION_TYPES)}"
@@ -79,7 +79,7 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Variance preserving, alphas_cumprod_t = prod_{s <= t} (1 - betas_s); betas: (N,), each in (0, 1].
 
-        A last beta of 1 means zero terminal signal-to-noise ratio. CPU tensors will do as well.
+        A last beta of 1 means zero terminal signal-to-noise ratio. CPU tensors work too.
         """
         values = _numbers(betas, "betas")
         if np.any(values <= 0.0) or np.any(values[:-1] >= 1.0) or values[-1] > 1.0:
@@ -126,7 +126,7 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """A schedule of `BETA_SCHEDULES`; see `beta_schedule`. Stable Diffusion: scaled_linear, 0.00085, 0.012.
 
-        `zero_terminal_snr` shifts and scales sqrt(alphas_cumprod) so that it ends at 0 and begins where it did
+        `zero_terminal_snr` shifts and scales sqrt(alphas_cumprod) to end at 0, with its first value unchanged
         (Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2024, algorithm 1).
         """
         betas = beta_schedule(name, num_train_timesteps, beta_start, beta_end)
@@ -161,7 +161,7 @@ class NoiseSchedule:
         timestep: str = "sigma",
         unit_input: bool = False,
     ) -> NoiseSchedule:
-        """Variance exploding. The network is told "sigma", "log" (sigma) or "quarter_log", log(sigma) / 4.
+        """Variance exploding. `timestep`: the network gets "sigma", "log" (sigma) or "quarter_log", log(sigma) / 4.
 
         Stable Video Diffusion: ve(0.002, 700, prediction_type="v_prediction", timestep="quarter_log", unit_input=True).
         """
@@ -180,7 +180,7 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Flow matching, x = (1 - sigma) x0 + sigma eps, timestep = num_train_timesteps * sigma.
 
-        `shift` (Esser et al. 2024, section 5.3.2) moves the evaluation times of every spacing but logsnr and karras.
+        `shift` (Esser et al. 2024, section 5.3.2) moves the timesteps of every spacing except logsnr and karras.
         """
         return cls(FlowCurve(shift, num_train_timesteps), prediction_type)
 
@@ -188,16 +188,16 @@ class NoiseSchedule:
     def from_diffusers(cls, scheduler: object) -> NoiseSchedule:
         """From a diffusers scheduler, or its config (a mapping). diffusers itself is not needed.
 
-        ScheduleError for schedulers whose noise levels are none of those above.
+        ScheduleError for schedulers with other kinds of noise levels.
         """
         from olss_fast.schedule.from_diffusers import schedule_from_diffusers
 
         return schedule_from_diffusers(scheduler)
 
     def begun_at(self, timestep: float) -> NoiseSchedule:
-        """The rest of the schedule from `timestep` on, for sampling that begins with a noisy image (image-to-image).
+        """The rest of the schedule from `timestep` on, for sampling from a noisy image (image-to-image).
 
-        x_T of its plans is what the network is handed first: input_scale (alpha x0 + sigma eps) at `timestep`, so that
+        x_T of its plans is the first network input, input_scale (alpha x0 + sigma eps) at `timestep`, hence
         rows[0, 0] = 1. ScheduleError outside the schedule, and between the timesteps of a table.
         """
         if not self.last < number("timestep", timestep) <= self.first:
@@ -216,7 +216,7 @@ class NoiseSchedule:
 
     @property
     def last(self) -> float:
-        """Timestep of the data end: the least noise the network was trained on. The clean sample lies beyond."""
+        """Timestep of the data end: the lowest noise level of training. The clean sample lies beyond."""
         return self.curve.last
 
     def levels(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -232,7 +232,7 @@ class NoiseSchedule:
         return self.levels(timestep)[1]
 
     def lam(self, timestep: npt.ArrayLike) -> FloatArray:
-        """log(alpha / sigma), rising toward the data; floored where alpha is 0, so always finite."""
+        """log(alpha / sigma), rising toward the data; always finite, since it is floored where alpha is 0."""
         return self.levels(timestep)[2]
 
     def timestep_of_lam(self, lam: npt.ArrayLike) -> FloatArray:
@@ -240,15 +240,15 @@ class NoiseSchedule:
         return self.curve.timestep_of_lam(_real("log-SNR", lam))
 
     def input_scale(self, timestep: npt.ArrayLike) -> FloatArray:
-        """c_in: what the state is multiplied by before the network sees it."""
+        """c_in: the factor from the state to the network input."""
         sigma = self.sigma(timestep)
         if self.prediction_type == "edm":
             return np.asarray(1.0 / np.hypot(sigma, self.sigma_data))
         return np.asarray(1.0 / np.hypot(sigma, 1.0)) if self.unit_input else np.ones_like(sigma)
 
     def start_amplitude(self, timestep: npt.ArrayLike) -> FloatArray:
-        """What x_T is multiplied by in a first state at `timestep`: sqrt(alpha^2 + sigma^2), the spread of the state
-        for data of unit variance; with `from_sample` what `input_scale` takes back."""
+        """The factor of x_T in a first state at `timestep`: sqrt(alpha^2 + sigma^2), the state's standard deviation
+        for data of unit variance; with `from_sample` the inverse of `input_scale`."""
         alpha, sigma, _ = self.levels(timestep)
         return np.asarray(1.0 / self.input_scale(timestep)) if self.from_sample else np.hypot(alpha, sigma)
 
@@ -272,7 +272,7 @@ class NoiseSchedule:
         return self.sigma_data**2 / square, sigma * self.sigma_data / norm, sigma / square, -self.sigma_data / norm
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> FloatArray:
-        """(steps,) evaluation times, noise falling; `spacing` is one of SPACINGS (see olss_fast.schedule.spacings)."""
+        """(steps,) timesteps, noise falling; `spacing` is one of SPACINGS (see olss_fast.schedule.spacings)."""
         return space_timesteps(self.curve, check_steps(steps), spacing, self.leading_offset)
 
     # --- for people and for files -------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class NoiseSchedule:
         return f"{self.curve.describe()}, {self.prediction_type}"
 
     def metadata(self) -> dict[str, str]:
-        """What a plan should remember of its schedule."""
+        """The schedule's entries in a plan's metadata."""
         text = {"schedule": self.describe(), "prediction_type": self.prediction_type}
         if self.prediction_type == "edm":
             text["sigma_data"] = repr(float(self.sigma_data))
@@ -320,7 +320,7 @@ def beta_schedule(
 
 
 def without_terminal_signal(alphas_cumprod: FloatArray) -> FloatArray:
-    """Shifts and scales sqrt(alphas_cumprod) so that it ends at 0 and begins where it did (Lin et al. 2024)."""
+    """Shifts and scales sqrt(alphas_cumprod) to end at 0, with its first value unchanged (Lin et al. 2024)."""
     root = np.sqrt(alphas_cumprod)
     return np.asarray(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
 
@@ -337,7 +337,7 @@ def _numbers(values: npt.ArrayLike, what: str) -> FloatArray:
 
 
 def _real(what: str, values: npt.ArrayLike) -> FloatArray:
-    """As float64 of whatever shape; ScheduleError for what cannot be read as numbers."""
+    """As float64 of any shape; ScheduleError if it cannot be read as numbers."""
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

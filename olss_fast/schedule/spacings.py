@@ -1,4 +1,4 @@
-"""Where to ask the network: `steps` timesteps from the noise end to the data end of a curve.
+"""Where to evaluate the network: `steps` timesteps from the noise end to the data end of a curve.
 
 | spacing | rule |
 |---|---|
@@ -9,7 +9,7 @@
 | karras | uniform in (sigma / alpha)^(1/7), both ends included (Karras et al. 2022, eq. 5); flow: in sigma^(1/7) |
 | quadratic | uniform in the square root of the timestep, both ends included (Song et al., DDIM, 2021, appendix D.2) |
 
-"uniform in the timestep" rounds to whole timesteps where the network was trained on whole ones.
+"uniform in the timestep" rounds to whole timesteps if the network was trained on whole ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ step from the noise end to here. Just below the noise end of Ho et al.'s linear 
 
 
 def space_timesteps(curve: Curve, steps: int, spacing: str, leading_offset: int = 0) -> FloatArray:
-    """(steps,) evaluation times, noise falling. ScheduleError for an unknown spacing."""
+    """(steps,) timesteps, noise falling. ScheduleError for an unknown spacing."""
     if not isinstance(spacing, str) or spacing not in _RULES:
         raise ScheduleError(f"spacing {spacing!r} is unknown; choose one of {', '.join(_RULES)}")
     times = _RULES[spacing](curve, steps, leading_offset)
@@ -51,7 +51,7 @@ def _unbent_last(curve: Curve) -> float:
 
 
 def _trailing(curve: Curve, steps: int, _: int) -> FloatArray:
-    # Counted from `end`, so that halves round as they do for a grid of 1 .. N.
+    # Counted from `end`: halves then round as for a grid of 1 .. N.
     span = curve.first - curve.end
     return curve.end + _on_grid(curve, np.asarray(span - np.arange(steps) * (span / steps)))
 

@@ -1,1 +1,1 @@
-"""What every room needs and none owns: files, text, devices, progress."""
+"""Shared helpers: files, text, devices, progress."""

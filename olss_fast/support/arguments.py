@@ -1,4 +1,4 @@
-"""Arguments of public calls, checked where they come in: what they have to be, in one message each."""
+"""Checks of the arguments of public calls, with one message each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from olss_fast.errors import InputError
 from olss_fast.support.text import quoted
 
 MAX_EVALUATIONS = 2000
-"""Twice the training timesteps of most networks; a plan of as many evaluations takes 32 MB and about a second."""
+"""Twice the training timesteps of most networks; a plan of this length takes 32 MB and about a second."""
 
 
 def checked_count(name: str, value: Any, *, least: int = 1) -> int:
@@ -27,7 +27,7 @@ def checked_count(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def checked_number(name: str, value: Any, expected: str = "a number") -> float:
-    """`value` as a float, or InputError unless it is a finite real number; `expected` says which numbers would do."""
+    """`value` as a float, or InputError unless it is a finite real number; `expected` completes the message."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
         raise InputError(f"{name} is {quoted(value)}; expected {expected}")

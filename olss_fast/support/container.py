@@ -1,27 +1,25 @@
-"""The container of plan files, engine files and compiled code: an entry of JSON, tensors, and a checksum of it all.
+"""The container of plan files, engine files and compiled code: a JSON entry, tensors, and a checksum of everything.
 
 An ordinary safetensors file: 8 bytes little-endian length of the header, the header as UTF-8 JSON padded with spaces
 to a multiple of 8, the data. The header's `__metadata__` has one entry, named after the format ("olss_fast.plan"): a
 JSON object as a string. Beside the format's own members it has
 
-    sha256    the first of all: 64 lower-case hexadecimal digits, the SHA-256 of the file in which these digits are
-              read as zeros; their place is the first in the header where they occur. Of a file beyond 16 MiB it is
-              the SHA-256 of the SHA-256s of its pieces of 16 MiB, the last one what is left: for all cores.
+    sha256    the first member: 64 lower-case hexadecimal digits, the SHA-256 of the file with these digits read as
+              zeros; their position is where they first occur in the header. For a file beyond 16 MiB it is the
+              SHA-256 of the SHA-256s of its 16 MiB pieces (the last may be shorter), computed on all cores.
     format    the entry's name
     version   a positive integer
 
-so that any altered bit is noticed, wherever it is. It finds accidents and is no signature: a file that somebody meant
-to alter has a right sum too. Therefore everything below is checked as well.
+The checksum detects any altered bit. It finds accidents and is not a signature: whoever alters a file on purpose can
+recompute it. Therefore everything below is checked as well.
 
-Forbidden, each with its own message: a file or header above the format's bounds, a header of a length that is no
-multiple of 8, or beyond the end of the file; a header or entry that is no JSON object, repeats a name, nests too
-deeply, has too many parts, or holds NaN; another format or version; tensors of another dtype, of a size that is not
-theirs, that overlap, leave gaps, or end elsewhere than the file; another checksum. There is no compression and there
-are no paths: nothing can unfold to more than the file's size, or to a place outside. Nothing is ever unpickled or
-evaluated.
+Forbidden, each with its own message: a file or header above the format's bounds; a header length that is not a multiple
+of 8, or beyond the end of the file; a header or entry that is not a JSON object, repeats a name, nests too deeply, has
+too many parts, or holds NaN; another format or version; tensors of another dtype, of the wrong size, that overlap,
+leave gaps, or do not end with the file; another checksum. There is no compression and there are no paths: nothing can
+expand beyond the file's size or write elsewhere. Nothing is ever unpickled or evaluated.
 
-The same content always gives the same bytes. Readers refuse a version they do not know: any change of meaning gets a
-new number.
+The same content always gives the same bytes. Readers refuse unknown versions: any change of meaning gets a new number.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ from olss_fast.support.text import quoted
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**40
 PIECE = 16 * 2**20
-BLOCK = 2**20  # bytes that are read together
+BLOCK = 2**20  # bytes per read
 MOST_AXES = 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -58,8 +56,8 @@ _COPY_AGAIN = "copy the file again, or make it again"
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file: the name of its entry, the version that is read and written, what messages call it, the error
-    that they are raised as, and the bounds on its bytes."""
+    """One kind of file: the name of its entry, the version read and written, its name in messages, its error class, and
+    the limits on its bytes."""
 
     name: str
     version: int
@@ -71,7 +69,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Blob:
-    """One tensor as it lies in a file: safetensors' name of its dtype, shape, and bytes in C order."""
+    """One tensor of a file: safetensors' name of its dtype, shape, and bytes in C order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -79,20 +77,22 @@ class Blob:
 
     @classmethod
     def of_bytes(cls, data: bytes | memoryview) -> Blob:
+        """Raw bytes as a U8 tensor."""
         return cls("U8", (len(data),), memoryview(data))
 
 
 class Refused(Exception):
-    """The reason why bytes are no file of this kind; `naming` makes the format's error of it."""
+    """Why bytes are not a file of this kind; `naming` turns it into the format's error."""
 
 
 def refuse(reason: str) -> NoReturn:
+    """Raise `Refused`, as an expression."""
     raise Refused(reason)
 
 
 @contextmanager
 def naming(source: object, format: Format) -> Iterator[None]:
-    """What is refused within is the format's error, and says of which file."""
+    """Turns `Refused` and MemoryError into the format's error, naming the file."""
     try:
         yield
     except MemoryError as cause:
@@ -102,7 +102,7 @@ def naming(source: object, format: Format) -> Iterator[None]:
 
 
 def encode(format: Format, entry: Mapping[str, object], blobs: Mapping[str, Blob]) -> list[memoryview]:
-    """The file's content as buffers, one after the other. Raises the format's error for what it could not read."""
+    """The file's content as consecutive buffers. Raises the format's error for content that could not be read back."""
     members = sorted({**entry, "format": format.name, "version": format.version}.items())
     text = _json({"sha256": _BLANK, **dict(members)})
     header: dict[str, object] = {"__metadata__": {format.name: text}}
@@ -136,9 +136,9 @@ def _check_bounds(format: Format, header: int, whole: int) -> None:
 
 
 def read(path: AnyPath, format: Format, *, sha256: str | None = None) -> tuple[dict[str, Any], dict[str, Blob]]:
-    """Entry and tensors of a file, wholly verified, before which none of its tensors is in memory.
+    """Entry and tensors of a file, which is verified in full before any tensor is loaded.
 
-    sha256: the SHA-256 that the file ought to have, in lower case; its checksum will do as well.
+    sha256: the expected SHA-256 of the file, in lower case, or its checksum.
 
     Raises the format's error.
     """
@@ -162,21 +162,21 @@ def read_from(file: BinaryIO, format: Format, *, sha256: str | None = None) -> t
 
 
 def read_header(path: AnyPath, format: Format) -> tuple[dict[str, Any], dict[str, int]]:
-    """The entry, and how many bytes each tensor has. What is behind the header is neither read nor verified, but for
-    its size. Raises the format's error."""
+    """The entry, and the number of bytes of each tensor. Of the data only the size is checked. Raises the format's
+    error."""
     with naming(path, format), opened(path, error=format.error) as file:
         _, entry, rows = _head(file, format)
         return entry, {name: end - begin for name, _, _, begin, end in rows}
 
 
 def file_sha256(path: AnyPath, format: Format) -> str:
-    """What `sha256sum` prints of a file. Raises the format's error."""
+    """The SHA-256 of a file, as `sha256sum` prints it. Raises the format's error."""
     with naming(path, format), opened(path, error=format.error) as file:
         return _sha256(_in_file(b"", file)(0, _size(file))).hex()
 
 
 def _head(file: BinaryIO, format: Format) -> tuple[bytes, dict[str, Any], list[Row]]:
-    """All up to the data, the entry and the table, each checked before what relies on it."""
+    """The bytes before the data, the entry and the table, each checked before it is used."""
     size = _size(file)
     file.seek(0)
     first = file.read(8)
@@ -198,13 +198,13 @@ def _next(file: BinaryIO, count: int) -> memoryview:
 
 
 def digest(size: int, content: Content) -> str:
-    """The checksum of `content`, in which its own digits are zeros already."""
+    """The checksum of `content`, whose own digits are already zeros."""
     begins = range(0, size, PIECE)
     if len(begins) == 1:
         return _sha256(content(0, size)).hex()
-    from concurrent.futures import ThreadPoolExecutor  # slow to import for who reads a small file
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, and not needed for small files
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib releases the interpreter lock
         sums = pool.map(lambda begin: _sha256(content(begin, min(begin + PIECE, size))), begins)
         return hashlib.sha256(b"".join(sums)).hexdigest()
 
@@ -226,7 +226,7 @@ def _in_buffers(buffers: Sequence[memoryview]) -> Content:
 
 
 def _in_file(head: bytes, file: BinaryIO) -> Content:
-    """What is in the file, but `head` in the place of as much of it. For several threads."""
+    """The file's content with its beginning replaced by `head`. Thread-safe."""
     lock = Lock()
 
     def content(begin: int, end: int) -> Iterator[memoryview]:
@@ -267,7 +267,7 @@ def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
 
 
 def _entry(header: dict[str, Any], format: Format) -> dict[str, Any]:
-    """The entry, of this format and version; what else is in it is looked at by who knows its meaning."""
+    """The entry, of this format and version; the caller checks its other members."""
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or set(metadata) != {format.name} or not isinstance(metadata[format.name], str):
         refuse(
@@ -318,7 +318,7 @@ def _table(header: dict[str, Any], size: int) -> Iterator[Row]:
 
 
 def _row(name: str, described: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape, begin and end, which fit each other."""
+    """dtype, shape, begin and end of a tensor, consistent with each other."""
     if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
         refuse(f"tensor {quoted(name)} is described by {quoted(described)}; expected dtype, shape and data_offsets")
     if re.search("[\\x00-\\x1f\\x7f-\\x9f]", name):

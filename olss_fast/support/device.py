@@ -1,4 +1,4 @@
-"""Where to run, as users name it."""
+"""Choosing a device by the user's name for it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """float32 and the CPU as torch's defaults, for code of others that relies on them. One thread at a time, and only
-    where they are others: the default dtype is the whole program's."""
+    """float32 and the CPU as torch's defaults, for foreign code that relies on them. One thread at a time, and only if
+    they differ: the default dtype is global."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     if dtype == torch.float32 and device.type == "cpu":
         yield
@@ -30,7 +30,7 @@ def plain_defaults() -> Iterator[None]:
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
-    """`device`, or a GPU if there is one and none is named. `InputError` for one that torch cannot use here."""
+    """`device`, or by default a GPU if there is one, else the CPU. `InputError` if torch cannot use it here."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,4 +1,4 @@
-"""Reading and writing whole files so that a crash, a full disk or a hostile path ends in a named error."""
+"""Reading and writing whole files: a crash, a full disk or a hostile path ends in a named error."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def read_bounded(path: AnyPath, limit: int, *, error: type[OlssError] = PlanFile
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise OSError(f"it has {size} bytes; expected at most {limit}; is it the right file?")
-        data = file.read(size + 1)  # room is made for as much as is asked for
+        data = file.read(size + 1)  # reading allocates what is asked for
         if len(data) > size:
             raise OSError(f"it grew beyond {size} bytes while it was read; is it the right file?")
     return data
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file to read, or what a symbolic link leads to; OSError for a folder, device or pipe."""
+    """Opens a regular file for reading, through symbolic links; OSError for a folder, device or pipe."""
     mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever, a device may never end
+    if not stat.S_ISREG(mode):  # opening a pipe would block, a device may never end
         raise OSError(f"it is {_kind(mode)}; give the path of a file")
     return path.open("rb")
 
@@ -83,7 +83,7 @@ def _check_target(target: Path) -> None:
 
 def _write_new(temporary: Path, target: Path, buffers: Sequence[memoryview]) -> None:
     try:
-        with temporary.open("xb") as file:  # "x" never follows a link that somebody placed there
+        with temporary.open("xb") as file:  # "x" never follows a link planted there
             file.writelines(buffers)
             file.flush()
             os.fsync(file.fileno())
@@ -95,7 +95,7 @@ def _write_new(temporary: Path, target: Path, buffers: Sequence[memoryview]) -> 
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut. Where a folder cannot be flushed the file is whole all the same."""
+    """Make the rename itself survive a power cut. If a folder cannot be flushed, the file is still whole."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -111,11 +111,11 @@ def _kind(mode: int) -> str:
 
 
 def reason(cause: Exception) -> str:
-    """Why the system refused."""
+    """The system's reason for an OSError."""
     return (isinstance(cause, OSError) and cause.strerror) or str(cause)
 
 
 def _shown(path: object) -> str:
-    """The path in quotes; where it is long, its two ends."""
+    """The path in quotes, shortened in the middle if long."""
     text = printable(repr(os.fspath(path) if isinstance(path, str | os.PathLike) else path))
     return text if len(text) <= 200 else text[:100] + "…" + text[-99:]

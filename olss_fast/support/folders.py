@@ -1,4 +1,4 @@
-"""Folders that results are written to, tried before the work."""
+"""Output folders, checked before the work starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PathLike = str | Path
 
 
 def make_folder(folder: PathLike) -> Path:
-    """The folder, made if it is not there. `InputError` if it cannot be, or if no file can be written in it."""
+    """The folder, created if missing. `InputError` if that fails, or if no file can be written in it."""
     folder, doing = Path(folder), "made"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,8 +27,8 @@ def make_folder(folder: PathLike) -> Path:
 
 
 def try_folder(folder: PathLike) -> Path:
-    """The folder, if files can be written there; `InputError` as of `make_folder`. What was made for the trial is
-    removed again: whoever stops before there is a result leaves no empty folder."""
+    """The folder, if files can be written there; errors as in `make_folder`. Whatever the check creates is removed
+    again, so a run without a result leaves no empty folder."""
     folder = Path(folder)
     if folder.suffix.lower() in PICTURES and not folder.is_dir():
         raise InputError(f"{folder} is the name of a picture; expected a folder for the files")

@@ -1,23 +1,21 @@
-"""Whether a network, or whatever else was asked, is the same as before.
+"""Detecting whether a network or another input is the same as before.
 
-| who wants to know | what is compared |
+| used by | compares |
 |---|---|
 | the store of a recording | `identity`: everything, by value |
 | the cache of compiled code | `structure`: everything but the values of weights |
-| a CUDA graph | `watched`: the memory in which weights lie |
+| a CUDA graph | `watched`: the memory that holds the weights |
 
-An identity is a table of places and digests; two equal tables are one question.
+An identity is a table of places and digests; equal tables mean equal inputs.
 
     {"network.first.weight": "3b1f…", "network.shift": "…", "network.(code).forward": "…", "guidance_scale": "…"}
 
-A place is a path through the objects that a question consists of. Followed are modules (parameters, every buffer,
-attributes, forward hooks, whether they train), functions (code, defaults, closures, what they read by name), bound
-methods, partials, classes, mappings, sequences and whatever else has attributes; tensors, arrays and pictures are taken
-by their values. What an installed library does is told by its name, and so is an object that cannot be looked into
-(written in C): whether these answer as they did, only asking them can tell.
+A place is a path through the objects of the inputs. It follows modules (parameters, every buffer, attributes, forward
+hooks, training mode), functions (code, defaults, closures, the names they read), bound methods, partials, classes,
+mappings, sequences and other objects with attributes; tensors, arrays and pictures are compared by value. Installed
+libraries and opaque objects (written in C) are identified by name: only calling them can tell if they have changed.
 
-A network may change when it is asked: a counter, a cache. `moving` names the places that did, and `differences` leaves
-them out.
+A call may change a network: a counter, a cache. `moving` names such places, and `differences` leaves them out.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ Table = dict[str, str]
 
 @dataclass
 class Identity:
-    """Digests by place. `parents` says of an item which container it lies in; attributes have no entry."""
+    """Digests by place. `parents` maps an item to its container; attributes have no entry."""
 
     digests: Table = field(default_factory=dict)
     parents: Table = field(default_factory=dict)
@@ -68,28 +66,27 @@ class Identity:
 
 
 def identity(question: Mapping[str, Any], before: Identity | None = None) -> Identity:
-    """The identity of the objects of `question`, by their names. Tensors that are as they were `before` are not read
-    again."""
+    """The identity of the objects of `question`, by name. Tensors unchanged since `before` are not read again."""
     return _Walk({} if before is None else before.tensors).through(question)
 
 
 def structure(question: Mapping[str, Any], weights: Iterable[Tensor]) -> str:
-    """A digest of the objects of `question` without the values of `weights`: equal digests, equal graphs. Of packages
-    that are told by name it holds the times and sizes of their files."""
+    """A digest of the objects of `question` without the values of `weights`: equal digests mean equal graphs. Packages
+    identified by name enter with the times and sizes of their files."""
     found = _Walk({}, {id(each) for each in weights}).through(question)
     files = _files(found.packages - VERSIONED)
     return digest(*(part for place in sorted(found.digests.items()) for part in place), repr(files))
 
 
 def _files(packages: Set[str]) -> list[tuple[str, int, int]]:
-    """The loaded modules of packages, with time and size of their files."""
+    """The loaded modules of packages, with the times and sizes of their files."""
     files = [(name, getattr(module, "__file__", None) or "") for name, module in sorted(sys.modules.items())]
     mine = [(name, file) for name, file in files if name.partition(".")[0] in packages and os.path.exists(file)]
     return [(name, os.stat(file).st_mtime_ns, os.stat(file).st_size) for name, file in mine]
 
 
 def moving(before: Identity, after: Identity) -> list[str]:
-    """Places that changed in between; where a container gained or lost something, the container."""
+    """Places that changed in between; if a container gained or lost items, the container."""
     first, second = before.digests, after.digests
     changed = {place for place in first.keys() & second.keys() if first[place] != second[place]}
     parents = {**before.parents, **after.parents}
@@ -98,7 +95,7 @@ def moving(before: Identity, after: Identity) -> list[str]:
 
 
 def differences(first: Table, second: Table, left_out: Collection[str]) -> list[str]:
-    """Places at which two tables differ, but for those in `left_out` and all that lies within them."""
+    """Places at which two tables differ, except those in `left_out` and everything below them."""
     places = (place for place in first.keys() | second.keys() if first.get(place) != second.get(place))
     return sorted(place for place in places if not _within(place, left_out))
 
@@ -108,12 +105,12 @@ def _within(place: str, others: Iterable[str]) -> bool:
 
 
 class _Walk:
-    """Visits every object once, however they are tied together; a second place of one is told by the first."""
+    """Visits every object once; a second place of the same object refers to the first."""
 
     def __init__(self, known: Mapping[int, tuple[tuple[int, int], str, Tensor]], weights: Collection[int] = ()) -> None:
         self.found, self.known, self.weights = Identity(), known, dict.fromkeys(weights, "")
         self.places: dict[int, str] = {}
-        self.kept: list[Any] = []  # else another object could get the id of one that was made on the way
+        self.kept: list[Any] = []  # otherwise another object could reuse the id of a temporary
 
     def through(self, question: Mapping[str, Any]) -> Identity:
         waiting: list[tuple[str, Any]] = [*question.items()][::-1]
@@ -123,7 +120,7 @@ class _Walk:
         return self.found
 
     def visit(self, place: str, value: Any) -> Children:
-        """Notes what `value` is by itself, and returns what it consists of."""
+        """Records the digest of `value` itself, and returns its parts."""
         digests = self.found.digests
         if isinstance(value, Tensor):
             digests[place] = self.tensor(place, value)
@@ -135,7 +132,7 @@ class _Walk:
             self.kept.append(value)
             try:
                 told, children = consists_of(value)
-            except Exception:  # whatever somebody's object raises when it is looked into
+            except Exception:  # foreign objects may raise anything when inspected
                 told, children = "", ()
             digests[place] = digest(_name(type(value)), told)
             kind = value if isinstance(value, (type, types.FunctionType)) else type(value)
@@ -165,6 +162,7 @@ class _Walk:
 
 
 def digest(*parts: str | bytes) -> str:
+    """The first 32 hexadecimal digits of the SHA-256 of the parts and their lengths."""
     found = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
@@ -173,6 +171,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def tensor_content(value: Tensor) -> tuple[str | bytes, ...]:
+    """Shape, dtype and bytes of a tensor; without the bytes if they cannot be read."""
     header = f"{tuple(value.shape)} {value.dtype}"
     try:
         flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
@@ -182,7 +181,7 @@ def tensor_content(value: Tensor) -> tuple[str | bytes, ...]:
 
 
 def spell(value: Any) -> str | bytes | None:
-    """Plain values, containers of nothing else, and arrays, as text or bytes; None for all others."""
+    """Plain values, containers of them, and arrays, as text or bytes; None for other objects."""
     if type(value) is dict and all(isinstance(each, PLAIN) for pair in value.items() for each in pair):
         return repr(sorted((repr(key), repr(each)) for key, each in value.items() if key not in UNTOLD))
     plain = _plain(value, DEPTH)
@@ -200,7 +199,7 @@ def _plain(value: Any, depth: int) -> str | None:
         return None
     parts = [_plain(each, depth - 1) for each in value]
     spelled = [part for part in parts if part is not None]
-    if isinstance(value, Set):  # its order is chance; what is not plain in it is told by its number
+    if isinstance(value, Set):  # unordered; items that are not plain are identified by their number
         return repr((len(parts), sorted(spelled)))
     return repr((type(value).__qualname__, parts)) if len(spelled) == len(parts) else None
 
@@ -220,7 +219,7 @@ def _array(value: Any) -> bytes | None:
 
 
 def consists_of(value: Any) -> tuple[str | bytes, Children]:
-    """What tells an object by itself, and its parts by name: ".attribute" or "[item]"."""
+    """The object's own description, and its parts by name: ".attribute" or "[item]"."""
     if hasattr(type(value), "what_is_asked"):  # it knows best
         return "", _attributes(value.what_is_asked())
     for kind, parts in _KINDS:
@@ -297,7 +296,7 @@ def _spelled_code(code: types.CodeType) -> str:
 
 
 def _read(scope: Mapping[str, Any], code: types.CodeType) -> Iterator[tuple[str, Any]]:
-    """What a function reads by name, also through modules that are no installed ones."""
+    """The objects that a function reads by name, also through modules that are not installed packages."""
     wanted = [instruction for each in _codes(code) for instruction in dis.get_instructions(each)]
     for name in sorted({each.argval for each in wanted if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")} & scope.keys()):
         yield from _named(name, scope[name], {name for each in _codes(code) for name in each.co_names})
@@ -312,7 +311,7 @@ def _named(name: str, value: Any, names: set[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _class(value: type) -> tuple[str, Children]:
-    """The members of a class that is nobody's library: functions, and what is plain."""
+    """The members of a class outside installed packages: functions and plain values."""
     if _installed(value.__module__):
         return _name(value), ()
     members = {name: each for name, each in vars(value).items() if callable(each) or not name.startswith("__")}
@@ -334,7 +333,7 @@ def _name(kind: type) -> str:
 
 @functools.cache
 def _installed(module: str | None) -> bool:
-    """Whether a module belongs to Python or to an installed package, which are told by name."""
+    """True if a module belongs to Python or to an installed package: identified by name."""
     package = str(module).partition(".")[0]
     if package in ("olss_fast", "builtins") or package in sys.builtin_module_names:
         return True
@@ -370,7 +369,7 @@ _KINDS: tuple[tuple[Any, Callable[[Any], tuple[str | bytes, Children]]], ...] = 
 # --- the memory in which weights lie ----------------------------------------------------------------------------------
 
 Watched = tuple[Mapping[str, Any], str, str, object]
-"""What holds a parameter, buffer or module, under which key, its name, and what stays while it is in its place."""
+"""The holder of a parameter, buffer or module, its key there, its name, and a value that changes if it is replaced."""
 
 
 def watched(networks: Sequence[nn.Module | None]) -> list[Watched]:
@@ -386,7 +385,7 @@ def watched(networks: Sequence[nn.Module | None]) -> list[Watched]:
 
 
 def first_moved(before: Iterable[Watched]) -> str:
-    """The name of what has another place since, or was replaced; "" where there is none."""
+    """The name of the first parameter, buffer or module that has moved or was replaced; "" if none."""
     return next((name for owner, key, name, place in before if _place(owner.get(key)) != place), "")
 
 

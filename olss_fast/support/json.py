@@ -1,6 +1,6 @@
-"""JSON of unknown origin, read strictly: what two readers might read differently is no JSON here.
+"""Strict JSON for files of unknown origin: anything that two readers might read differently is refused.
 
-The C++ runtime's reader (csrc/runtime/json.h) takes and refuses the same texts.
+The C++ runtime's reader (csrc/runtime/json.h) accepts and refuses the same texts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from olss_fast.support.text import quoted
 
 MOST_DEPTH = 32
 MOST_PARTS = 2**18  # commas and opening brackets: 16 MiB of "[],[],…" would be hundreds of MB in memory
-_MARKS = re.compile(r'"[^"]*"|[][{},]')  # strings, so that what is in them does not count
+_MARKS = re.compile(r'"[^"]*"|[][{},]')  # strings, whose content does not count
 
 
 def strict_object(text: str | bytes) -> dict[str, Any]:
-    """The object that `text` (UTF-8) spells. Raises ValueError, which says why: no JSON or no object, a name that
-    occurs twice, NaN or Infinity, what is nested too deeply or has too many parts, integers beyond 64 bits, other
-    numbers beyond float64, or strings that are no text."""
+    """The JSON object in `text` (UTF-8). Raises ValueError with the reason: not JSON or not an object, a repeated name,
+    NaN or Infinity, too deep nesting, too many parts, integers beyond 64 bits, other numbers beyond float64, or strings
+    that are not text."""
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         _check_size(decoded)
@@ -39,7 +39,7 @@ def strict_object(text: str | bytes) -> dict[str, Any]:
 
 
 def _check_size(text: str) -> None:
-    """What is too deep or has too many parts is found before any of it is made an object."""
+    """Refuses too deep nesting or too many parts before any object is created."""
     depth = parts = 0
     for number, found in enumerate(_MARKS.finditer(text.replace(r"\\", "").replace(r"\"", ""))):
         mark = found[0]

@@ -1,4 +1,4 @@
-"""What a network raises because of the arguments that it was handed, in words that name the argument."""
+"""Errors that a network raises because of an argument, reworded to name the argument."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from olss_fast.support.tree import spelled, with_paths
 
 @contextmanager
 def naming_arguments(networks: Sequence[Any], samples: int, *given: Mapping[str, Any] | None) -> Iterator[None]:
-    """An error of the network's own becomes a NetworkError where an argument explains it, and stays as it is elsewhere.
+    """Turns an error of the network into a NetworkError if an argument explains it; other errors pass unchanged.
 
-    networks: modules, or what else is called. given: conditional and unconditional arguments of all `samples`.
+    networks: modules or other callables. given: conditional and unconditional arguments of all `samples`.
     """
     try:
         yield
     except (IndexError, RuntimeError) as cause:
-        if type(cause) not in (IndexError, RuntimeError):  # of torch; others are somebody's own
+        if type(cause) not in (IndexError, RuntimeError):  # torch's own; others come from the network's code
             raise
         tensors = {
             (path, id(leaf)): (f"{path[0].key}{spelled(path[1:])}", leaf)

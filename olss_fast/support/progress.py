@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal they move; in a log file they are a line at most every ten seconds."""
+"""Progress bars: drawn in place on a terminal; in a log file, at most one line every ten seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS = 10.0
 
 
 class LogLines:
-    """A stream that makes whole lines of what a bar draws over and over, and drops those that come too soon."""
+    """A stream that turns a bar's redraws into whole lines, and drops those that come too soon."""
 
     last = -SECONDS  # when any bar wrote a line
 
@@ -20,6 +20,7 @@ class LogLines:
         self.stream = stream
 
     def write(self, text: str) -> None:
+        """Writes `text` as a line, unless one was written within the last `SECONDS`."""
         line = text.replace("\x1b[A", "").strip()
         now = time.monotonic()
         if line and now - LogLines.last >= SECONDS:
@@ -31,12 +32,12 @@ class LogLines:
 
 
 def can_draw() -> bool:
-    """Whether what is written to stderr can be drawn over: on a terminal, and in a notebook."""
+    """True if stderr can be redrawn in place: on a terminal and in a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def evaluation_bar(title: str, total: int | None, progress: bool) -> tqdm[None]:
-    """A bar that counts network evaluations of one sample; short work shows none."""
+    """A bar that counts network evaluations of one sample; hidden for short work."""
     how = bar_options(progress)
     return tqdm(total=total, desc=f"{title:<26}", unit="eval", unit_scale=True, delay=0.5, **how)
 

@@ -21,5 +21,5 @@ def quoted(value: object, width: int = 60) -> str:
 
 
 def a(value: Any) -> str:
-    """What a value is, for a message: "a str 'five.safetensors'"."""
+    """The type and value, for a message: "a str 'five.safetensors'"."""
     return "None" if value is None else f"a {type(value).__name__} {quoted(value)}"

@@ -1,7 +1,7 @@
-"""Arguments as trees, torch's own: what is nested in dicts, lists, tuples and dataclasses, and the way back.
+"""Nested arguments (dicts, lists, tuples and dataclasses) as torch pytrees: flattening and restoring.
 
-Leaves are tensors, arrays, and whatever holds none. Dataclasses, and mappings that torch does not know, are looked into
-where they hold tensors; such mappings come back as dicts.
+Leaves are tensors, arrays, and objects that hold none. Dataclasses, and mappings that torch does not know, are opened
+if they hold tensors; such mappings come back as dicts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Path = tuple[Any, ...]  # of torch's keys, each of which is spelled "['a']", "[1
 
 
 class Flat(NamedTuple):
-    """The leaves, and the form that `form.unflatten(leaves)` brings them back to."""
+    """The leaves, and the form: `form.unflatten(leaves)` restores the tree."""
 
     leaves: list[Any]
     form: pytree.TreeSpec
 
 
 def flat(tree: Any) -> Flat:
-    """The tree taken apart."""
+    """The tree as leaves and form."""
     leaves, form = pytree.tree_flatten(tree)
     if any(map(_holds_more, leaves)):
         leaves, form = pytree.tree_flatten(form.unflatten([_opened(leaf) for leaf in leaves]))
@@ -34,37 +34,38 @@ def flat(tree: Any) -> Flat:
 
 
 def with_paths(tree: Any, whole: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
-    """The leaves, each with its path. What is `whole` counts as a leaf too."""
+    """The leaves, each with its path. Objects for which `whole` is true count as leaves."""
     return pytree.tree_flatten_with_path(pytree.tree_map(_opened, tree), whole)[0]
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The tree with `function` of each leaf in its place."""
+    """The tree with `function` applied to each leaf."""
     leaves, form = flat(tree)
     return form.unflatten(map(function, leaves))
 
 
 def spelled(path: Path) -> str:
-    """As Python writes it, "['a'][1].b", to follow a name."""
+    """The path in Python syntax, "['a'][1].b", to follow a name."""
     return pytree.keystr(path)
 
 
 def dotted(path: Path) -> str:
-    """ "a.1.b"."""
+    """The path with dots: a.1.b."""
     return ".".join(str(getattr(key, dataclasses.fields(key)[0].name)) for key in path)
 
 
 def in_list(path: Path) -> bool:
-    """Whether the leaf lies in a list or tuple without names."""
+    """True if the leaf is in a list or unnamed tuple."""
     return bool(path) and isinstance(path[-1], pytree.SequenceKey)
 
 
 def as_tensor(leaf: Any) -> Any:
-    """NumPy's arrays of numbers as tensors."""
+    """The leaf, or a tensor if it is a numeric NumPy array."""
     return torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc" else leaf
 
 
 def is_array(leaf: Any) -> bool:
+    """True for tensors and NumPy arrays."""
     return isinstance(leaf, (Tensor, np.ndarray))
 
 
@@ -80,7 +81,7 @@ def _holds_more(leaf: Any) -> bool:
 
 
 class _Opened:
-    """A node of torch's tree: what torch takes for a leaf, with its parts."""
+    """A pytree node for an object that torch would treat as a leaf, with its parts."""
 
     def __init__(self, value: Any) -> None:
         self.kind, self.parts = type(value), _parts(value) or {}
