@@ -1,20 +1,20 @@
 """Reading the files of the original OLSS scheduler (Duan et al., "Optimal Linear Subspace Search", CIKM 2023).
 
-Its `save` hands `torch.save` the tuple (timesteps, wx, we) for n evaluations of the network:
+Its `save` passes `torch.save` the tuple (timesteps, wx, we) for n evaluations of the network:
 
-    timesteps  int [n]       when the network is asked, falling
+    timesteps  int [n]       timesteps of the evaluations, falling
     wx         float [n]     weight of the initial noise
     we         float [n, n]  weights of the guided outputs so far; 0 above the diagonal
 
     x_{k+1} = wx[k] x_0 + sum_{j <= k} we[k, j] e_j,     x_0 unit noise,     e_k = network(x_k, timesteps[k])
 
-so row k+1 of the Plan is [wx[k], we[k]], and row 0 is x_0 alone. The file says nothing of the noise schedule, the
+so row k+1 of the Plan is [wx[k], we[k]], and row 0 is x_0 alone. The file does not name the noise schedule, the
 prediction type or the guidance scale it was fitted at.
 
 Forbidden, each with its own message: a file above 16 MiB; anything but the uncompressed zip archive that torch.save has
 written since torch 1.6; pickled objects other than tensors, tuples, lists and numbers (never loaded, so never run);
-more than 1,000 evaluations; other types, dtypes or shapes; a value that is not finite; a weight for an output that is
-not there yet; times that do not fall or that the schedule lacks.
+more than 1,000 evaluations; other types, dtypes or shapes; a non-finite value; a weight for an output that does not
+exist yet; timesteps that do not fall or are outside the schedule.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def load_original(path: str | os.PathLike[str], *, schedule: object = None) -> P
 
     `schedule` is that of the network: a NoiseSchedule, or a diffusers scheduler or its config; by default Stable
     Diffusion's (scaled_linear, 0.00085 to 0.012, epsilon). It gives `alphas`, `sigmas` and the metadata; rows and times
-    are the file's. A path that begins below the schedule's noise end, as the published ones do, is kept as it is and
-    said in metadata["note"].
+    are the file's. A path that begins below the schedule's noise end, as the published ones do, is kept and noted in
+    metadata["note"].
 
     Raises PlanFileError naming the file, what was found and what was expected; InputError for another `schedule`.
     """
@@ -106,7 +106,7 @@ def _note(time: float, first: float) -> dict[str, str]:
 
 
 def _unpickled(data: bytes) -> object:
-    """What torch.load makes of it without ever running what a pickle asks for."""
+    """The content by torch.load with weights_only: no code of the pickle is run."""
     _check_archive(data)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -117,7 +117,7 @@ def _unpickled(data: bytes) -> object:
 
 
 def _check_archive(data: bytes) -> None:
-    """A zip archive that is no larger inside than outside."""
+    """Refuses anything but a zip archive whose content is no larger than the file."""
     try:
         entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
     except Exception as cause:  # as above
@@ -131,7 +131,7 @@ def _check_archive(data: bytes) -> None:
 
 
 def _arrays(content: object) -> tuple[Floats, Floats, Floats]:
-    """(n,), (n,), (n, n), all float64 and finite. Shapes are looked at before anything is copied.
+    """(n,), (n,), (n, n), all float64 and finite. Shapes are checked before anything is copied.
 
     Values are described by their types alone: a hostile pickle may hold one whose repr never ends.
     """

@@ -1,14 +1,14 @@
 """`olss_fast.accelerate`: the denoising loop of a diffusers pipeline as one call.
 
-A call of an accelerated pipeline is made on a copy of the pipeline that lives as long as the call, with the same
-components but two. The scheduler shows one timestep; the network, when it is asked there, runs the whole loop by the
-fused or the graph executor, with the arguments it was handed (prompt embeddings and all) and the call's guidance scale.
-What the pipeline does then with the output has no effect, and the scheduler's step hands out the finished latents.
+An accelerated call runs on a temporary copy of the pipeline in which two components are replaced. The scheduler shows
+one timestep; the network, when called there, runs the whole loop by the fused or the graph executor, with the arguments
+it received (prompt embeddings and all) and the call's guidance scale. What the pipeline does with that output has no
+effect, and the scheduler's step returns the finished latents.
 
-The pipeline itself has the plan as a `PlanScheduler`, and its network as it was: so other pipelines made of the same
-parts run step by step, and threads do not meet. So does, with a warning, a call of this pipeline that asks for anything
-which may matter between two steps (a callback, `guidance_rescale`, `denoising_end`, an argument that is not known
-here), or whose plan draws fresh noise.
+The pipeline itself has the plan as a `PlanScheduler`, and its network is unchanged: other pipelines with the same
+components run step by step, and threads do not interfere. A call also runs step by step, with a warning, if it asks
+for anything that may matter between steps (a callback, `guidance_rescale`, `denoising_end`, an unknown argument), or
+if its plan draws fresh noise.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ STEADY = frozenset(
 )
 """Arguments that a pipeline uses before its loop, after it, or the same at every step."""
 WATCHED = {"step", "set_timesteps", "scale_model_input"}
-"""Methods of a scheduler; one that somebody replaced in it wants to see the steps."""
+"""Methods of a scheduler; a replaced one expects to see the steps."""
 
 
 class LoopScheduler(PlanScheduler):
-    """A PlanScheduler for one call, that shows one timestep, and whose step hands out the samples made there."""
+    """A PlanScheduler for one call that shows one timestep, and whose step returns the samples made there."""
 
     whole = False
     why_not = ""
@@ -61,7 +61,7 @@ class LoopScheduler(PlanScheduler):
 
     @classmethod
     def of(cls, scheduler: PlanScheduler) -> LoopScheduler:
-        """The same plans."""
+        """One with the plans of `scheduler` and a session of its own."""
         loop = cls.__new__(cls)
         vars(loop).update(vars(scheduler), _sessions=Sessions(Session(), torch.empty(0, device="cpu")))
         return loop
@@ -93,14 +93,14 @@ class LoopScheduler(PlanScheduler):
 
 
 class Finished:
-    """The output of a network or a scheduler, by both names."""
+    """The output of a network and a scheduler, under both names."""
 
     def __init__(self, sample: Tensor) -> None:
         self.sample = self.prev_sample = sample
 
 
 class LoopNetwork(torch.nn.Module):
-    """Stands for `pipe.unet` in one call of the pipeline: it runs the whole loop where it is asked for its timestep."""
+    """Replaces `pipe.unet` in one call of the pipeline: runs the whole loop when called at its timestep."""
 
     def __init__(self, pipe: Any, loops: LoopCache) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def _asking(network: Any, held: Any) -> Ask:
 
 
 class Acceleration:
-    """What `accelerate` did to a pipeline. `stats()` as of `Sampler`; `restore()` takes it back."""
+    """The result of `accelerate`. `stats()` as in `Sampler`; `restore()` undoes it."""
 
     def __init__(self, pipe: Any, plans: Plan | Sequence[Plan], backend: str, check: bool) -> None:
         check_slot(pipe)
@@ -163,7 +163,7 @@ class Acceleration:
         pipe.__class__ = _accelerated(self.kind)
 
     def restore(self) -> None:
-        """The pipeline's own scheduler and loop again."""
+        """Restores the pipeline's own scheduler and loop."""
         self.pipe.scheduler = self.original
         if vars(self.pipe).get("_acceleration") is self:
             del vars(self.pipe)["_acceleration"]
@@ -171,12 +171,12 @@ class Acceleration:
         self.loops = None
 
     def require_finite(self) -> None:
-        """NetworkError that names the first evaluation of this thread's last run that was not finite. Waits for the
-        device."""
+        """NetworkError naming the first non-finite evaluation of this thread's last run. Synchronises the device."""
         if self.loops is not None:
             self.loops.require_finite()
 
     def stats(self) -> Stats:
+        """Counters as in `Sampler.stats`, with the reasons why calls ran step by step."""
         reason = f"{self.kind.__name__} runs step by step: {'; '.join(self.reasons)}" if self.reasons else ""
         if self.loops is None:
             return Stats("PlanScheduler", 0, 0, reason, 0, None)
@@ -184,7 +184,7 @@ class Acceleration:
         return replace(stats, reason="; ".join(each for each in (stats.reason, reason) if each))
 
     def call(self, *args: Any, **how: Any) -> Any:
-        """The pipeline's call, as one run of the loop where that is what it comes to."""
+        """The pipeline's call, as one run of the loop if nothing acts between steps."""
         pipe, run, loops = self.pipe, self.kind.__call__, self.loops
         if pipe.scheduler is not self.scheduler or loops is None:
             return run(pipe, *args, **how)
@@ -206,12 +206,12 @@ class Acceleration:
                 self.scheduler._sessions.hold(scheduler._session.afresh(), scheduler.grid)
                 if "_num_timesteps" in vars(pipe):
                     pipe._num_timesteps = len(scheduler.grid)
-            vars(alone).clear()  # else it and its network keep each other alive
+            vars(alone).clear()  # otherwise it and its network keep each other alive
             if scheduler.why_not:
                 self._say(scheduler.why_not)
 
     def _needs_steps(self, args: Sequence[Any], how: Mapping[str, Any]) -> str:
-        """Why this call has to run step by step; "" where nothing matters between its steps."""
+        """Why this call has to run step by step; "" if it need not."""
         if WATCHED & vars(self.scheduler).keys():
             return "methods of its scheduler were replaced"
         signature = inspect.signature(self.kind.__call__)
@@ -227,7 +227,7 @@ class Acceleration:
         return ""
 
     def _say(self, reason: str) -> None:
-        """Once."""
+        """Warns, once per reason."""
         if reason not in self.reasons:
             self.reasons[reason] = None
             warnings.warn(f"{self.kind.__name__} runs step by step: {reason}", stacklevel=4)
@@ -240,7 +240,7 @@ def _is_default(parameter: inspect.Parameter | None, value: Any) -> bool:
 
 @functools.cache
 def _accelerated(kind: Any) -> Any:
-    """The class `kind`, whose calls are made by the pipeline's `Acceleration`; of the same name, which is saved."""
+    """A subclass of `kind` whose calls go to the pipeline's `Acceleration`; with the same name, which is saved."""
 
     @functools.wraps(kind.__call__)
     def __call__(self: Any, *args: Any, **how: Any) -> Any:
@@ -251,15 +251,14 @@ def _accelerated(kind: Any) -> Any:
 
 
 def accelerate(pipe: Any, plans: Plan | Sequence[Plan], *, backend: str = "auto", check: bool = True) -> Acceleration:
-    """Make the denoising loop of `pipe` one call that runs `plans` (picked by `num_inference_steps`).
+    """Run the denoising loop of `pipe` as one call with `plans` (selected by `num_inference_steps`).
 
-    For Stable Diffusion and SDXL (text-to-image), and DDPM and DDIM pipelines; others get a `PlanScheduler`, with a
-    warning that says so, and so do calls with a callback or anything else that acts between two steps. Other pipelines
-    made of the same parts run step by step. Several threads may call the pipeline, with prompts as embeddings:
-    tokenizers take no threads. An `interrupt` from outside comes too late for a call that is one run of the loop.
+    For Stable Diffusion and SDXL (text-to-image), and DDPM and DDIM pipelines; others get a `PlanScheduler` and a
+    warning, and so do calls with a callback or anything else that acts between two steps. Other pipelines built from
+    the same components run step by step. Several threads may call the pipeline if prompts are embeddings: tokenizers
+    are not thread-safe. An `interrupt` from outside comes too late for a call that is one run of the loop.
 
-    `backend` is "graph" (default on CUDA), "fused" or "auto". The result's `stats()` says what happens, its `restore()`
-    takes it back.
+    `backend` is "graph" (default on CUDA), "fused" or "auto". The result has `stats()`, and `restore()` to undo it.
 
     Raises:
         InputError: as `PlanScheduler.from_pipe`; an unknown backend, or a graph without a CUDA device.

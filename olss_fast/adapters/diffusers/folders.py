@@ -3,8 +3,8 @@
     model = load_pipeline("path/to/ddpm-folder")
     images = olss_fast.sample(model.network, plan, torch.randn(16, *model.shape))
 
-Only safetensors weights are read, nothing is unpickled and nothing is fetched. What a scheduler does beside its linear
-step, such as clipping the predicted image, is not applied to a bare network: a Plan is linear.
+Only safetensors weights are read, nothing is unpickled and nothing is downloaded. Nonlinear parts of a scheduler, such
+as clipping the predicted image, are not applied to a bare network: a Plan is linear.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ WEIGHTS = "diffusion_pytorch_model"
 class UNetNetwork(torch.nn.Module):
     """network(x, timestep[, class_labels]) -> raw output of x's shape, from a UNet2DModel.
 
-    x (B, C, H, W), timestep (B,) in the model's own unit (need not be whole), class_labels (B,) int64. Of a model that
-    also predicts the variance (twice the channels) the first half is returned.
+    x (B, C, H, W), timestep (B,) in the model's own unit (need not be whole), class_labels (B,) int64. If the model
+    also predicts the variance (twice the channels), the first half is returned.
     """
 
     def __init__(self, unet: torch.nn.Module) -> None:
@@ -49,8 +49,8 @@ class UNetNetwork(torch.nn.Module):
 class DiffusersModel:
     """A loaded pipeline: what `tune` and `sample` take, the shape of one sample and the number of its classes.
 
-    `classes` is 0 for an unconditional model. `null_class` is the label for "any class" that guidance needs, None where
-    nobody said that the model has one.
+    `classes` is 0 for an unconditional model. `null_class` is the label for "any class" that guidance needs, None if
+    not known.
     """
 
     network: UNetNetwork
@@ -68,15 +68,15 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     null_class: int | None = None,
 ) -> DiffusersModel:
-    """Load a pipeline folder, onto a GPU if there is one and no `device` is named.
+    """Load a pipeline folder to `device`, by default a GPU if there is one.
 
     `null_class` is the label the model was trained with for "no class"; it is not counted among the classes if it is
     the last one. Default: "_null_class" in the folder's model_index.json, if it is there.
 
     Raises:
         ModelError: no such folder, not a pipeline of this kind, no or only pickled weights, weights that do not fit.
-        ScheduleError: the scheduler's noise levels are of no known kind.
-        InputError: a device that is not there.
+        ScheduleError: the scheduler's noise levels are of an unknown kind.
+        InputError: an unavailable device.
     """
     folder = Path(folder)
     _check_pipeline(folder)
@@ -123,7 +123,7 @@ def read_unet(
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever diffusers, safetensors or torch made of a damaged folder
+    except Exception as error:  # a damaged folder may raise anything in diffusers, safetensors or torch
         raise ModelError(f"the weights in {folder} cannot be loaded: {first_lines(error)}") from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
@@ -209,15 +209,16 @@ def weights_variant(folder: Path) -> str | None:
 
 
 def first_lines(error: Exception, most: int = 300) -> str:
+    """The beginning of an error's message, on one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= most else text[:most] + "…"
 
 
 def load_any_pipeline(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
-    """The diffusers pipeline of a local folder: safetensors only, nothing fetched, no code of the folder's is run.
+    """The diffusers pipeline of a local folder: safetensors only, no downloads, none of the folder's code is run.
 
     `dtype` defaults to float32 on a CPU, elsewhere to float16 for a UNet and bfloat16 for a transformer. Raises
-    `ModelError` for a folder that is no pipeline, or that diffusers cannot load.
+    `ModelError` for a folder that is not a pipeline, or that diffusers cannot load.
     """
     folder, place = Path(folder), pick_device(device)
     index = check_index(folder)
@@ -237,14 +238,14 @@ def load_any_pipeline(folder: str | Path, *, device: str | None = None, dtype: s
             use_safetensors=True,
             local_files_only=True,
         )
-    except Exception as error:  # whatever diffusers, transformers or safetensors made of a damaged folder
+    except Exception as error:  # a damaged folder may raise anything in diffusers, transformers or safetensors
         kind = index.get("_class_name", "pipeline")
         raise ModelError(f"the {kind} in {folder} cannot be loaded: {first_lines(error)}") from error
     return pipe.to(place)
 
 
 def silence() -> None:
-    """No progress bars and advice of diffusers and transformers while pipelines are loaded."""
+    """Silences progress bars and advice of diffusers and transformers while pipelines are loaded."""
     import diffusers
     import transformers
 

@@ -1,15 +1,15 @@
-"""What a pipeline holds between two steps: its scheduler's own state, of which the network's input is a multiple.
+"""A pipeline's latents between two steps: the scheduler's own state, of which the network input is a multiple.
 
-Row k of a plan is the input of evaluation k. Schedulers that scale their input (EulerDiscreteScheduler and its kin)
-hand out x / scale instead, where the signal has level 1. So a run that is cut can go on with the scheduler itself, and
-image-to-image, callbacks and `init_noise_sigma` meet what they expect.
+Row k of a plan is the input of evaluation k. Schedulers that scale their input (EulerDiscreteScheduler and similar)
+return x / scale instead, with signal level 1. So a split run can continue with the scheduler itself, and
+image-to-image, callbacks and `init_noise_sigma` get what they expect.
 
-A captured plan knows the scales and the levels of `add_noise` of its scheduler. Any other plan in the slot of a
-scheduler that scales its input has states of signal 1, by the levels of its rows.
+A captured plan has the scales and the `add_noise` levels of its scheduler. Any other plan in the slot of a scheduler
+that scales its input has states of signal 1, by the levels of its rows.
 
 `add_noise` and `sigmas` look levels up on the device, in a table of (timestep, alpha, sigma) in the unit of the states:
-the plan's own timesteps, and between them the training schedule. It is interpolated linearly, so its own timesteps come
-out exactly; those of a network trained on betas are all in it.
+the plan's own timesteps, and between them the training schedule. Linear interpolation is exact at the table's own
+timesteps; for a network trained on betas it contains them all.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ SCALING = {
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
 }  # fmt: skip
-"""Classes whose `scale_model_input` divides by the state's spread; their states have signal 1."""
+"""Classes whose `scale_model_input` divides by the state's standard deviation; their states have signal 1."""
 
-LEAST_SIGNAL = 2.0**-12  # where a schedule ends without signal, diffusers' schedulers count sigma as 4096
+LEAST_SIGNAL = 2.0**-12  # if a schedule ends without signal, diffusers' schedulers use sigma = 4096
 
 
 @dataclass(frozen=True)
 class Latents:
-    """scales: (S,) network input / state. alphas, sigmas: (S+1,) what `add_noise` mixes by to begin at each evaluation.
+    """scales: (S,) network input / state. alphas, sigmas: (S+1,) levels of `add_noise` to begin at each evaluation.
 
-    by_index: after `set_begin_index`, `add_noise` looks at where the run is, not at the timestep it is given.
+    by_index: after `set_begin_index`, `add_noise` uses the index of the run, not the timestep passed to it.
     """
 
     scales: Floats
@@ -63,7 +63,7 @@ class Latents:
 
 
 def latents_of(plan: Plan, network: Mapping[str, Any] | None) -> Latents:
-    """Of a plan in the slot of a scheduler with the config `network`. InputError for facts that cannot be read."""
+    """Those of a plan in the slot of a scheduler with the config `network`. InputError for unreadable metadata."""
     if facts := captured_facts(plan):
         return _captured(plan, facts)
     scaling = network is not None and network.get("_class_name") in SCALING
@@ -74,7 +74,7 @@ def latents_of(plan: Plan, network: Mapping[str, Any] | None) -> Latents:
 def untimed_amplitude(plan: Plan) -> float | None:
     """`init_noise_sigma` of the scheduler that a plan was captured from, before its timesteps are set.
 
-    None where the plan was not captured, diffusers has no such class, or this one says nothing of the kind.
+    None if the plan was not captured, diffusers has no such class, or the class does not define it.
     """
     facts = captured_facts(plan)
     kind = None if facts is None else scheduler_class(facts.class_name)
@@ -83,13 +83,13 @@ def untimed_amplitude(plan: Plan) -> float | None:
     check_config(facts.config)
     try:
         value = getattr(kind.from_config(facts.config), "init_noise_sigma", None)
-    except Exception as error:  # of diffusers' own, from a config that somebody may have altered
+    except Exception as error:  # any error of diffusers, from a config that may have been altered
         raise InputError(f"no {facts.class_name} can be made of the config in {name_of(plan)}: {error}") from error
     return None if value is None else float(value)
 
 
 class StepOutput(SchedulerOutput):
-    """What a step gives. `pred_original_sample` is computed when it is read."""
+    """The output of a step. `pred_original_sample` is computed when read."""
 
     def __init__(self, prev_sample: Tensor, loaded: Any, row: int, sample: Tensor, output: Tensor) -> None:
         super().__init__(prev_sample=prev_sample)
@@ -97,8 +97,9 @@ class StepOutput(SchedulerOutput):
 
     @property
     def pred_original_sample(self) -> Tensor:
-        """The clean image m that the network's output says: with x = alpha m + sigma eps and f = a m + b eps,
-        m = (sigma f - b x) / (sigma a - b alpha). AttributeError where what it predicts is not known, or no signal."""
+        """The clean image m that the output predicts: with x = alpha m + sigma eps and f = a m + b eps,
+        m = (sigma f - b x) / (sigma a - b alpha). AttributeError if the prediction type is unknown or there is no
+        signal."""
         loaded, row, sample, output = self.of_step
         plan, scale = loaded.layout.plan, float(loaded.latents.scales[row])
         alpha, sigma = float(plan.alphas[row]), float(plan.sigmas[row])
@@ -166,7 +167,7 @@ class NoiseLevels:
     def at(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma (float32) at (B,) timesteps, shaped to multiply `like` (B, …).
 
-        InputError where only the plan's own timesteps are known, and it can be seen (on the CPU) that this is another.
+        InputError for other timesteps (checked on the CPU only) if only the plan's own are known.
         """
         try:
             times = torch.as_tensor(timesteps, dtype=torch.float32, device=like.device).reshape(-1)
@@ -192,15 +193,14 @@ class NoiseLevels:
         return alpha, sigma
 
     def at_index(self, index: int | None) -> tuple[float, float] | None:
-        """alpha and sigma at an index of `timesteps`; None where it is the timestep that counts."""
+        """alpha and sigma at an index of `timesteps`; None if the timestep decides."""
         if index is None or not self.latents.by_index or index < self.entry.begin:
             return None
         row = min(index - self.entry.begin, self.entry.plan.nfe)
         return float(self.latents.alphas[row]), float(self.latents.sigmas[row])
 
     def sigmas(self) -> Tensor:
-        """(S+1,) float32 on the CPU: sigma / alpha of every row, or sigma of flow matching, as diffusers counts "
-        "them."""
+        """(S+1,) float32 on the CPU, as in diffusers: sigma / alpha of every row, or sigma of flow matching."""
         alphas, sigmas = self.entry.plan.alphas, self.entry.plan.sigmas
         flow = np.allclose(alphas + sigmas, 1.0)
         with np.errstate(divide="ignore"):
@@ -208,7 +208,7 @@ class NoiseLevels:
 
 
 def noise_levels(entry: Entry, latents: Latents, schedule: NoiseSchedule | None) -> NoiseLevels:
-    """Of the plan's own timesteps, and of the training schedule where it is known."""
+    """Levels at the plan's own timesteps, and of the training schedule if known."""
     plan = entry.plan
     times = plan.timesteps.astype(np.float32).astype(np.float64)
     own, places = _second_places(times)
@@ -220,14 +220,14 @@ def noise_levels(entry: Entry, latents: Latents, schedule: NoiseSchedule | None)
 
 
 def _second_places(times: Floats) -> tuple[Floats, Integers]:
-    """Each time once, rising, and where it stands: of equal ones the second, as diffusers looks them up."""
+    """Distinct times, rising, and their indices: of equal ones the second, as in diffusers' lookup."""
     own, first = np.unique(times, return_index=True)
     second = np.minimum(first + 1, times.size - 1)
     return own, np.where(times[second] == own, second, first)
 
 
 def _trained(schedule: NoiseSchedule, scaled: bool) -> Floats:
-    """(3, n): timesteps, alphas and sigmas of the training schedule; of states with signal 1 where they are scaled."""
+    """(3, n): timesteps, alphas and sigmas of the training schedule; for states of signal 1 if they are scaled."""
     times = np.linspace(schedule.last, schedule.first, POINTS)
     if schedule.first == np.round(schedule.first) and schedule.first < 1e6:
         times = np.arange(np.ceil(schedule.last), schedule.first + 1.0)

@@ -1,4 +1,4 @@
-"""The calls of a pipeline: what it takes, its guidance scales, and calls for the prompts of a text file."""
+"""The calls of a pipeline: its arguments, its guidance scales, and calls for the prompts of a text file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEADY: Mapping[str, tuple[Any, ...]] = {
     "callback_on_step_end": (None,),
     "skip_guidance_layers": (None,),
 }
-"""Arguments that make steps differ, with the values at which they do not."""
+"""Arguments that make steps differ, with their neutral values."""
 
 
 def check_calls(pipe: Any, calls: Any) -> list[Call]:
@@ -47,7 +47,7 @@ def check_calls(pipe: Any, calls: Any) -> list[Call]:
 
 
 def _check_steady(call: Call, name: str) -> None:
-    """InputError for arguments by which a step's network or end depends on its number, which tuning cannot see."""
+    """InputError for arguments that make the network or the end of the run depend on the step index."""
     for argument, usual in STEADY.items():
         if argument in call and call[argument] not in usual:
             raise InputError(
@@ -57,12 +57,12 @@ def _check_steady(call: Call, name: str) -> None:
 
 
 def takes(pipe: Any, name: str) -> bool:
-    """Whether the pipeline names the argument `name`; what goes by **kwargs is deprecated in diffusers."""
+    """True if the pipeline has a named argument `name`; **kwargs are for deprecated ones in diffusers."""
     return name in inspect.signature(pipe.__call__).parameters
 
 
 def argument(pipe: Any, call: Call, name: str) -> Any:
-    """What the pipeline gets for `name`: the call's value, or its own default; None if it has no such argument."""
+    """The pipeline's value of `name`: the call's, or its own default; None if it has no such argument."""
     parameter = inspect.signature(pipe.__call__).parameters.get(name)
     default = None if parameter is None or parameter.default is parameter.empty else parameter.default
     return call.get(name, default)
@@ -98,7 +98,7 @@ def _is_number(value: Any) -> bool:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file, one prompt each; empty ones and such as begin with # are left out."""
+    """The lines of a UTF-8 text file, one prompt each, without empty lines and lines that begin with #."""
     try:
         # "sig": editors of Windows begin a file with a mark.
         text = read_bounded(Path(path), LARGEST_PROMPTS, error=InputError).decode("utf-8-sig")
@@ -119,7 +119,7 @@ def prompt_calls(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """`samples` images as calls of the pipeline, `batch_size` (1) a call: prompts in turn, every image its own seed."""
+    """Calls for `samples` images, `batch_size` (1) per call: prompts in turn, each image with its own seed."""
     if not takes(pipe, "prompt"):
         raise InputError(f"{type(pipe).__name__} takes no prompt: leave --prompts out")
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}

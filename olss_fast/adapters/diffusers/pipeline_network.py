@@ -1,10 +1,10 @@
-"""A diffusers pipeline as a network: ask it at any latents and any timestep, with all of its conditioning and guidance.
+"""A diffusers pipeline as a network: evaluate it at any latents and timestep, with all its conditioning and guidance.
 
-Each call of the pipeline runs in a greenlet of its own, up to the scheduler's first step and no further. What stands in
-the scheduler slot meanwhile hands out the model output it was given and waits; asked for (x, t) it writes t into the
-tensor of timesteps that the pipeline iterates over, returns x as the next latents, and so gets the model output there.
-Prompts are encoded, images are prepared once a call, and every question costs one evaluation of the network, whatever
-the class of the pipeline. Nothing is decoded: a call never comes to its end, it is closed where it waits.
+Each call of the pipeline runs in its own greenlet, up to the scheduler's first step and no further. The object in the
+scheduler slot returns the model output and waits; asked for (x, t) it writes t into the tensor of timesteps that the
+pipeline iterates over, returns x as the next latents, and so gets the model output there. Prompts are encoded and
+images prepared once per call, and each question costs one network evaluation, for any class of pipeline. Nothing is
+decoded: a call never ends, it is closed while it waits.
 
 Latents are network inputs here, as everywhere in a Plan: `scale_model_input` is the identity.
 """
@@ -28,7 +28,7 @@ from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.plan.plan import Plan
 from olss_fast.support.tree import mapped
 
-SAME_ANSWER = 1e-3  # of the norm: more than two runs of the same kernels differ by
+SAME_ANSWER = 1e-3  # of the norm: above the difference of two runs of the same kernels
 OWN = ("num_inference_steps", "timesteps", "sigmas")  # arguments of a call that are ours to choose
 
 
@@ -76,7 +76,7 @@ class Session:
         return arguments
 
     def check(self) -> None:
-        """InputError where the pipeline does not answer from outside what it answers in its own loop."""
+        """InputError if the pipeline's answer from outside differs from that in its own loop."""
         outside = dict(vars(self.pipe))
         try:
             asked = questions(self.pipe, self.scheduler, self._arguments, self.teacher_steps, self.name)
@@ -88,7 +88,7 @@ class Session:
             check_answer(asked[-1], answer, SAME_ANSWER, type(self.pipe).__name__)
 
     def _switch(self, *question: Any) -> Tensor:
-        """Goes on in the pipeline, with the attributes it had when it was left: calls share the object."""
+        """Resumes the pipeline with the attributes it had when suspended: calls share the object."""
         assert self.run is not None
         outside = dict(vars(self.pipe))
         _set_attributes(self.pipe, self.attributes)
@@ -112,6 +112,7 @@ class Session:
         return output
 
     def close(self) -> None:
+        """Ends the suspended call."""
         if self.run is not None and not self.run.dead:
             outside = dict(vars(self.pipe))
             self.run.throw()  # GreenletExit, which no `except Exception` of a pipeline catches
@@ -127,7 +128,7 @@ def _set_attributes(pipe: Any, attributes: Mapping[str, Any]) -> None:
 
 
 def _copied(generator: Any) -> Any:
-    """A generator in the same state, so that the caller's stays where it is."""
+    """A copy of a generator, which leaves the caller's state alone."""
     if not isinstance(generator, torch.Generator):
         return generator
     copied = torch.Generator(generator.device)
@@ -136,7 +137,7 @@ def _copied(generator: Any) -> Any:
 
 
 class Place(NamedTuple):
-    """Where a sample is: number of the call, and its row there."""
+    """The place of a sample: index of its call, and its row there."""
 
     call: int
     row: int
@@ -145,15 +146,15 @@ class Place(NamedTuple):
 class PipelineNetwork:
     """`network(x, timestep, sample=...) -> output` over all calls of a pipeline; `sample` (B,) says which samples.
 
-    Samples are numbered through the calls; `start` (P, ...) are the latents that each of them begins with, `schedule`
-    the noise schedule from there on, `begin` the teacher's evaluation it begins at (0 but for image-to-image).
-    Pixels that the pipeline replaces after each step (inpainting with a plain network) are zeros in `start` and in the
-    outputs: no sampler decides over them, and none is to be judged by them.
+    Samples are numbered across calls; `start` (P, ...) are their initial latents, `schedule` the noise schedule from
+    there on, `begin` the teacher's evaluation that they start at (0 except for image-to-image). Pixels that the
+    pipeline replaces after each step (inpainting with a plain network) are zeros in `start` and in the outputs:
+    samplers have no influence on them and are not judged by them.
 
     Raises `InputError` for calls that cannot be run together: latents of other shapes, another start, another shift.
     """
 
-    fixed_start = True  # the pipeline hands its own latents to the network first
+    fixed_start = True  # the network first gets the pipeline's own latents
 
     def __init__(self, sessions: Sequence[Session], progress: Callable[[int], object]) -> None:
         self.sessions = sessions
@@ -187,9 +188,9 @@ class PipelineNetwork:
                 )
 
     def _kept_pixels(self, progress: Callable[[int], object]) -> Tensor | None:
-        """Which pixels (P, ...) of the latents the pipeline leaves alone between steps; None if all of them.
+        """The pixels (P, ...) of the latents that the pipeline leaves alone between steps; None for all.
 
-        The first call is asked again what it was asked at first; if nothing was replaced the answer must be the same.
+        The first question of the first call is repeated; if nothing was replaced, the answer must be the same.
         """
         first = self.sessions[0]
         again = first.ask(first.start, self.first_time)
@@ -216,16 +217,16 @@ class PipelineNetwork:
         return {**own, **getattr(pipe, "components", {}), **code, "calls": [session.call for session in self.sessions]}
 
     def admits(self, plan: Plan) -> bool:
-        """Whether the pipeline can begin as the plan does: with noise of another amplitude only where it asks for the
-        amplitude, part of the way only where its own first image lies."""
+        """True if the pipeline can begin as the plan does: with another noise amplitude only if it reads
+        `init_noise_sigma`, at a later timestep only at its own."""
         if self.begin:
             return bool(plan.rows[0, 0] == 1.0 and abs(plan.timesteps[0] - self.first_time) < 1e-3)
         return self.scales_noise or abs(plan.rows[0, 0] - 1.0) < 1e-6
 
     def steps_for(self, nfe: int) -> tuple[int, int]:
-        """(num_inference_steps, begin index) with which the pipeline, called like this, makes `nfe` evaluations.
+        """(num_inference_steps, begin index) for `nfe` evaluations of such calls.
 
-        Pipelines round a share of the steps in ways of their own, so they are asked; one evaluation a question.
+        Pipelines round a share of the steps in different ways, so this is tried; one evaluation per trial.
         """
         session = self.sessions[0]
         share = 1.0 - (session.slot.begin_index or 0) / session.slot.length
@@ -248,16 +249,16 @@ class PipelineNetwork:
         return output if self.kept is None else output * self.kept[sample].to(output)
 
     def _ask(self, session: Session, x: Tensor, timestep: float, within: list[int]) -> Tensor:
-        """Some of a call's samples; those that nobody asked about stay at the start."""
+        """Evaluates some of a call's samples; the others stay at the start."""
         whole = session.start.clone()
         whole[within] = x
         if timestep == self.first_time and self.kept is None and torch.equal(whole, session.start):
-            return session.output[within]  # what every student asks first was answered when the call began
+            return session.output[within]  # the first question of every student was answered when the call began
         return session.ask(whole, timestep)[within]
 
     @property
     def evaluations(self) -> int:
-        """Samples times evaluations of the network that were really made."""
+        """Network evaluations made, times samples."""
         return sum(session.asked * session.start.shape[0] for session in self.sessions)
 
 
@@ -275,9 +276,9 @@ def open_pipeline(
     seed: int = 0,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> Iterator[PipelineNetwork]:
-    """Begin all `calls`; afterwards, also after an error, the pipeline is as it was.
+    """Begin all `calls`; afterwards, also after an error, the pipeline is restored.
 
-    A call without a generator gets one of its own, seeded with `seed` and its number, where the pipeline takes one.
+    A call without a generator gets its own, seeded with `seed` and its index, if the pipeline takes one.
     """
     calls = [_prepared(pipe, call, seed + i, f"calls[{i}]") for i, call in enumerate(calls)]
     before, sessions = dict(vars(pipe)), []

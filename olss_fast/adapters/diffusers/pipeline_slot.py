@@ -1,4 +1,4 @@
-"""What stands in the scheduler slot of a pipeline while it is asked from outside; see `pipeline_network`."""
+"""The stand-in for a pipeline's scheduler while it is evaluated from outside; see `pipeline_network`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 
-QUESTIONS = 1000  # timesteps a pipeline is given at least; a call that has used them up is begun again
+QUESTIONS = 1000  # least number of timesteps for a pipeline; a call that has used them up is restarted
 
 
 class Slot:
-    """What stands in the scheduler slot of a pipeline while it is asked from outside.
+    """The stand-in for a pipeline's scheduler while it is evaluated from outside.
 
-    `teacher_steps` T evaluation times of the schedule, each repeated, make the grid that the pipeline sees: so whatever
-    share of it an image-to-image call skips (`strength`), it begins at a time of the teacher, number `begin`.
+    The pipeline sees the teacher's `teacher_steps` timesteps, each repeated: whatever share of them an image-to-image
+    call skips (`strength`), it begins at one of the teacher's timesteps, index `begin`.
     """
 
     order = 1
@@ -55,6 +55,7 @@ class Slot:
         mu: float | None = None,
         **other: Any,
     ) -> None:
+        """Sets the grid of the teacher's timesteps, each repeated; `num_inference_steps` is ignored."""
         schedule = schedule_of(self._original, mu)
         times = torch.tensor(schedule.timesteps(self.teacher_steps, "trailing"), dtype=torch.float32, device="cpu")
         self.schedule, self.times, self.num_inference_steps = schedule, times, self.length
@@ -64,18 +65,18 @@ class Slot:
 
     @property
     def init_noise_sigma(self) -> float:
-        """What unit noise is multiplied by. That it was read says that the pipeline does so."""
+        """The amplitude of the initial noise. Reading it shows that the pipeline multiplies by it."""
         self.scales_noise = True
         return self._amplitude
 
     @property
     def length(self) -> int:
-        """Timesteps that the pipeline is given."""
+        """Number of timesteps that the pipeline sees."""
         return self.teacher_steps * self.repeats
 
     @property
     def begin(self) -> int:
-        """At which of the teacher's evaluations the pipeline begins."""
+        """The teacher's evaluation that the pipeline begins at."""
         return math.ceil((self.begin_index or 0) / self.repeats)
 
     @property
@@ -108,7 +109,7 @@ class Slot:
         return self.add_noise(sample, noise, timestep)
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **how: Any) -> Any:
-        """Hands `model_output` to who asked, waits for the next question, and returns it as the next latents."""
+        """Passes `model_output` to the caller outside, waits for the next (x, t), and returns x as the next latents."""
         if self.sample is None:
             self.index = self._place_of(timestep)
         elif float(timestep) != float(self.timesteps[self.index]):
@@ -130,7 +131,7 @@ class Slot:
         return (x, x) if how.get("return_dict") is False else Answer(x)  # consistency models' pipelines take two
 
     def _place_of(self, timestep: Any) -> int:
-        """The index of the first timestep: where it lies in `timesteps`, of which it is a view."""
+        """The index of the first timestep in `timesteps`, of which it is a view."""
         if self.begin_index is not None:
             return self.begin_index
         if isinstance(timestep, Tensor) and timestep.data_ptr() != self.timesteps[0].data_ptr():
@@ -139,7 +140,7 @@ class Slot:
 
 
 class Answer:
-    """What diffusers' schedulers return: an object with `prev_sample`."""
+    """The output of a diffusers scheduler: an object with `prev_sample`."""
 
     def __init__(self, prev_sample: Tensor) -> None:
         self.prev_sample = prev_sample

@@ -1,9 +1,8 @@
-"""Whether a pipeline's network can be asked from outside: two steps of its own, and the same question again.
+"""Checks that a pipeline's network can be evaluated from outside, by repeating the inputs of two of its own steps.
 
-The pipeline runs with a copy of its own scheduler up to its second step. What its network was asked there, latents and
-timestep, is then asked through the slot (`pipeline_network`): the answer must be the same. It is not where a pipeline
-computes with what its scheduler keeps (StableDiffusionLatentUpscalePipeline reads `sigmas`), be it of a class that
-nobody has seen yet.
+The pipeline runs with a copy of its own scheduler up to its second step. The network's latents and timestep there are
+then passed through the slot (`pipeline_network`): the output must be the same. It differs if a pipeline computes with
+its scheduler's state (StableDiffusionLatentUpscalePipeline reads `sigmas`), also for unknown classes.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
 from olss_fast.capturing.facts import steps_of
 from olss_fast.errors import InputError
 
-STEPS = 4  # where a scheduler takes no more: a consistency model's own schedule is short
+STEPS = 4  # for schedulers that take no more: a consistency model's own schedule is short
 ENOUGH = 2
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the network was asked, in its own unit, and its output after guidance."""
+    """A network input and its timestep, in the network's unit, with its output after guidance."""
 
     x: Tensor
     timestep: float
@@ -40,9 +39,9 @@ class _Enough(BaseException):
 def questions(
     pipe: Any, scheduler: Any, arguments: Callable[[int], Mapping[str, Any]], steps: int, name: str
 ) -> list[Question]:
-    """The first two that the pipeline asks with its own `scheduler`; fewer where its run is shorter.
+    """The first two questions of the pipeline with its own `scheduler`; fewer if its run is shorter.
 
-    arguments: of the call, by its number of steps. InputError where the call fails.
+    arguments: of the call, by its number of steps. InputError if the call fails.
     """
     for count in _counts(scheduler, steps):
         asked: list[Question] = []
@@ -51,7 +50,7 @@ def questions(
             pipe(**arguments(count))
         except _Enough:
             pass
-        except Exception as error:  # whatever the pipeline or its scheduler says to these steps
+        except Exception as error:  # the pipeline or its scheduler may refuse these steps with any error
             problem = error
             continue
         return asked
@@ -62,14 +61,14 @@ def questions(
 
 
 def _counts(scheduler: Any, steps: int) -> list[int]:
-    """Numbers of steps to try. A PlanScheduler takes those of its plans alone."""
+    """Numbers of steps to try. A PlanScheduler takes only those of its plans."""
     if isinstance(scheduler, PlanScheduler):
         return [steps_of(plan) for plan in scheduler.plans]
     return list(dict.fromkeys([steps, min(steps, STEPS)]))
 
 
 def watched(scheduler: Any, asked: list[Question]) -> Any:
-    """A copy of the scheduler whose `step` notes the question that it was the answer of, and ends the call in time."""
+    """A copy of the scheduler whose `step` records the question it answers, and ends the call in time."""
     copied = copy.deepcopy(scheduler)
     step, scale = copied.step, getattr(copied, "scale_model_input", None)
 
@@ -87,7 +86,7 @@ def watched(scheduler: Any, asked: list[Question]) -> Any:
 
 
 def check_answer(question: Question, answer: Tensor, tolerance: float, pipeline: str) -> None:
-    """InputError unless the pipeline answers from outside what it answered in its own loop."""
+    """InputError unless the pipeline's answer from outside equals that in its own loop."""
     expected = question.output.double()
     difference = float((answer.double() - expected).norm() / max(float(expected.norm()), 1e-30))
     if not difference <= tolerance:

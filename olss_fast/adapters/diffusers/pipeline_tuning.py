@@ -5,8 +5,8 @@
     pipe.scheduler = olss_fast.PlanScheduler.from_pipe(pipe, result.plans.values())
     image = pipe("a red fox", num_inference_steps=5).images[0]
 
-The pipeline is asked through its scheduler slot (`pipeline_network`), so guidance, ControlNets, image conditioning and
-video are what they are in use; the job itself is that of `tuning`.
+The pipeline is evaluated through its scheduler slot (`pipeline_network`), so guidance, ControlNets, image conditioning
+and video work as in normal use; the tuning itself is that of `tuning`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from olss_fast.tuning.preparation import steps_to_teach
 from olss_fast.tuning.scoring import kept_scores, score
 from olss_fast.tuning.tuning import Effort, TuneResult, tune
 
-SWEEP_SAMPLES = 8  # held-out samples on which other guidance scales are tried
+SWEEP_SAMPLES = 8  # held-out samples to try other guidance scales on
 SWEEP = (2 / 3, 1.0, 4 / 3)  # of the tuned scale
-NONLINEAR = ("clip_sample", "thresholding")  # switched off in the schedulers that are captured to compare with
+NONLINEAR = ("clip_sample", "thresholding")  # switched off in captured rivals
 
 
 def tune_pipeline(
@@ -67,20 +67,20 @@ def tune_pipeline(
     """Search the best sampler of each number of `steps` for `pipe`, a diffusers pipeline with a scheduler.
 
     `calls` are keyword arguments of `pipe(...)`: prompt, image, generator, guidance_scale, …; a call of several images
-    counts as so many samples, and evaluates them together. Give a few dozen, of the kind that is wanted later; the last
-    quarter of the samples judges. With `guidance_scales` the calls take these in turn, and the plans are tuned across
-    them. The teacher is DDIM with `teacher_steps` evaluations from where the calls begin: with a `strength` below 1
-    (image-to-image) plans for that strength come out. Rivals are all analytic solvers, and the pipeline's own scheduler
+    counts as that many samples, evaluated together. Give a few dozen that are typical of later use; the last quarter of
+    the samples is held out. With `guidance_scales` the calls take these in turn, and the plans are tuned across them.
+    The teacher is DDIM with `teacher_steps` evaluations from where the calls begin: with a `strength` below 1
+    (image-to-image) the plans are for that strength. Rivals are all analytic solvers, and the pipeline's own scheduler
     and its `compatibles`, captured. `store` is a folder for the recording: a killed run that is started again with the
-    same folder resumes. The pipeline is left as it was, also after an error; nothing is decoded.
+    same folder resumes. The pipeline is restored afterwards, also after an error; nothing is decoded.
 
-    The result's report says how the error moves for guidance scales around the tuned ones (`report.guidance`).
+    The result's report shows the error at guidance scales around the tuned ones (`report.guidance`).
 
-    Cannot be tuned: pipelines whose guidance changes with the number of the step (noticed where the second step
-    differs, and by arguments that say so, such as control_guidance_end), and such as change the latents' shape.
+    Cannot be tuned: pipelines whose guidance changes with the step index (detected at the second step, and by arguments
+    such as control_guidance_end), or that change the latents' shape.
 
     Raises `InputError` (calls that fail, or differ in size, strength or shift), `NetworkError`, `ScheduleError` (the
-    scheduler's noise levels are of no known kind), `StoreError`.
+    scheduler's noise levels are of an unknown kind), `StoreError`.
     """
     calls = check_calls(pipe, calls)
     checked_count("seed", seed, least=0)
@@ -130,7 +130,7 @@ def compare_pipeline(
 ) -> Report:
     """All analytic solvers, the pipeline's own scheduler and its `compatibles`, and `plans`, on the samples of `calls`.
 
-    Arguments and errors as of `tune_pipeline`; `plans` are scored at their own number of evaluations.
+    Arguments and errors as in `tune_pipeline`; `plans` are scored at their own NFE.
     """
     calls, plans = check_calls(pipe, calls), checked_plans(plans, "plans")
     checked_count("seed", seed, least=0)
@@ -158,7 +158,7 @@ def teacher_of(network: PipelineNetwork) -> Plan:
 def _opened(
     pipe: Any, calls: Sequence[Call], teacher_steps: int, seed: int, progress: bool
 ) -> Iterator[tuple[PipelineNetwork, dict[str, Any]]]:
-    """The pipeline as a network, and how it is asked: its conditioning is the number of the sample."""
+    """The pipeline as a network, and its arguments: the conditioning is the index of the sample."""
     bar = evaluation_bar("Calls", None, progress)
     with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
         bar.close()
@@ -169,17 +169,17 @@ def _opened(
 def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwork) -> list[Plan]:
     """Plans of `scheduler` and of its `compatibles` with its settings, at each number of evaluations of `steps`.
 
-    What cannot be captured, draws fresh noise, or is for another noise schedule is no rival; clipping is switched off.
-    None where the calls begin with noisy images: schedulers begin at times of their own.
+    Without those that cannot be captured, draw fresh noise, or have another noise schedule; clipping is switched off.
+    Empty if the calls begin with noisy images: schedulers then begin at other timesteps.
     """
     if network.begin:
         return []
     schedule = network.schedule.metadata()["schedule"]
-    kin = sorted(getattr(scheduler, "compatibles", []), key=lambda kind: str(kind.__name__))  # a set's order is chance
+    kin = sorted(getattr(scheduler, "compatibles", []), key=lambda kind: str(kind.__name__))  # sets are unordered
     classes = dict.fromkeys([type(scheduler), *kin])
     off = {name: False for name in NONLINEAR if scheduler.config.get(name)}
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # settings that a class does not have are no news here
+    logging.set_verbosity_error()  # settings that a class does not have need no warning here
     try:
         found = [_captured_at(kind, scheduler, off, nfe) for kind in classes for nfe in steps]
     finally:
@@ -188,7 +188,7 @@ def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwo
 
 
 def _captured_at(kind: Any, scheduler: Any, off: Mapping[str, bool], nfe: int) -> Plan | None:
-    """The plan of a scheduler class that makes `nfe` evaluations: PNDM takes one more than its steps, Heun twice."""
+    """The plan of a scheduler class with `nfe` evaluations: PNDM needs one more than its steps, Heun twice as many."""
     for steps in dict.fromkeys([nfe, nfe - 1, (nfe + 1) // 2]):
         plan = _captured(kind, scheduler, off, steps)
         if plan is not None and plan.nfe == nfe:
@@ -204,7 +204,7 @@ def _captured(kind: Any, scheduler: Any, off: Mapping[str, bool], steps: int) ->
 
 
 def _labelled(result: TuneResult, pipe: Any, calls: Sequence[Call], network: PipelineNetwork) -> TuneResult:
-    """The result with plans that know their pipeline, their guidance, and where they begin."""
+    """The result, with the pipeline, guidance scale and start in the plans' metadata."""
     scales = guidance_scales_of(pipe, calls)
     facts = {"pipeline": type(pipe).__name__, **network.full_schedule.metadata()}
     if scales:
@@ -239,7 +239,7 @@ def sweep_guidance(
 ) -> tuple[list[GuidanceRow], int]:
     """Errors of the accepted plans and of the best analytic ones at guidance scales around the tuned, on some calls.
 
-    Each scale has its own teacher. Empty if the pipeline is not guided. Also says how many evaluations that took.
+    Each scale has its own teacher. Empty if the pipeline is not guided. Also returns the evaluations made.
     """
     tuned = guidance_scales_of(pipe, calls)
     if not tuned or tuned[-1] <= 1.0:

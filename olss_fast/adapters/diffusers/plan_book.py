@@ -1,7 +1,7 @@
-"""The plans of one PlanScheduler: which of them answers to a call, and how it changes for other grids and starts.
+"""The plans of one PlanScheduler: which one a call selects, and how it changes for other grids and starts.
 
-A captured plan is captured anew (its metadata holds the scheduler), an analytic one is derived anew, and a learned one
-stays as it is: its times are absolute, so it takes any `mu` and the plain grid of `sigmas` that flow pipelines always
+A captured plan is captured again (its metadata holds the scheduler), an analytic one is derived again, and a fitted one
+is fixed: its timesteps are absolute, so it accepts any `mu` and the plain grid of `sigmas` that flow pipelines always
 pass, and refuses everything else.
 """
 
@@ -33,13 +33,13 @@ from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
 
 REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
-SHOWN, WIDTH = 8, 120  # plans and characters a line of a summary
+SHOWN, WIDTH = 8, 120  # plans, and characters per line, of a summary
 GRIDS = ("timesteps", "sigmas")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A plan and what it answers to: `steps` as pipelines count them, its only start if that is not 0, its `order`."""
+    """A plan and what selects it: `steps` as pipelines count them, its only start if that is not 0, its `order`."""
 
     plan: Plan
     steps: int
@@ -75,7 +75,7 @@ class PlanBook:
         return sorted(self._by_steps)
 
     def __str__(self) -> str:
-        """Which plan answers to which number of steps, and the network's schedule: a few lines, however many plans."""
+        """The plan for each number of steps, and the network's schedule, in a few lines for any number of plans."""
         shown = self.steps if len(self.steps) <= SHOWN else self.steps[: SHOWN - 1]
         lines = [f"{steps} steps: {name_of(self._by_steps[steps])}" for steps in shown]
         lines += [f"… and {len(self.steps) - len(shown)} more"] if len(shown) < len(self.steps) else []
@@ -84,11 +84,11 @@ class PlanBook:
 
     @cached_property
     def schedule(self) -> NoiseSchedule | None:
-        """The network's training schedule; None where no config was given or its noise levels are of no known kind."""
+        """The network's training schedule; None without a config or if its noise levels are of an unknown kind."""
         return None if self.network is None else training_schedule(self.network)
 
     def choose(self, steps: int | None, asked: Mapping[str, Any]) -> Entry:
-        """The entry for `set_timesteps(steps, **asked)`. InputError where there is none."""
+        """The entry for `set_timesteps(steps, **asked)`. InputError if there is none."""
         asked = {name: _checked(name, value) for name, value in asked.items()}
         steps = _count(asked) if steps is None else whole("num_inference_steps is", steps)
         if steps not in self._by_steps:
@@ -100,13 +100,13 @@ class PlanBook:
         return self._entry(self._grid(self._by_steps[steps], steps, asked), steps)
 
     def begun_at(self, entry: Entry, begin: int) -> Plan:
-        """The plan of a run that begins at evaluation `begin` of the entry. InputError where there is none."""
+        """The plan of a run that begins at evaluation `begin` of the entry. InputError if there is none."""
         if begin == entry.begin:
             return entry.plan
         return self._remember(f"{_key(entry.plan)} {begin}", lambda: later_start(entry.plan, begin, self.schedule))
 
     def _grid(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
-        """The plan on the timesteps, sigmas or mu that are asked for."""
+        """The plan on the requested timesteps, sigmas or mu."""
         if facts := captured_facts(plan):
             return self._captured(plan, facts, steps, asked)
         unknown = sorted(set(asked) - {"timesteps", "sigmas", "mu"})
@@ -166,14 +166,14 @@ class PlanBook:
 
 
 def _recaptured(plan: Plan, **changes: Any) -> Plan:
-    """Loaded when it is first needed, like the solvers: most runs take a plan as it is."""
+    """Imported when first needed, like the solvers: most runs use a plan unchanged."""
     from olss_fast.capturing.capturing import recapture
 
     return recapture(plan, **changes)
 
 
 def training_schedule(network: Mapping[str, Any]) -> NoiseSchedule | None:
-    """From a scheduler's config; a shift by image size moves evaluation times only, so it does not matter here."""
+    """From a scheduler's config; a shift by image size is ignored, since it only moves timesteps."""
     try:
         return NoiseSchedule.from_diffusers({**network, "use_dynamic_shifting": False})
     except ScheduleError:
@@ -189,7 +189,7 @@ def whole(what: str, value: Any) -> int:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """An argument of set_timesteps as plain numbers, where it is one that all schedulers know."""
+    """An argument of set_timesteps as plain numbers, if it is one common to all schedulers."""
     plain = value.tolist() if hasattr(value, "tolist") else value
     if name not in (*GRIDS, "mu"):
         return plain
@@ -204,7 +204,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _count(asked: Mapping[str, Any]) -> int | None:
-    """How many steps a custom grid has; a closing sigma of 0 is no step."""
+    """Number of steps of a custom grid; a final sigma of 0 does not count."""
     if "timesteps" in asked:
         return len(asked["timesteps"])
     sigmas = asked.get("sigmas")
@@ -212,7 +212,7 @@ def _count(asked: Mapping[str, Any]) -> int | None:
 
 
 def _is_met(name: str, value: Any, steps: int, facts: CapturedFacts) -> bool:
-    """Whether a captured plan already has an argument: the same, or the plain grid where it was captured on its own."""
+    """True if a captured plan already has an argument: the same, or the plain grid if it was captured on its own."""
     arguments = facts.arguments
     if name in arguments:
         return _equal(value, arguments[name]) or (name == "sigmas" and _is_plain(value, steps))
@@ -220,12 +220,12 @@ def _is_met(name: str, value: Any, steps: int, facts: CapturedFacts) -> bool:
 
 
 def _is_plain(sigmas: Any, steps: int) -> bool:
-    """None, or 1, 1 - 1/N, … 1/N, which pipelines of flow models pass when nobody asked for anything."""
+    """True for None, and for 1, 1 - 1/N, … 1/N, which pipelines of flow models pass by default."""
     return sigmas is None or _equal(sigmas, np.linspace(1.0, 1.0 / steps, steps))
 
 
 def _check_shifted(plan: Plan, facts: CapturedFacts, asked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-    """InputError for another grid without the mu that its scheduler would ask for as well."""
+    """InputError for another grid without the mu that its scheduler would need too."""
     grids = [name for name in GRIDS if name in changed]
     if grids and facts.config.get("use_dynamic_shifting") and "mu" not in asked:
         raise InputError(

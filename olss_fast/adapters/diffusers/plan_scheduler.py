@@ -3,31 +3,31 @@
     pipe.scheduler = olss_fast.PlanScheduler.from_pipe(pipe, plan)
     image = pipe("a cat", num_inference_steps=8).images[0]
 
-What a pipeline calls `latents` is the state that the plan's own scheduler would have there: row k of the plan, the
-next network input, divided by that scheduler's input scale (1 for most; see `levels`). `scale_model_input` multiplies
-by it, `init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to
-begin at a timestep. Between two steps there is nothing but the history [f_0 z.. | … | f_{k-1} z.. | x_k], in the
-precision of `Layout.dtype_of_sums`, and the number k; `step` is one copy into the history and one matrix-vector product
-(and a cast, where that is wider than the sample).
+A pipeline's `latents` are the state that the plan's own scheduler would have: row k of the plan, the next network
+input, divided by that scheduler's input scale (1 for most; see `levels`). `scale_model_input` multiplies by it,
+`init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to begin at
+a timestep. Between two steps only the history [f_0 z.. | … | f_{k-1} z.. | x_k], in the precision of
+`Layout.dtype_of_sums`, and the index k are kept; `step` is one copy into the history and one matrix-vector product (and
+a cast, if that is wider than the sample).
 
-Where a run begins: `set_begin_index`, else the place of the first timestep in `timesteps` (of which pipelines hand out
-views; numbers and CPU tensors are looked up), else the beginning. Inside torch.compile only `set_begin_index` counts.
+Start of a run: `set_begin_index`, else the index of the first timestep in `timesteps` (of which pipelines pass views;
+numbers and CPU tensors are looked up), else the beginning. Inside torch.compile only `set_begin_index` counts.
 
-Changed samples: pipelines may alter the sample between steps (inpainting blends, callbacks edit), by whatever means.
-`step` goes on from the sample that it is handed, as samplers do that go from x_k and f_k alone: row k+1 is formed next
-to it (`olss_fast.executors.increments`). Where a fitted plan's rows do not allow that, the difference d to row k counts
-as if the initial noise had been other by d / rows[k, 0].
+Changed samples: pipelines may alter the sample between steps in any way (inpainting blends, callbacks edit). `step`
+continues from the sample passed to it, like samplers that use only x_k and f_k: row k+1 is formed relative to it
+(`olss_fast.executors.increments`). If a fitted plan's rows do not allow that, the difference d to row k counts as a
+change of the initial noise by d / rows[k, 0].
 
-Where a run is cut (SDXL's `denoising_end` and `denoising_start`, a callback that interrupts) the latents are those of
-the scheduler that a plan was captured from, else of the scheduler in whose slot it runs, so either part may run a plan
-or that scheduler.
+Split runs (SDXL's `denoising_end` and `denoising_start`, a callback that interrupts): the latents are those of the
+scheduler that a plan was captured from, else of the scheduler that it replaces, so either part may use a plan or that
+scheduler.
 
-Threads: each has a run of its own, and what it reads (`timesteps`, `step_index`, …) is of that run. A run may go on in
-another thread: `step` knows it by the entry of `timesteps` that it is handed, a number or a copy counts as the calling
-thread's. Where it cannot know, it raises InputError.
+Threads: each has its own run, to which its `timesteps`, `step_index`, … belong. A run may continue in another thread:
+`step` recognises it by the entry of `timesteps` passed to it; a number or a copy means the calling thread's run. If it
+cannot tell, it raises InputError.
 
-A NaN from the network: on the CPU the last step looks for it; on accelerators looking would stall the device, so
-`require_finite()` does it when called.
+A NaN from the network: on the CPU the last step checks for it; on accelerators that would synchronise, so call
+`require_finite()`.
 """
 
 from __future__ import annotations
@@ -59,29 +59,29 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSche
 DRAWS_FLOAT32 = {
     "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler", "SCMScheduler",
 }  # fmt: skip
-"""Classes that draw their noise in float32, whatever the dtype of the sample."""
+"""Classes that draw their noise in float32 for any dtype of the sample."""
 
 
 class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Runs Plans with the interface of a diffusers scheduler.
 
     Args:
-        plans: a plan, or several for different numbers of steps (also as the values of a mapping). What
-            `num_inference_steps` picks: a captured plan answers to the steps it was captured at, others to their NFE or
-            to metadata["num_inference_steps"].
+        plans: a plan, or several for different numbers of steps (also as the values of a mapping).
+            `num_inference_steps` selects a captured plan by the steps it was captured at, others by their NFE or
+            metadata["num_inference_steps"].
         scheduler: the diffusers scheduler (or its config) that the network was trained with. Captured plans bring their
-            own. It gives `add_noise` the levels between the plan's times and analytic plans their starts part of the
-            way, and its config is kept, so that `OtherScheduler.from_config(ours.config)` works. Plans must fit a
-            scheduler; with a config it is not looked at.
+            own. It gives `add_noise` the levels between the plan's timesteps and analytic plans their later starts. Its
+            config is kept: `OtherScheduler.from_config(ours.config)` works. Plans must match a scheduler; a config is
+            not checked.
 
     Raises:
         InputError: a plan of two branches or several networks, two plans for one number of steps, an unreadable config,
-            a plan that was made for another prediction type or training schedule than the scheduler's.
-        ScheduleError: a config whose numbers are none.
+            a plan for another prediction type or training schedule than the scheduler's.
+        ScheduleError: a config with unusable numbers.
     """
 
     _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), *FLOW_SCHEDULERS]  # noqa: RUF012
-    __module__ = "olss_fast"  # what model_index.json of a saved pipeline names, wherever this file lies
+    __module__ = "olss_fast"  # the name in model_index.json of a saved pipeline, wherever this file is
 
     def __init__(self, plans: Plan | Mapping[str, Any] | Iterable[Any], scheduler: Any = None) -> None:
         given = plans_from(plans)
@@ -97,16 +97,16 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
     def from_pipe(
         cls, pipe: Any, plans: Plan | Mapping[Any, Plan] | Iterable[Plan], *, check: bool = True
     ) -> PlanScheduler:
-        """A PlanScheduler for `pipe.scheduler`, which stays as it is: assign it.
+        """A PlanScheduler to replace `pipe.scheduler`; the pipeline is unchanged: assign it.
 
-        InputError if the pipeline has no slot for it or does not use its slot, or (unless `check` is False) a plan was
-        made for another prediction type or training schedule than the pipeline's scheduler is configured for.
+        InputError if the pipeline has no scheduler slot or does not use it, or (unless `check` is False) a plan was
+        made for another prediction type or training schedule than that of the pipeline's scheduler.
         """
         slot = check_slot(pipe)
         return cls(plans, slot if check else {**slot.config, "_class_name": type(slot).__name__})
 
     def _check_fit(self, network: str) -> None:
-        """InputError for a plan that was made for another network than that of the scheduler `network`."""
+        """InputError for a plan made for another network than that of the scheduler `network`."""
         schedule = self._book.schedule
         for plan in self.plans:
             if schedule is not None and (problem := mismatch(plan, schedule)):
@@ -133,14 +133,14 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
 
     @property
     def plans(self) -> tuple[Plan, ...]:
+        """All plans, in the order given."""
         return self._book.plans
 
     @property
     def init_noise_sigma(self) -> float:
-        """What pipelines multiply unit noise by to begin.
+        """The factor of the initial unit noise.
 
-        Before set_timesteps what the scheduler of a captured plan says then. InputError where there is none and the
-        plans differ.
+        Before set_timesteps that of a captured plan's scheduler. InputError if there is none and the plans differ.
         """
         if (entry := self._session.entry) is not None:
             return self._amplitude(entry.plan)
@@ -175,11 +175,11 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         mu: float | None = None,
         **other: Any,
     ) -> None:
-        """Chooses the plan and forgets the last run. InputError if no plan answers to what is asked for.
+        """Selects the plan and forgets the last run. InputError if no plan matches.
 
-        With `timesteps`, `sigmas`, `mu` or what else a captured scheduler takes, a captured plan is captured again
-        unless they are what it was captured with, and an analytic plan is derived again for other `timesteps`. A plan
-        captured with a grid of its own keeps it where pipelines of flow models pass their plain one, 1 … 1/N.
+        With other `timesteps`, `sigmas`, `mu` or scheduler arguments than at its capture, a captured plan is captured
+        again; an analytic plan is derived again for other `timesteps`. A plan captured with a custom grid keeps it if
+        pipelines of flow models pass their plain one, 1 … 1/N.
         """
         asked = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, **other}
         entry = self._book.choose(
@@ -195,7 +195,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         self._sessions.hold(session, grid)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at this index of `timesteps`. Plans are derived again for it. InputError where that cannot be."""
+        """Begin at this index of `timesteps`. Plans are derived again for it. InputError if that is impossible."""
         index = whole("a run cannot begin at index", begin_index)
         session = self._sessions.own()
         if session.entry is not None:
@@ -203,7 +203,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         session.begin_index = index
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """The network's input of the next step: the sample, times the scale of the plan's own scheduler there."""
+        """The network input of the next step: the sample times the input scale of the plan's own scheduler."""
         if (loaded := self._session.loaded) is None or not loaded.latents.scaled:
             return sample
         session = self._sessions.at(timestep, sample)
@@ -217,10 +217,10 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """alpha x0 + sigma eps, as the plan's own scheduler mixes them to begin at a timestep.
 
-        Between the plan's timesteps the levels are those of the training schedule. Where that scheduler goes by the
-        place of the run once `set_begin_index` was called, so does this, and the timesteps do not matter.
+        Between the plan's timesteps the levels are those of the training schedule. If that scheduler uses the index of
+        the run after `set_begin_index`, so does this, and the timesteps are ignored.
 
-        timesteps: a number or (B,) of any device; they are not read on the host.
+        timesteps: a number or (B,) on any device; not read on the host.
         """
         levels = self._session.levels
         if levels is None:
@@ -235,7 +235,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
             ) from error
 
     def _place(self) -> int | None:
-        """The index in `timesteps` where the run is or will begin; None where nobody called `set_begin_index`."""
+        """The index in `timesteps` where the run is or will begin; None without `set_begin_index`."""
         session = self._session
         return session.begin_index if session.begin_index is None or session.run is None else session.next
 
@@ -256,29 +256,27 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         eta: float | None = None,
         **other: Any,
     ) -> Any:
-        """Takes the network's output at `sample`, gives the next network input, or in the end the sample.
+        """From the network's output at `sample` to the next network input, or finally the sample.
 
         Args:
             model_output: of sample's shape, or with twice the channels where the network predicts the variance too.
-            timestep: looked at in the first step only, see above.
-            sample: what the last step returned, or a changed version of it; in the first step, what the run begins
-                with.
+            timestep: used in the first step only, see above.
+            sample: the output of the last step, or a changed version of it; in the first step, the initial sample.
             positional: in the order of the captured scheduler's own `step` (in DDIM eta comes next, in Euler s_churn);
-                for other plans generator, return_dict. A generator is one in any place.
-            generator: of the noises that a stochastic plan draws.
-            eta, other: what the plan was captured with, be it the default of its scheduler's own `step`; None asks for
-                nothing, nor do 0 and False of arguments that the plan knows nothing of.
+                for other plans generator, return_dict. A generator is accepted in any position.
+            generator: for the noises that a stochastic plan draws.
+            eta, other: must equal the values that the plan was captured with (or their defaults); None is ignored, and
+                so are 0 and False for arguments unknown to the plan.
 
         Returns:
             SchedulerOutput(prev_sample), or (prev_sample, prev_sample): a new tensor of sample's dtype and shape. The
-            former computes `pred_original_sample` where it is read; pipelines of consistency models decode the second
-            of the latter after the last step, where it is the clean image.
+            former computes `pred_original_sample` when read; pipelines of consistency models decode the second of the
+            latter after the last step, where it is the clean image.
 
         Raises:
             InputError: no set_timesteps, more steps than planned, another shape or device than the run began with, a
-                first timestep that is none of the plan's.
-            NetworkError: an output of another shape or device, or (on the CPU, at the last step) one that is not
-                finite.
+                first timestep that is not in the plan.
+            NetworkError: an output of another shape or device, or (on the CPU, at the last step) a non-finite one.
         """
         if positional:
             named = {"generator": generator, "return_dict": return_dict, "eta": eta, **other}
@@ -306,7 +304,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
             self.require_finite()
 
     def require_finite(self) -> None:
-        """NetworkError if an output of this run held a NaN or an infinity; names the first. Waits for the device."""
+        """NetworkError naming the first output of this run with NaN or infinity. Synchronises with the device."""
         session = self._session
         first = None if session.run is None or session.run.step == 0 else session.run.first_not_finite()
         if first is None:
@@ -320,7 +318,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         )
 
     def _start(self, session: Session, timestep: Any, sample: Tensor) -> Run:
-        """A run from the first timestep that is asked for."""
+        """A run from the first timestep passed."""
         if session.loaded is None:
             raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
         self._find_start(session, timestep)
@@ -329,7 +327,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         return session.run
 
     def _find_start(self, session: Session, timestep: Any) -> None:
-        """Loads the plan of a run that begins where `set_begin_index` said, else at this timestep."""
+        """Loads the plan of a run that begins at the index of `set_begin_index`, else at this timestep."""
         index = session.begin_index
         if index is None:
             index = first_index(timestep, self.timesteps, self._chosen().timesteps)
@@ -359,7 +357,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         return facts.network_config if facts else self._book.network
 
     def _check_previous(self, told: Any, index: int) -> None:
-        """`prev_timestep` of UnCLIPScheduler is where a step goes: to the next timestep, as every plan does."""
+        """`prev_timestep` of UnCLIPScheduler must be the next timestep, as in every plan."""
         found = places(told, self.timesteps, self._chosen().timesteps)
         if found is not None and index not in found:
             raise InputError(
@@ -368,7 +366,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
 
 
 def _noise_dtype(kind: str, sample: Any) -> torch.dtype | None:
-    """In which scheduler class `kind` draws; None where it is the model output's. Another would be other noise."""
+    """The dtype in which scheduler class `kind` draws noise; None for the model output's. Another gives other noise."""
     wide = kind == "FlowMatchLCMScheduler" and getattr(sample, "dtype", None) != torch.float64  # else float64 itself
     return torch.float32 if wide or kind in DRAWS_FLOAT32 else None
 

@@ -1,8 +1,8 @@
-"""What a PlanScheduler writes into its config, all of it plain JSON, and how it is read again.
+"""Writing and reading a PlanScheduler's config, all of it plain JSON.
 
-`_plans` are the plans and `_scheduler` is the config of the network's own scheduler; the latter's entries stand beside
-them as well, where pipelines and other schedulers look for them. Names with an underscore are those that diffusers
-hands on silently from one scheduler's config to the next.
+`_plans` are the plans and `_scheduler` is the config of the network's own scheduler, whose entries are also at the top
+level, where pipelines and other schedulers look for them. Names with an underscore are those that diffusers passes
+silently from one scheduler's config to the next.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from olss_fast.plan.plan import Plan
 
 Config = dict[str, Any]
 KEPT = ("_class_name", "_use_default_values")
-"""The private entries that matter: what the config is of, and which values nobody chose, which diffusers does not "
-"hand on."""
+"""Private entries to keep, which diffusers does not pass on: the config's class, and the values left at defaults."""
 
 
 def plans_from(given: Any) -> tuple[Plan, ...]:
-    """Plans (the values of a mapping too), or what `plans_to_config` made of them. InputError for anything else."""
+    """Plans (also the values of a mapping), or the result of `plans_to_config`. InputError for anything else."""
     if isinstance(given, Mapping) and all(isinstance(item, Plan) for item in given.values()):
-        given = given.values()  # by number of steps, as tuning gives them
+        given = given.values()  # by number of steps, as returned by tuning
     items = [given] if isinstance(given, (Plan, Mapping)) else given
     if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
         raise InputError(
@@ -37,12 +36,12 @@ def plans_from(given: Any) -> tuple[Plan, ...]:
 
 
 def plans_to_config(plans: Sequence[Plan]) -> list[Config]:
+    """The plans as JSON values, which `plans_from` reads."""
     return [plan.to_dict() for plan in plans]
 
 
 def network_config(scheduler: Any, plans: Sequence[Plan]) -> Config | None:
-    """The config of the network's scheduler: given, that of another PlanScheduler, or of what a plan was captured "
-    "from."""
+    """The config of the network's scheduler: given, that of another PlanScheduler, or from a captured plan."""
     if scheduler is None:
         return next((facts.network_config for plan in plans if (facts := captured_facts(plan))), None)
     config = scheduler if isinstance(scheduler, Mapping) else getattr(scheduler, "config", None)
@@ -59,7 +58,7 @@ def network_config(scheduler: Any, plans: Sequence[Plan]) -> Config | None:
 
 
 def visible_config(network: Mapping[str, Any] | None, plans: Sequence[Plan]) -> Config:
-    """What pipelines read of a scheduler's config."""
+    """The entries of a scheduler's config that pipelines read."""
     if network is not None:
         return {"num_train_timesteps": 1000} | {key: value for key, value in network.items() if key != "_class_name"}
     known = {plan.metadata.get("prediction_type") for plan in plans} & {"epsilon", "v_prediction", "sample"}

@@ -1,8 +1,8 @@
 """The runs of one PlanScheduler, kept apart: each thread has its own, and a run may move from one thread to another.
 
-A step belongs to the run among whose `timesteps` its timestep is, of which pipelines hand out views; a timestep that is
-a number or a copy belongs to the run of the calling thread. A thread that has set no timesteps begins with those that
-were set last; there, a step that is neither a beginning nor the next of one run is refused.
+A step belongs to the run whose `timesteps` its timestep is a view of; a timestep that is a number or a copy belongs to
+the calling thread's run. A thread that has set no timesteps starts with those set last; there, a step that is neither
+the first nor the next of one run is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Loaded(NamedTuple):
-    """A plan made ready to run. noise_of: the scheduler class whose noises it draws, "" if it is none's."""
+    """A plan prepared to run. noise_of: the scheduler class whose noises it draws, "" if none."""
 
     layout: Layout
     latents: Latents
@@ -36,9 +36,9 @@ class Loaded(NamedTuple):
 
 @dataclass(eq=False)
 class Session:
-    """What `set_timesteps` chose, and the run after it. It has no reference to `timesteps`, which keeps it alive.
+    """The choice of `set_timesteps`, and its run. It does not reference `timesteps`, which keeps it alive.
 
-    loaded: of a run that begins at index `offset` of the timesteps; `whole`, of one that begins where the plan does.
+    loaded: for a run that begins at index `offset` of the timesteps; `whole`: for one that begins where the plan does.
     returned: the sample of the last step.
     """
 
@@ -55,7 +55,7 @@ class Session:
 
     @property
     def going(self) -> bool:
-        """A run has begun and is not over."""
+        """True if a run has begun and is not finished."""
         return self.run is not None and 0 < self.run.step < self.run.steps
 
     @property
@@ -64,7 +64,7 @@ class Session:
         return self.offset + (0 if self.run is None else self.run.step)
 
     def check_sigmas(self) -> None:
-        """InputError for a pipeline that writes into the scheduler's sigmas to have other steps (Cosmos 2)."""
+        """InputError for a pipeline that writes into the scheduler's sigmas to change the steps (Cosmos 2)."""
         if torch.compiler.is_compiling() or type(self.sigmas) is not Tensor:  # of fake ones nothing is known
             return
         assert self.loaded is not None
@@ -78,7 +78,7 @@ class Session:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """A run that goes on alone from here; what was chosen never changes."""
+        """An independent run from here on; the choice itself never changes."""
         return replace(self, run=copy.deepcopy(self.run, memo))
 
     def afresh(self) -> Session:
@@ -95,7 +95,7 @@ class Held(NamedTuple):
 
 
 class Sessions:
-    """Those of all threads, found by thread and by `timesteps`."""
+    """The sessions of all threads, found by thread and by `timesteps`."""
 
     def __init__(self, session: Session, timesteps: Tensor) -> None:
         self._local, self._lock = threading.local(), threading.Lock()
@@ -112,22 +112,22 @@ class Sessions:
 
     @property
     def held(self) -> Held:
-        """This thread's, else what was set last, to look at."""
+        """This thread's session, else the one set last; for reading."""
         held: Held = getattr(self._local, "held", self._last)
         return held
 
     def hold(self, session: Session, timesteps: Tensor) -> None:
-        """What this thread has from now on, and others begin with."""
+        """Makes this the session of this thread, and the one that other threads start with."""
         self._last = self._take(session, timesteps)
 
     def own(self) -> Session:
-        """This thread's, to be written to."""
+        """This thread's session, for writing."""
         if not hasattr(self._local, "held"):
             self._take(self._last.session.afresh(), self._last.timesteps)
         return self.held.session
 
     def at(self, timestep: Any, sample: Any) -> Session:
-        """The session that a step belongs to; this thread's from now on. InputError where that cannot be known."""
+        """The session that a step belongs to; this thread's from now on. InputError if it cannot be determined."""
         mine: Held | None = getattr(self._local, "held", None)
         if torch.compiler.is_compiling():
             return self.held.session
@@ -145,7 +145,7 @@ class Sessions:
         return self._take_up(sessions, timestep, grid)
 
     def _take_up(self, sessions: list[Session], timestep: Any, timesteps: Tensor) -> Session:
-        """For a thread that has not set these timesteps: a run of its own, or the one whose next step this must be."""
+        """For a thread that has not set these timesteps: a new run, or the one whose next step this must be."""
         first = sessions[0]
         going = [session for session in sessions if session.going]
         if first.entry is None:
@@ -166,14 +166,14 @@ class Sessions:
     def _take(self, session: Session, timesteps: Tensor) -> Held:
         with self._lock:
             known = self._of_timesteps.get(timesteps, [])
-            if session not in known:  # those whose runs are over go, lest they pile up with the threads
+            if session not in known:  # drops finished runs, which would pile up with the threads
                 self._of_timesteps[timesteps] = [*known[:1], *(each for each in known[1:] if each.going), session]
         self._local.held = held = Held(session, timesteps)
         return held
 
 
 class OwnSession:
-    """What a scheduler says of the calling thread's run: its session in `_sessions`, else the one that was set last."""
+    """A scheduler's view of the calling thread's run: its session in `_sessions`, else the one set last."""
 
     _sessions: Sessions
 
@@ -190,7 +190,7 @@ class OwnSession:
 
     @property
     def timesteps(self) -> Tensor:
-        """Those that this thread has set, else those that were set last."""
+        """The timesteps set by this thread, else those set last."""
         return self._sessions.held.timesteps
 
     @timesteps.setter
@@ -198,14 +198,14 @@ class OwnSession:
         self._sessions.hold(self._sessions.own(), timesteps)
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Any = None) -> int:
-        """Where a run that begins at this timestep stands in `timesteps`, or in others; of equal ones the second, as in
-        diffusers. InputError for one that is not there."""
+        """The index of a run's first timestep in `timesteps`, or in others; of equal ones the second, as in diffusers.
+        InputError if it is not there."""
         grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
         return first_index(timestep, grid, grid.detach().double().cpu().numpy())
 
     @property
     def sigmas(self) -> Tensor:
-        """Of every row, as diffusers counts them."""
+        """Sigma of every row, as in diffusers."""
         return self._session.sigmas
 
     @property
@@ -214,7 +214,7 @@ class OwnSession:
 
     @property
     def order(self) -> int:
-        """Evaluations a step of the plan that was chosen."""
+        """Evaluations per step of the selected plan."""
         return 1 if (entry := self._session.entry) is None else entry.order
 
     @property

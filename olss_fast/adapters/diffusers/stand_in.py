@@ -1,12 +1,12 @@
-"""What a PlanScheduler answers to pipelines that look behind the interface of a scheduler.
+"""A PlanScheduler's behaviour for pipelines that look behind the scheduler interface.
 
-Most pipelines call set_timesteps, step and their like, and a plan can follow. Some ask what class their scheduler is of
-before they choose what to pass (`isinstance`): they are told the class that the plan stands in for, everybody else the
-real one. Some compute with the state of their scheduler (its betas, its list of outputs), or do something else where
-`hasattr` says that it has none: what the scheduler has and a plan has not is an error, be it read or asked for. So no
-pipeline takes another way because of the plan, whatever its class.
+Most pipelines call set_timesteps, step and the like, which a plan supports. Some check their scheduler's class
+(`isinstance`) to choose what to pass: they see the class that the plan replaces, everyone else the real one. Some
+compute with their scheduler's state (its betas, its list of outputs), or branch on `hasattr`: reading or testing an
+attribute that the scheduler has and a plan lacks is an error. So no pipeline, of any class, takes another branch
+because of the plan.
 
-`check_slot` says what can be seen before a call.
+`check_slot` finds what can be detected before a call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_slot(pipe: Any) -> Any:
-    """The pipeline's scheduler. InputError where a PlanScheduler cannot stand in its place."""
+    """The pipeline's scheduler. InputError if a PlanScheduler cannot replace it."""
     slot = getattr(pipe, "scheduler", None)
     name = type(pipe).__name__
     if slot is None:
@@ -52,7 +52,7 @@ def check_slot(pipe: Any) -> Any:
 
 
 def _check_combined(pipe: Any) -> None:
-    """InputError for a pipeline of pipelines: their slots are used, its own is not."""
+    """InputError for a pipeline of pipelines, which uses their slots and not its own."""
     parts = {name: part for name, part in vars(pipe).items() if isinstance(part, DiffusionPipeline)}
     inner = [name for name, part in parts.items() if getattr(part, "scheduler", None) is not None]
     if inner:
@@ -65,20 +65,20 @@ def _check_combined(pipe: Any) -> None:
 
 
 class StandIn:
-    """Comes before ConfigMixin in a scheduler that takes the place of another, whose config `_stands_for()` gives."""
+    """Base, before ConfigMixin, of a scheduler that replaces another one, whose config is `_stands_for()`."""
 
     def _stands_for(self) -> Mapping[str, Any] | None:
         raise NotImplementedError
 
     def _class(self) -> type:
-        """What `isinstance` sees beside the type."""
+        """The class that `isinstance` sees besides the type."""
         network = None if asking_pipeline(sys._getframe(1)) is None else self._stands_for()
         return (None if network is None else scheduler_class(network["_class_name"])) or type(self)
 
     __class__ = property(_class)
 
     def __getattr__(self, name: str) -> Any:
-        """Called for what is not here. InputError, which `hasattr` does not catch, for what a pipeline acts upon."""
+        """For missing attributes. InputError, which `hasattr` does not catch, if a pipeline depends on it."""
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
@@ -93,7 +93,7 @@ class StandIn:
 
 
 def asking_pipeline(frame: FrameType) -> str | None:
-    """The pipeline whose code runs in `frame`, by its class or its module; None where it is other code."""
+    """The pipeline whose code runs in `frame`, by its class or its module; None for other code."""
     if torch.compiler.is_compiling():
         return None
     module, asking = frame.f_globals.get("__name__", ""), frame.f_locals.get("self")
@@ -110,11 +110,11 @@ def _modules(kind: type) -> set[str]:
 
 
 def _has(network: Mapping[str, Any], name: str) -> bool:
-    """Whether a scheduler of this config has an attribute of its own."""
+    """True if a scheduler of this config has its own attribute of this name."""
     kind = scheduler_class(network["_class_name"])
     if kind is None:
         return False
     try:
         return name in vars(kind.from_config(dict(network))) or hasattr(kind, name)
-    except Exception:  # a config that somebody may have altered
+    except Exception:  # the config may have been altered
         return hasattr(kind, name)

@@ -1,9 +1,9 @@
-"""What pipelines hand to `step` besides output and sample: where a timestep stands in the run, and further arguments.
+"""The arguments of `step` besides output and sample: the index of a timestep in the run, and further arguments.
 
 A plan's coefficients hold for one value of each argument, eta, s_churn and the like.
 
 A captured plan expects the value it was captured with: `step_arguments`, else the default in the signature of the
-scheduler's own class. So pipe(eta=0.0) cannot pass unnoticed over a plan of a TCDScheduler, whose default is 0.3.
+scheduler's own class. So pipe(eta=0.0) with a plan of a TCDScheduler, whose default is 0.3, does not go unnoticed.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from olss_fast.plan.plan import Floats, Plan
 from olss_fast.support.text import quoted
 
 NEUTRAL = {"s_noise": 1.0, "s_tmax": math.inf}
-"""Values, other than None, 0 and False, that ask for nothing of a plan that expects nothing."""
-ORDER = ("generator", "return_dict")  # by position, where no scheduler's own order is known
-SOMETIMES = frozenset({"eta"})  # which pipelines hand over where the signature of `step` has it
-OURS = {"generator", "return_dict", "prev_timestep"}  # which PlanScheduler.step looks at itself
+"""Neutral values, besides None, 0 and False, for a plan without expected arguments."""
+ORDER = ("generator", "return_dict")  # by position, if no scheduler's own order is known
+SOMETIMES = frozenset({"eta"})  # which pipelines pass if the signature of `step` has it
+OURS = {"generator", "return_dict", "prev_timestep"}  # which PlanScheduler.step checks itself
 
 
 @dataclass(frozen=True)
 class StepArguments:
-    """What the plan called `name` expects, by argument; of all others it takes neutral values.
+    """The expected values of the plan called `name`, by argument; others must be neutral.
 
-    order: the arguments of `step` after the sample, as the captured scheduler has them. dropped: those that pipelines
-    hand to schedulers that have them, and keep from the captured one, which has not.
+    order: the arguments of `step` after the sample, in the captured scheduler's order. dropped: those that pipelines
+    pass only to schedulers that have them, which the captured one does not.
     """
 
     name: str
@@ -46,7 +46,7 @@ class StepArguments:
     dropped: frozenset[str] = frozenset()
 
     def named(self, positional: Sequence[Any]) -> dict[str, Any]:
-        """Arguments given by position, by name. InputError for more than there are."""
+        """Positional arguments by name. InputError for too many."""
         if len(positional) > len(self.order):
             raise InputError(
                 f"step was given {len(positional)} arguments after the sample; {self.name} takes "
@@ -56,7 +56,7 @@ class StepArguments:
         return {"generator" if _is_generator(value) else argument: value for argument, value in pairs}
 
     def check(self, asked: Mapping[str, Any]) -> None:
-        """InputError for a value that asks for something else. None asks for nothing."""
+        """InputError for a value other than expected. None is ignored."""
         for argument, value in asked.items():
             if isinstance(value, (Tensor, np.ndarray)):
                 raise InputError(
@@ -82,7 +82,7 @@ class StepArguments:
 
 
 def step_arguments_of(plan: Plan) -> StepArguments:
-    """InputError for a captured plan whose facts cannot be read."""
+    """The step arguments of a plan. InputError for a captured plan with unreadable metadata."""
     if (facts := captured_facts(plan)) is None:
         return StepArguments(name_of(plan), {}, ORDER)
     optional = _optional(facts.class_name)
@@ -93,7 +93,7 @@ def step_arguments_of(plan: Plan) -> StepArguments:
 
 @cache
 def _optional(class_name: str) -> Mapping[str, Any]:
-    """What the class's `step` takes besides, with its defaults; nothing for a class that diffusers does not have."""
+    """The further arguments of the class's `step`, with defaults; none for a class that diffusers does not have."""
     kind = scheduler_class(class_name)
     parameters = [] if kind is None else list(inspect.signature(kind.step).parameters.values())
     return {each.name: each.default for each in parameters if each.default is not each.empty}
@@ -108,10 +108,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def first_index(timestep: Any, timesteps: Tensor, values: Floats) -> int:
-    """The place of a run's first timestep in `timesteps`, whose numbers are `values`; 0 where it cannot be known.
+    """The index of a run's first timestep in `timesteps`, whose numbers are `values`; 0 if it cannot be determined.
 
-    Of equal timesteps the second is meant, as in diffusers: the first belongs to the step before (Heun). InputError for
-    a number, or a tensor on the CPU, that is none of them.
+    Of equal timesteps the second is used, as in diffusers: the first belongs to the step before (Heun). InputError for
+    a number, or a tensor on the CPU, that is not among them.
     """
     found = places(timestep, timesteps, values)
     if found is None:
@@ -126,10 +126,10 @@ def first_index(timestep: Any, timesteps: Tensor, values: Floats) -> int:
 
 
 def places(timestep: Any, timesteps: Tensor, values: Floats) -> list[int] | None:
-    """All places of a timestep; None where looking would wait for a device or stop a compiler.
+    """All indices of a timestep; None if reading it would wait for a device or break a compiled graph.
 
-    A view of `timesteps` says its place by its offset. Numbers and CPU tensors are compared in float32, or in the
-    dtype of the tensor where that rounds more. InputError for what is no number.
+    A view of `timesteps` gives its index by its offset. Numbers and CPU tensors are compared in float32, or in the
+    tensor's dtype if that is coarser. InputError for other than numbers.
     """
     if torch.compiler.is_compiling():
         return None
