@@ -165,56 +165,26 @@ def step(output: Tensor, state: StepState) -> None:
 # --- reference, and CPU path -----------------------------------------------------------------------------------------
 
 
-def step_reference(
-    output: Tensor,
-    history: Tensor,
-    rows: Tensor,
-    timesteps: Tensor,
-    guidance: Tensor,
-    finished: Tensor,
-    noise_counts: Tensor,
-    noise_start: Tensor,
-    anchored: Tensor,
-    x: Tensor,
-    time: Tensor,
-    branches: int,
-    doubled: bool,
-) -> None:
+def step_reference(output: Tensor, state: StepState) -> None:
     """The equations above in plain torch."""
-    tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, anchored, x, time
-    state = StepState(*tensors, branches, doubled)
-    programs = state.programs
-    row = int(finished) // programs + 1
+    history, rows, programs = state.history, state.rows, state.programs
+    row = int(state.finished) // programs + 1
     if not 1 <= row < rows.shape[0]:
         raise InputError(f"step {row - 1} was asked for, and the rows of this run are for {len(rows) - 1}; call start")
     outputs = state.halves(output)
-    if doubled and branches == 1:
+    if state.doubled and state.branches == 1:
         unconditional, conditional = outputs.to(rows.dtype)
-        outputs = torch.addcmul(unconditional, guidance, conditional - unconditional)
-    known = 1 + row * branches
-    history[known - branches : known].copy_(outputs)
+        outputs = torch.addcmul(unconditional, state.guidance, conditional - unconditional)
+    known = 1 + row * state.branches
+    history[known - state.branches : known].copy_(outputs)
     _write_row(state, row, known)
-    finished += programs
+    state.finished.add_(programs)
 
 
-def start_reference(
-    history: Tensor,
-    rows: Tensor,
-    timesteps: Tensor,
-    guidance: Tensor,
-    finished: Tensor,
-    noise_counts: Tensor,
-    noise_start: Tensor,
-    anchored: Tensor,
-    x: Tensor,
-    time: Tensor,
-    branches: int,
-    doubled: bool,
-) -> None:
+def start_reference(state: StepState) -> None:
     """Row 0, which no output enters."""
-    tensors = history, rows, timesteps, guidance, finished, noise_counts, noise_start, anchored, x, time
-    _write_row(StepState(*tensors, branches, doubled), 0, known=1)
-    finished.zero_()
+    _write_row(state, 0, known=1)
+    state.finished.zero_()
 
 
 def _write_row(state: StepState, row: int, known: int) -> None:
@@ -241,16 +211,12 @@ def _write_row(state: StepState, row: int, known: int) -> None:
 
 def _run_start(*arguments: Any) -> None:
     state = StepState(*arguments)
-    written = {name: getattr(state, name) for name in ("history", "finished", "x", "time")}
-    read = {
-        name: getattr(state, name)
-        for name in ("rows", "timesteps", "guidance", "noise_counts", "noise_start", "anchored")
-    }
-    refuse_overlaps(written, read)
+    tensors = {name: each for name, each in state._asdict().items() if isinstance(each, Tensor)}
+    refuse_overlaps({name: tensors.pop(name) for name in ("history", "finished", "x", "time")}, tensors)
     if state.history.is_cuda:
         _launch(None, state)
     else:
-        start_reference(*arguments)
+        start_reference(state)
 
 
 def _run_step(output: Tensor, *arguments: Any) -> None:
@@ -259,7 +225,7 @@ def _run_step(output: Tensor, *arguments: Any) -> None:
     if state.history.is_cuda:
         _launch(output, state)
     else:
-        step_reference(output, *arguments)
+        step_reference(output, state)
 
 
 def _launch(output: Tensor | None, state: StepState) -> None:

@@ -23,7 +23,6 @@ import io
 import os
 import pickle
 import zipfile
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor
 from olss_fast.errors import InputError, PlanError, PlanFileError, ScheduleError
 from olss_fast.plan.plan import Floats, Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.support.container import Refused, refuse
 from olss_fast.support.files import read_bounded
 from olss_fast.support.text import quoted
 
@@ -55,7 +55,7 @@ def load_original(path: str | os.PathLike[str], *, schedule: object = None) -> P
     data = read_bounded(path, MAX_FILE_BYTES)
     try:
         return _plan(*_arrays(_unpickled(data)), noise_schedule)
-    except (_Refused, PlanError) as cause:
+    except (Refused, PlanError) as cause:
         raise PlanFileError(f"{quoted(str(path), 200)} is no file of the original OLSS scheduler: {cause}") from cause
 
 
@@ -72,19 +72,11 @@ def _schedule(schedule: object) -> NoiseSchedule:
         ) from cause
 
 
-class _Refused(Exception):
-    """The reason why a file cannot be used; `load_original` adds the path and makes it a PlanFileError."""
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise _Refused(reason)
-
-
 def _plan(times: Floats, wx: Floats, we: Floats, schedule: NoiseSchedule) -> Plan:
     try:
         alphas, sigmas, _ = schedule.levels(times)
     except ScheduleError as cause:
-        raise _Refused(f"{cause}; pass the network's own schedule as schedule=") from cause
+        raise Refused(f"{cause}; pass the network's own schedule as schedule=") from cause
     first = np.eye(1, 1 + times.size)
     return Plan(
         timesteps=times,
@@ -111,9 +103,9 @@ def _unpickled(data: bytes) -> object:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as cause:
-        raise _Refused(f"it holds pickled objects, which are never loaded; {_EXPECTED}") from cause
+        raise Refused(f"it holds pickled objects, which are never loaded; {_EXPECTED}") from cause
     except Exception as cause:  # a damaged pickle can make the reader raise anything
-        raise _Refused(f"torch cannot read it ({quoted(str(cause))}); copy or save the file again") from cause
+        raise Refused(f"torch cannot read it ({quoted(str(cause))}); copy or save the file again") from cause
 
 
 def _check_archive(data: bytes) -> None:
@@ -121,13 +113,13 @@ def _check_archive(data: bytes) -> None:
     try:
         entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
     except Exception as cause:  # as above
-        raise _Refused(
+        raise Refused(
             f"it is no zip archive as torch.save writes ({quoted(str(cause))}); copy the file again, or read it with"
             " the torch it was written by and save it with a newer one"
         ) from cause
     size = sum(entry.file_size for entry in entries)
     if size > len(data) or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        _refuse(f"it is a compressed archive of {size} bytes; torch.save writes uncompressed ones")
+        refuse(f"it is a compressed archive of {size} bytes; torch.save writes uncompressed ones")
 
 
 def _arrays(content: object) -> tuple[Floats, Floats, Floats]:
@@ -137,14 +129,14 @@ def _arrays(content: object) -> tuple[Floats, Floats, Floats]:
     """
     if not isinstance(content, tuple | list) or len(content) != 3:
         length = f" of {len(content)} entries" if isinstance(content, tuple | list) else ""
-        _refuse(f"it holds a {type(content).__name__}{length}; {_EXPECTED}")
+        refuse(f"it holds a {type(content).__name__}{length}; {_EXPECTED}")
     times = _times(content[0])
     steps = times.size
     wx, we = _weights("wx", content[1], (steps,)), _weights("we", content[2], (steps, steps))
     early = np.argwhere(np.triu(we, 1))
     if len(early):
         k, j = early[0].tolist()
-        _refuse(f"we[{k}, {j}] is {we[k, j]}; expected 0, because output {j} does not exist yet in step {k}")
+        refuse(f"we[{k}, {j}] is {we[k, j]}; expected 0, because output {j} does not exist yet in step {k}")
     return times, wx, we
 
 
@@ -152,32 +144,32 @@ def _times(value: object) -> Floats:
     if isinstance(value, list | tuple) and all(type(time) is int and abs(time) < 2**31 for time in value):
         value = torch.tensor(value, dtype=torch.int64, device="cpu")
     if not isinstance(value, Tensor) or value.dtype not in (torch.int16, torch.int32, torch.int64):
-        _refuse(f"timesteps is {_kind(value)}; expected a tensor or list of integers")
+        refuse(f"timesteps is {_kind(value)}; expected a tensor or list of integers")
     if value.ndim != 1 or not 1 <= value.numel() <= MAX_STEPS:
-        _refuse(f"timesteps has shape {tuple(value.shape)}; expected one row of 1 to {MAX_STEPS}")
+        refuse(f"timesteps has shape {tuple(value.shape)}; expected one row of 1 to {MAX_STEPS}")
     times = _numbers("timesteps", value)
     rising = np.flatnonzero(np.diff(times) >= 0)
     if rising.size:
         i = int(rising[0])
-        _refuse(f"timesteps {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g}; expected falling times")
+        refuse(f"timesteps {i} and {i + 1} are {times[i]:g} and {times[i + 1]:g}; expected falling times")
     return times
 
 
 def _weights(name: str, value: object, shape: tuple[int, ...]) -> Floats:
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        _refuse(f"{name} is {_kind(value)}; expected a tensor of real numbers")
+        refuse(f"{name} is {_kind(value)}; expected a tensor of real numbers")
     if tuple(value.shape) != shape:
-        _refuse(f"{name} has shape {tuple(value.shape)}; expected {shape} for {shape[0]} timesteps")
+        refuse(f"{name} has shape {tuple(value.shape)}; expected {shape} for {shape[0]} timesteps")
     array = _numbers(name, value)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
-        _refuse(f"{name}[{', '.join(map(str, bad[0]))}] is {array[tuple(bad[0])]}; expected finite numbers")
+        refuse(f"{name}[{', '.join(map(str, bad[0]))}] is {array[tuple(bad[0])]}; expected finite numbers")
     return array
 
 
 def _numbers(name: str, tensor: Tensor) -> Floats:
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        _refuse(f"{name} is a {tensor.layout} tensor on {tensor.device}; expected a dense one with data")
+        refuse(f"{name} is a {tensor.layout} tensor on {tensor.device}; expected a dense one with data")
     return np.array(tensor.detach().to(torch.float64).resolve_conj().resolve_neg().numpy())
 
 

@@ -9,25 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from olss_fast import __version__
-from olss_fast.cli import engine_commands
-from olss_fast.cli.options import (
-    LARGEST_SEED,
-    MOST_SAMPLES,
-    BatchOption,
-    DeviceOption,
-    DtypeOption,
-    GuidanceOption,
-    ModelOption,
-    NullClassOption,
-    PromptsOption,
-    QuietOption,
-    SeedOption,
-    TeacherOption,
-    named_errors,
-    parse_numbers,
-    parse_scales,
-    parse_steps,
-)
+from olss_fast.cli import engine_commands, options
 from olss_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,18 +48,18 @@ def main_options(
 
 
 @app.command()
-@named_errors
+@options.named_errors
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, report and pictures.")] = Path(
         "olss-demo"
     ),
     steps: Annotated[str, typer.Option("--steps", "-s", metavar="LIST", help="NFE to tune for.")] = "4,5,6,8,10",
     samples: Annotated[
-        int | None, typer.Option("--samples", min=4, max=MOST_SAMPLES, help="Noises to fit and judge on.")
+        int | None, typer.Option("--samples", min=4, max=options.MOST_SAMPLES, help="Noises to fit and judge on.")
     ] = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    quiet: QuietOption = False,
+    seed: options.SeedOption = 0,
+    device: options.DeviceOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Tune the model that comes with the package, and show that it worked: minutes on two CPU cores.
 
@@ -89,7 +71,7 @@ def demo(
     - `olss-fast demo`
     - `olss-fast demo --steps 5 --out quick`
     """
-    wanted = parse_steps(steps)
+    wanted = options.parse_steps(steps)
     from olss_fast.cli.demo import SAMPLES, run_demo
 
     run_demo(
@@ -104,38 +86,38 @@ def demo(
 
 
 @app.command()
-@named_errors
+@options.named_errors
 def tune(
-    model: ModelOption,
+    model: options.ModelOption,
     steps: Annotated[str, typer.Option("--steps", "-s", metavar="LIST", help="NFE to tune for.")] = "5,8",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, report and pictures.")] = Path(
         "olss-tuned"
     ),
-    prompts: PromptsOption = None,
+    prompts: options.PromptsOption = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            "--samples", "-n", min=4, max=MOST_SAMPLES, help="A quarter judge. Default: 256, with --prompts 64."
+            "--samples", "-n", min=4, max=options.MOST_SAMPLES, help="A quarter judge. Default: 256, with --prompts 64."
         ),
     ] = None,
-    teacher_steps: TeacherOption = 100,
-    guidance_scale: GuidanceOption = None,
+    teacher_steps: options.TeacherOption = 100,
+    guidance_scale: options.GuidanceOption = None,
     guidance_range: Annotated[
         str | None,
         typer.Option(
             "--guidance-range", metavar="LIST", help="With --prompts: scales to tune across, such as 5,7.5,10."
         ),
     ] = None,
-    null_class: NullClassOption = None,
+    null_class: options.NullClassOption = None,
     light: Annotated[bool, typer.Option("--light", help="A tenth of the polish, a little worse.")] = False,
     store: Annotated[
         Path | None, typer.Option("--store", help="Folder for the recording: a killed run resumes from it.")
     ] = None,
-    batch_size: BatchOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quiet: QuietOption = False,
+    batch_size: options.BatchOption = None,
+    seed: options.SeedOption = 0,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Fit samplers to a model: record its teacher, plan, fit, polish, and accept on held-out noise.
 
@@ -147,8 +129,8 @@ def tune(
     - `olss-fast tune --model path/to/class-conditional-folder --null-class 1000 --guidance-scale 2 --store recording`
     - `olss-fast tune --model path/to/stable-diffusion --prompts prompts.txt --guidance-range 5,7.5,10`
     """
-    wanted = parse_steps(steps)
-    scales = None if guidance_range is None else parse_scales(guidance_range)
+    wanted = options.parse_steps(steps)
+    scales = None if guidance_range is None else options.parse_scales(guidance_range)
     import time
 
     from olss_fast.cli import jobs
@@ -167,33 +149,31 @@ def tune(
 
 
 @app.command()
-@named_errors
+@options.named_errors
 def sample(
-    model: ModelOption,
-    prompts: PromptsOption = None,
+    model: options.ModelOption,
+    prompts: options.PromptsOption = None,
     plan: Annotated[Path | None, typer.Option("--plan", "-p", metavar="FILE", help="A plan file.")] = None,
     solver: Annotated[str | None, typer.Option("--solver", metavar="NAME", help="An analytic solver instead.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-s", min=1, help="NFE of the solver.")] = None,
-    order: Annotated[int | None, typer.Option("--order", min=1, help="Order of the solver.")] = None,
-    spacing: Annotated[
-        str | None, typer.Option("--spacing", metavar="NAME", help="Time spacing of the solver.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option("--variant", metavar="NAME", help="Variant of the solver.")] = None,
+    order: options.OrderOption = None,
+    spacing: options.SpacingOption = None,
+    variant: options.VariantOption = None,
     eta: Annotated[
         float | None, typer.Option("--eta", min=0.0, help="Fresh noise of ddim and euler_ancestral.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the images.")] = Path("olss-images"),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=MOST_SAMPLES, help="How many images.")] = 16,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=options.MOST_SAMPLES, help="How many images.")] = 16,
     classes: Annotated[
         str | None, typer.Option("--classes", "-c", metavar="LIST", help="Labels, in turn. Default: all.")
     ] = None,
-    guidance_scale: GuidanceOption = None,
-    null_class: NullClassOption = None,
-    batch_size: BatchOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quiet: QuietOption = False,
+    guidance_scale: options.GuidanceOption = None,
+    null_class: options.NullClassOption = None,
+    batch_size: options.BatchOption = None,
+    seed: options.SeedOption = 0,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Sample images with a plan, or with an analytic solver. Writes `00000.png` and so on, and `grid.png`.
 
@@ -203,7 +183,7 @@ def sample(
     - `olss-fast sample --model demo --solver dpm_solver_pp --steps 8 --order 2 --spacing logsnr --classes 3,7`
     - `olss-fast sample --model path/to/stable-diffusion --prompts prompts.txt --plan olss-5.safetensors --count 4`
     """
-    labels = [] if classes is None else parse_numbers(classes, "--classes", least=0)
+    labels = [] if classes is None else options.parse_numbers(classes, "--classes", least=0)
     if (plan is None) == (solver is None):
         raise InputError("give either --plan FILE, or --solver NAME with --steps N")
     settings = {"solver": solver, "steps": steps, "order": order, "spacing": spacing, "variant": variant, "eta": eta}
@@ -230,10 +210,10 @@ def load_plan(path: Path) -> Plan:
 
 
 @app.command()
-@named_errors
+@options.named_errors
 def compare(
-    model: ModelOption,
-    prompts: PromptsOption = None,
+    model: options.ModelOption,
+    prompts: options.PromptsOption = None,
     steps: Annotated[
         str, typer.Option("--steps", "-s", metavar="LIST", help="NFE to compare at.")
     ] = "4,5,6,8,10,12,16,20",
@@ -241,17 +221,20 @@ def compare(
         list[Path] | None, typer.Option("--plan", "-p", metavar="FILE", help="Plans of your own; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report and plot.")] = Path("olss-compare"),
-    samples: Annotated[int, typer.Option("--samples", "-n", min=2, max=MOST_SAMPLES, help="Noises to judge on.")] = 64,
-    teacher_steps: TeacherOption = 100,
-    guidance_scale: GuidanceOption = None,
-    null_class: NullClassOption = None,
-    batch_size: BatchOption = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=2, max=options.MOST_SAMPLES, help="Noises to judge on.")
+    ] = 64,
+    teacher_steps: options.TeacherOption = 100,
+    guidance_scale: options.GuidanceOption = None,
+    null_class: options.NullClassOption = None,
+    batch_size: options.BatchOption = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the noise; not the one that was tuned on.")
+        int,
+        typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Of the noise; not the one that was tuned on."),
     ] = 1000,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Compare every analytic solver, and plans of your own, with the teacher at many numbers of evaluations.
 
@@ -264,7 +247,7 @@ def compare(
     - `olss-fast compare --model path/to/ddpm-folder --steps 5,10,20 --samples 128`
     - `olss-fast compare --model path/to/stable-diffusion --prompts prompts.txt --steps 5,8,20 --samples 16`
     """
-    wanted = parse_steps(steps)
+    wanted = options.parse_steps(steps)
     loaded_plans = [load_plan(path) for path in plans or []]
     from olss_fast.cli import jobs
     from olss_fast.support.folders import make_folder, try_folder
@@ -280,7 +263,7 @@ def compare(
 
 
 @app.command()
-@named_errors
+@options.named_errors
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan file, or an engine file.")],
     as_json: Annotated[bool, typer.Option("--json", help="All fields as JSON, for programs.")] = False,
@@ -307,16 +290,16 @@ def inspect(
 
 
 @app.command("export-onnx")
-@named_errors
+@options.named_errors
 def export_onnx(
-    model: ModelOption,
+    model: options.ModelOption,
     plan: Annotated[Path | None, typer.Option("--plan", "-p", metavar="FILE", help="A plan file.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-s", min=1, help="NFE of a solver instead.")] = None,
     solver: Annotated[str, typer.Option("--solver", metavar="NAME", help="With --steps: which one.")] = "unipc",
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The model to write.")] = Path("olss.onnx"),
-    guidance_scale: GuidanceOption = None,
-    null_class: NullClassOption = None,
-    device: DeviceOption = None,
+    guidance_scale: options.GuidanceOption = None,
+    null_class: options.NullClassOption = None,
+    device: options.DeviceOption = None,
 ) -> None:
     """Write network, guidance and plan as one ONNX model that takes any batch of noise. Needs `olss-fast[onnx]`.
 
@@ -336,7 +319,7 @@ def export_onnx(
 
 
 @app.command()
-@named_errors
+@options.named_errors
 def runtime(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for bin, lib and include.")] = Path("olss-runtime"),
 ) -> None:

@@ -9,17 +9,7 @@ from typing import Annotated
 
 import typer
 
-from olss_fast.cli.options import (
-    BAD_INPUT,
-    DeviceOption,
-    GuidanceOption,
-    ModelOption,
-    NullClassOption,
-    QuietOption,
-    named_errors,
-    parse_numbers,
-    parse_steps,
-)
+from olss_fast.cli import options
 from olss_fast.errors import EngineFileError, InputError, OlssError
 
 SOLVER = {"solver": "unipc", "order": 3, "variant": "bh1"}  # among the best analytic solvers at low NFE
@@ -39,9 +29,9 @@ PlaceOption = Annotated[
 ]
 
 
-@named_errors
+@options.named_errors
 def build(
-    model: ModelOption,
+    model: options.ModelOption,
     steps: Annotated[
         str | None, typer.Option("--steps", "-s", metavar="LIST", help="NFE of an analytic solver; a plan for each.")
     ] = None,
@@ -55,19 +45,17 @@ def build(
     solver: Annotated[
         str | None, typer.Option("--solver", metavar="NAME", help="With --steps. Default: unipc of order 3, bh1.")
     ] = None,
-    order: Annotated[int | None, typer.Option("--order", min=1, help="Order of the solver.")] = None,
-    spacing: Annotated[
-        str | None, typer.Option("--spacing", metavar="NAME", help="Time spacing of the solver.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option("--variant", metavar="NAME", help="Variant of the solver.")] = None,
-    guidance_scale: GuidanceOption = None,
-    null_class: NullClassOption = None,
+    order: options.OrderOption = None,
+    spacing: options.SpacingOption = None,
+    variant: options.VariantOption = None,
+    guidance_scale: options.GuidanceOption = None,
+    null_class: options.NullClassOption = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="NAME", help="float32 (default), float16, bfloat16 or float64.")
     ] = None,
-    device: DeviceOption = None,
+    device: options.DeviceOption = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew, and keep nothing.")] = False,
-    quiet: QuietOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Compile a model ahead of time into one file with its plans, to sample from without the model's code.
 
@@ -82,7 +70,7 @@ def build(
     settings = {name: value for name, value in given.items() if value is not None}
     if steps is None and (not plans or settings):
         raise InputError("give --steps LIST of an analytic solver, or --plan FILE, or both")
-    nfes = [] if steps is None else parse_steps(steps)
+    nfes = [] if steps is None else options.parse_steps(steps)
     batches = _batches(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -111,7 +99,7 @@ def build(
 
 def _batches(text: str) -> list[int]:
     """ "1,4,16" or "4" as least, usual and most."""
-    numbers = parse_numbers(text, "--batch", least=1)
+    numbers = options.parse_numbers(text, "--batch", least=1)
     if len(numbers) == 1:
         numbers *= 3
     if len(numbers) != 3 or numbers != sorted(numbers):
@@ -128,7 +116,7 @@ def _check_target(out: Path) -> None:
         raise InputError(f"--out is {out}, a folder: name a file in it, such as {out / 'engine.olss'}")
 
 
-@named_errors
+@options.named_errors
 def validate(
     file: FileArgument,
     device: PlaceOption = None,
@@ -158,7 +146,7 @@ def validate(
         typer.echo(f"{file} is whole and fits this machine" + (", and it samples" if run else ""))
         typer.echo(f"sha256 {file_sha256(file, FORMAT)}\n{PROGRAM}")
     if problems:
-        raise typer.Exit(BAD_INPUT)
+        raise typer.Exit(options.BAD_INPUT)
 
 
 def _problems(file: Path, device: str | None, sha256: str | None, run: bool) -> list[str]:
@@ -178,7 +166,7 @@ def _problems(file: Path, device: str | None, sha256: str | None, run: bool) -> 
     return found
 
 
-@named_errors
+@options.named_errors
 def bench(
     file: FileArgument,
     steps: Annotated[int | None, typer.Option("--steps", "-s", min=1, help="The plan with that NFE.")] = None,
@@ -192,7 +180,7 @@ def bench(
     sha256: DigestOption = None,
     as_csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every call.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write figures and calls.")] = None,
-    quiet: QuietOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Time an engine: latency, throughput, memory, and what the loop costs beyond its network calls.
 

@@ -118,7 +118,8 @@ class NetworkSubject(Subject):
         """Exports the model with a plan to `path`, and returns the plan."""
         from olss_fast.onnx.export import export_onnx
 
-        chosen, network = self.plan(plan, solver), self._module
+        network: Any = self.loaded.network
+        chosen = self.plan(plan, solver)
         export_onnx(network, chosen, path, shape=(2, *self.loaded.shape), **self.conditioning(2, [chosen]))
         return chosen
 
@@ -127,8 +128,9 @@ class NetworkSubject(Subject):
         from olss_fast.compiling.shapes import Profile
         from olss_fast.engine.building import build
 
+        network: Any = self.loaded.network
         return build(
-            self._module,
+            network,
             plans,
             shapes=Profile(*((batch, *self.loaded.shape) for batch in batches)),
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -136,10 +138,6 @@ class NetworkSubject(Subject):
             progress=self.progress,
             **self.conditioning(batches[1], plans),
         )
-
-    @property
-    def _module(self) -> Any:
-        return self.loaded.network
 
 
 @dataclass(frozen=True, kw_only=True)

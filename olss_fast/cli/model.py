@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,24 +17,14 @@ from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.progress import evaluation_bar
 
+if TYPE_CHECKING:
+    from olss_fast.adapters.diffusers import DiffusersModel
+    from olss_fast.demo import DemoModel
+
 DEMO = "demo"
 
 
-class Model(Protocol):
-    """Common fields of the results of `demo.load` and `adapters.diffusers.load_pipeline`."""
-
-    @property
-    def network(self) -> Callable[..., Any]: ...
-    @property
-    def schedule(self) -> NoiseSchedule: ...
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-    @property
-    def classes(self) -> int: ...
-    @property
-    def null_class(self) -> int | None: ...
-    @property
-    def guidance_scale(self) -> float: ...
+Model: TypeAlias = "DemoModel | DiffusersModel"
 
 
 def load_model(name: str, *, device: str | None = None, null_class: int | None = None) -> Model:

@@ -48,6 +48,9 @@ BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Sa
 TeacherOption = Annotated[
     int, typer.Option("--teacher-steps", min=1, max=MAX_EVALUATIONS, help="NFE of the DDIM teacher.")
 ]
+OrderOption = Annotated[int | None, typer.Option("--order", min=1, help="Order of the solver.")]
+SpacingOption = Annotated[str | None, typer.Option("--spacing", metavar="NAME", help="Time spacing of the solver.")]
+VariantOption = Annotated[str | None, typer.Option("--variant", metavar="NAME", help="Variant of the solver.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 

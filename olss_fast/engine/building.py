@@ -29,6 +29,7 @@ from olss_fast.network import Conditioning
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
 from olss_fast.sampling.old_forms import takes_old_forms
+from olss_fast.support.device import timed
 from olss_fast.support.identity import structure
 from olss_fast.support.progress import bar_options
 
@@ -235,7 +236,7 @@ def _checked(engine: Engine, request: Request, bound: float) -> Engine:
     if engine.device.type == "cuda":
         warm_up(engine, request.tensors)
     inputs = request.inputs()
-    seconds = statistics.median(_timed(engine, inputs) for _ in range(TIMED_CALLS))
+    seconds = statistics.median(timed(lambda: engine.network(*inputs), engine.device) for _ in range(TIMED_CALLS))
     figures = {"milliseconds_per_network_call": 1e3 * seconds}
     engine.manifest.facts["measured"].update(figures | {"largest_difference": difference, "largest_output": largest})
     return engine
@@ -248,15 +249,6 @@ def _checked_inputs(request: Request) -> Iterator[list[Tensor]]:
         yield request.inputs(time=time_)
     for shape in sorted({request.profile.min, request.profile.max} - {request.profile.opt}):
         yield request.inputs(shape=shape)
-
-
-def _timed(engine: Engine, inputs: list[Tensor]) -> float:
-    on_gpu = engine.device.type == "cuda"
-    begin = time.perf_counter()
-    engine.network(*inputs)
-    if on_gpu:
-        torch.cuda.synchronize(engine.device)
-    return time.perf_counter() - begin
 
 
 @contextmanager

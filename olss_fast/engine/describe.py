@@ -71,10 +71,12 @@ def _rows(found: Manifest, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]
     if found.doubled:
         yield "guidance", f"scale {found.guidance_scale:g}, both halves in one batch"
     yield from _below("plans", _plan_lines(found))
-    yield "size", ", ".join(f"{folder} {_bytes(sum(_under(folder, sizes)))}" for folder in ("code", "weights", "plans"))
+    yield "size", ", ".join(f"{folder} {_bytes(folder, sizes)}" for folder in ("code", "weights", "plans"))
     yield "machine", f"{machine['name']}, {machine['system']} {machine['architecture']}{_capability(machine)}"
     yield "built with", ", ".join(f"{name} {version}" for name, version in built_with.items() if version is not None)
-    yield from _below("measured", [f"{name.replace('_', ' ')} {_figure(v)}" for name, v in facts["measured"].items()])
+    yield from _below(
+        "measured", [f"{name.replace('_', ' ')} {value:.4g}" for name, value in facts["measured"].items()]
+    )
 
 
 def _plan_lines(found: Manifest) -> list[str]:
@@ -96,10 +98,6 @@ def _below(name: str, lines: Iterable[str]) -> Iterable[tuple[str, str]]:
     return [("" if i else name, line) for i, line in enumerate(lines)]
 
 
-def _under(folder: str, sizes: Mapping[str, int]) -> Iterable[int]:
-    return (size for name, size in sizes.items() if name.startswith(f"{folder}/"))
-
-
 def _capability(machine: Mapping[str, object]) -> str:
     numbers = machine["capability"]
     if isinstance(numbers, list):
@@ -108,11 +106,8 @@ def _capability(machine: Mapping[str, object]) -> str:
     return f", {len(flags)} instruction sets" if isinstance(flags, list) and flags else ""
 
 
-def _bytes(count: int) -> str:
+def _bytes(folder: str, sizes: Mapping[str, int]) -> str:
     """ "512 B", "12.3 kB", "4.5 MB"."""
+    count = sum(size for name, size in sizes.items() if name.startswith(f"{folder}/"))
     power = min((len(str(count)) - 1) // 3, 3)
     return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4g}"

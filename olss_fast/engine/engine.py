@@ -269,10 +269,7 @@ def warm_up(engine: Engine, conditioning: Mapping[str, Tensor] | None = None) ->
 
     conditioning: at `opt`; default: `engine.usual_arguments`.
     """
-    found = engine.manifest
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(found.profile.opt, generator=generator, dtype=torch.float32, device="cpu")
-    noise = noise.to(engine.device, getattr(torch, found.dtype))
+    noise = inputs.usual_noise(engine.manifest, engine.device)
     usual, without = engine.usual_arguments(noise.shape[0])
     given: dict[str, Any] = usual if conditioning is None else dict(conditioning)
     engine(noise, unconditional=without, generator=torch.Generator(engine.device).manual_seed(0), **given)

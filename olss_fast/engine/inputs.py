@@ -12,7 +12,7 @@ from torch import Tensor
 from olss_fast.compiling.arguments import fixed_value, flatten
 from olss_fast.engine.manifest import Input, Manifest
 from olss_fast.errors import InputError
-from olss_fast.executors.draws import initial_noise
+from olss_fast.executors.draws import initial_noise, unit_noise
 from olss_fast.network import Streams, sums_to_finite
 from olss_fast.support.text import quoted
 
@@ -24,6 +24,13 @@ def given_noise(
     usual, dtype = manifest.profile.opt, getattr(torch, manifest.dtype)
     drawn = initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device)
     return check_noise(drawn, manifest, device)
+
+
+def usual_noise(manifest: Manifest, device: torch.device, batch: int | None = None) -> Tensor:
+    """The same unit noise every time, at the profile's `opt`, or of so many samples. InputError outside the profile."""
+    shape = (batch or manifest.profile.opt[0], *manifest.profile.opt[1:])
+    manifest.profile.check(shape)
+    return unit_noise(shape, torch.Generator().manual_seed(0), device).to(getattr(torch, manifest.dtype))
 
 
 def check_noise(noise: object, manifest: Manifest, device: torch.device) -> Tensor:

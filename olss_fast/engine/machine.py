@@ -34,22 +34,14 @@ def versions() -> dict[str, str | None]:
 
 def describe(device: str) -> dict[str, Any]:
     """The machine, for code on `device` ("cpu", "cuda" or "cuda:1")."""
+    place = {"system": platform.system(), "architecture": platform.machine()}
     if device.partition(":")[0] != "cuda":
-        return _described("cpu", _processor(), None, instructions())
-    import torch
+        return {"device": "cpu", "name": _processor(), **place, "capability": None, "instructions": instructions()}
+    from torch import cuda
 
-    return _described("cuda", torch.cuda.get_device_name(device), list(torch.cuda.get_device_capability(device)), [])
-
-
-def _described(device: str, name: str, capability: list[int] | None, flags: list[str]) -> dict[str, Any]:
-    return {
-        "device": device,
-        "name": name,
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "capability": capability,
-        "instructions": flags,
-    }
+    capability = list(cuda.get_device_capability(device))
+    name = cuda.get_device_name(device)
+    return {"device": "cuda", "name": name, **place, "capability": capability, "instructions": []}
 
 
 def instructions() -> list[str]:

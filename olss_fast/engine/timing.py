@@ -20,6 +20,7 @@ from tqdm import tqdm
 from olss_fast.engine import inputs
 from olss_fast.engine.engine import Engine, load_engine
 from olss_fast.plan.plan import Plan
+from olss_fast.support.device import timed
 from olss_fast.support.progress import bar_options
 
 PERCENTILES = (90, 95, 99)
@@ -156,16 +157,15 @@ def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Call
     Raises InputError for a batch outside the profile.
     """
     found = engine.manifest
-    shape = (batch or found.profile.opt[0], *found.profile.opt[1:])
-    found.profile.check(shape)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
-    noise = noise.to(engine.device, getattr(torch, found.dtype))
-    given, without = engine.usual_arguments(shape[0])
+    noise = inputs.usual_noise(found, engine.device, batch)
+    given, without = engine.usual_arguments(len(noise))
     generator = torch.Generator(engine.device).manual_seed(0)
     x = torch.cat([noise, noise]) if found.doubled else noise
     whole = x.new_zeros(x.shape[0], dtype=torch.float32, device=engine.device)
     times = [whole + float(each) for each in plan.timesteps]
-    tensors = inputs.network_inputs(found, shape[0], engine.device, given, {**engine.unconditional, **(without or {})})
+    tensors = inputs.network_inputs(
+        found, len(noise), engine.device, given, {**engine.unconditional, **(without or {})}
+    )
 
     def call() -> Tensor:
         return engine(noise, plan=plan, unconditional=without, generator=generator, **given)
@@ -175,17 +175,6 @@ def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Call
             engine.network(x, each, *tensors)
 
     return call, network
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, to its end on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
 
 
 def _turns(

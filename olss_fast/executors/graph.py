@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +29,7 @@ CAPTURING = threading.RLock()
 WARM_UP = 3  # runs before a capture: cuDNN, Triton and the allocator settle
 
 
-class Graph(Protocol):
-    """The interface of `torch.cuda.CUDAGraph`."""
-
-    def replay(self) -> None:
-        """Launches the captured work once."""
-
-
-def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Graph:
+def capture(function: Callable[[], None], pool: Any, device: torch.device) -> torch.cuda.CUDAGraph:
     """`function` as a CUDA graph in the memory `pool`, warmed up on its own stream.
 
     The last warm-up refuses host synchronisation such as `.item()`, which inside a capture would leave stream and
@@ -95,7 +88,7 @@ class GraphLoop(FusedLoop):
     ) -> None:
         super().__init__(ask, like, plan, doubled=doubled, room=room)
         self.networks, self.pool, self.counts, self.unroll = networks, pool, counts, unroll
-        self._graphs: dict[object, Graph] = {}
+        self._graphs: dict[object, torch.cuda.CUDAGraph] = {}
         self._watched: list[Watched] = []
 
     def run(self, on_step: OnStep | None = None) -> Tensor:
@@ -119,7 +112,7 @@ class GraphLoop(FusedLoop):
         self.counts["replays"] += len(models)
         return self.x.narrow(0, 0, self.batch)
 
-    def _graph(self, key: object, function: Callable[[], Any]) -> Graph:
+    def _graph(self, key: object, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         if key not in self._graphs:
             self.start()
             self._graphs[key] = capture(function, self.pool(), self.x.device)

@@ -20,6 +20,7 @@ import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -132,8 +133,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, which `Plan(**values)` takes."""
-        values = self._fields() | {"metadata": dict(self.metadata)}
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        values = self._fields().items()
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values}
 
     def describe(self, *, width: int = 120) -> str:
         """Facts and a table of times, noise levels and coefficients, for people. Lines are at most `width` long."""
@@ -178,17 +179,13 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies (copy, deepcopy, worker processes) go through the constructor: validated and read-only again.
-        return _rebuild, (self._fields() | {"metadata": dict(self.metadata)},)
+        return partial(Plan, **self._fields()), ()
 
     def _fields(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"metadata": dict(self.metadata)}
 
     def _identity(self) -> tuple[int, bytes, bytes, bytes]:
         return self.branches, self.timesteps.tobytes(), self.rows.tobytes(), self.models.tobytes()
-
-
-def _rebuild(values: dict[str, Any]) -> Plan:
-    return Plan(**values)
 
 
 # --- conversion: every argument becomes a read-only array, or a PlanError ------------------------------------------

@@ -327,10 +327,7 @@ def without_terminal_signal(alphas_cumprod: FloatArray) -> FloatArray:
 
 def _numbers(values: npt.ArrayLike, what: str) -> FloatArray:
     """A float64 copy of a row of at least 2 finite numbers; ScheduleError otherwise."""
-    try:
-        array = np.asarray(values, dtype=np.float64).copy()
-    except (TypeError, ValueError) as error:
-        raise ScheduleError(f"{what} cannot be read as numbers: {error}; pass a list or an array") from error
+    array = _real(what, values).copy()
     if array.ndim != 1 or array.size < 2 or not np.all(np.isfinite(array)):
         raise ScheduleError(f"{what} has shape {array.shape}; expected one row of at least 2 finite numbers")
     return array
@@ -341,7 +338,7 @@ def _real(what: str, values: npt.ArrayLike) -> FloatArray:
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ScheduleError(f"{what} cannot be read as numbers: {error}; pass a number or an array") from error
+        raise ScheduleError(f"{what} cannot be read as numbers: {error}; pass numbers") from error
 
 
 def checked_schedule(schedule: Any) -> NoiseSchedule:

@@ -36,11 +36,7 @@ def checked_number(name: str, value: Any, expected: str = "a number") -> float:
 
 def check_steps(steps: object, name: str = "steps") -> int:
     """`steps` as an int; InputError unless it is a whole number of at least 1, and no more than a plan may have."""
-    whole = hasattr(steps, "__index__") and not isinstance(steps, bool)
-    number = operator.index(steps) if whole else 0  # type: ignore[arg-type]
-    if number < 1:
-        raise InputError(f"{name} is {steps!r}; expected a whole number of at least 1")
-    return check_count(number, f"{name} is")
+    return check_count(checked_count(name, steps), f"{name} is")
 
 
 def check_count(count: int, what: str) -> int:

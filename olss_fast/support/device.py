@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,3 +41,14 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"device is {str(device)!r}, which torch cannot use: {reason}; use 'cpu' or 'cuda'") from error
     return probe.device
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, to its end on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

@@ -15,9 +15,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from olss_fast import demo, solvers
-from olss_fast.cli.commands import app, parse_numbers
+from olss_fast.cli.commands import app
 from olss_fast.cli.demo import duration, run_demo
 from olss_fast.cli.model import DEMO, arguments, load_model, pick_labels, tuned_guidance
+from olss_fast.cli.options import parse_numbers
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Report

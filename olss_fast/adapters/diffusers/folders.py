@@ -22,6 +22,7 @@ from olss_fast.errors import InputError, ModelError
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.device import pick_device, plain_defaults
 from olss_fast.support.files import read_bounded
+from olss_fast.support.text import clipped
 
 LARGEST_CONFIG = 2**24  # bytes
 DENOISERS = ("unet", "transformer")
@@ -124,7 +125,7 @@ def read_unet(
             output_loading_info=True,
         )
     except Exception as error:  # a damaged folder may raise anything in diffusers, safetensors or torch
-        raise ModelError(f"the weights in {folder} cannot be loaded: {first_lines(error)}") from error
+        raise ModelError(f"the weights in {folder} cannot be loaded: {_said(error)}") from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise ModelError(f"the weights in {folder} lack {len(absent)} tensors of its config.json, first {absent[0]!r}")
@@ -208,10 +209,9 @@ def weights_variant(folder: Path) -> str | None:
     raise ModelError(f"{folder} has no weights: expected {WEIGHTS}.safetensors beside config.json")
 
 
-def first_lines(error: Exception, most: int = 300) -> str:
+def _said(error: Exception) -> str:
     """The beginning of an error's message, on one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else text[:most] + "…"
+    return clipped(" ".join(str(error).split()), 300)
 
 
 def load_any_pipeline(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
@@ -240,7 +240,7 @@ def load_any_pipeline(folder: str | Path, *, device: str | None = None, dtype: s
         )
     except Exception as error:  # a damaged folder may raise anything in diffusers, transformers or safetensors
         kind = index.get("_class_name", "pipeline")
-        raise ModelError(f"the {kind} in {folder} cannot be loaded: {first_lines(error)}") from error
+        raise ModelError(f"the {kind} in {folder} cannot be loaded: {_said(error)}") from error
     return pipe.to(place)
 
 

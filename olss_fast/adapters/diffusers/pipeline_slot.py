@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from greenlet import getcurrent
 from torch import Tensor
 
@@ -128,7 +129,9 @@ class Slot:
         if self.index < self.length:  # beyond it the call ends, and is begun again
             self.timesteps[self.index] = t
         x = x.to(sample.dtype)
-        return (x, x) if how.get("return_dict") is False else Answer(x)  # consistency models' pipelines take two
+        if how.get("return_dict") is False:
+            return x, x  # consistency models' pipelines take two
+        return SchedulerOutput(prev_sample=x)
 
     def _place_of(self, timestep: Any) -> int:
         """The index of the first timestep in `timesteps`, of which it is a view."""
@@ -137,16 +140,6 @@ class Slot:
         if isinstance(timestep, Tensor) and timestep.data_ptr() != self.timesteps[0].data_ptr():
             raise InputError("the pipeline begins inside its timesteps without set_begin_index: it cannot be tuned")
         return 0
-
-
-class Answer:
-    """The output of a diffusers scheduler: an object with `prev_sample`."""
-
-    def __init__(self, prev_sample: Tensor) -> None:
-        self.prev_sample = prev_sample
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.prev_sample,)[index]
 
 
 def schedule_of(scheduler: Any, mu: float | None = None) -> NoiseSchedule:

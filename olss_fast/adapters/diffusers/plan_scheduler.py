@@ -292,16 +292,12 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         if previous is not None:
             self._check_previous(previous, session.next + 1)
         row = session.returned = run.advance(model_output, sample, generator)
-        if run.step == run.steps and run.readable and not torch.compiler.is_compiling():
-            self._check_end(row)
+        compiled = torch.compiler.is_compiling()
+        if run.step == run.steps and run.readable and not compiled and not torch.isfinite(row).all():
+            self.require_finite()
         if not return_dict:
             return row, row
-        compiled = torch.compiler.is_compiling()
         return SchedulerOutput(row) if compiled else StepOutput(row, session.loaded, run.step - 1, sample, model_output)
-
-    def _check_end(self, sample: Tensor) -> None:
-        if not torch.isfinite(sample).all():
-            self.require_finite()
 
     def require_finite(self) -> None:
         """NetworkError naming the first output of this run with NaN or infinity. Synchronises with the device."""
