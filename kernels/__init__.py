@@ -1,11 +1,11 @@
-"""GPU kernels, installed as `olss_fast.kernels`: one op a pair of files.
+"""GPU kernels, installed as `olss_fast.kernels`: two files per op.
 
-`step.py` and `lincomb.py` hold what is called: the checks, the plain-torch reference that also is the CPU path, and the
+`step.py` and `lincomb.py` hold the callable parts: checks, the plain-torch reference that is also the CPU path, and the
 registration as a torch operator. `_step_triton.py` and `_lincomb_triton.py` hold the GPU code; they, and with them
-Triton, are loaded at the first launch on a GPU.
+Triton, are imported at the first launch on a GPU.
 
-The folder lies at the root of the repository. With that root on sys.path it would hide the package of the name
-`kernels` that transformers and diffusers look for: under that name it makes way for it, and else holds nothing.
+The folder is at the root of the repository. With that root on sys.path it would hide the package named `kernels` that
+transformers and diffusers look for: under that name it gives way to that package, and is otherwise empty.
 """
 
 from __future__ import annotations

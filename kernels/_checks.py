@@ -1,4 +1,4 @@
-"""What the ops share: registration and checks. InputError says what came, what was expected and what to do."""
+"""Registration and checks shared by the ops. InputError says what came, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums are formed in, and coefficients given in: float64 for float64, float32 for everything narrower."""
+    """The dtype of sums and coefficients: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order in which they lie in memory, as a view (numel,)."""
+    """The elements of a dense tensor in memory order, as a view (numel,)."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
@@ -42,7 +42,7 @@ def define(name: str, schema: str, run: Callable[..., Any], *, fake: Callable[..
 
 
 def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    """InputError unless `tensor` is contiguous and just so."""
+    """InputError unless `tensor` is contiguous and has this dtype, shape and device."""
     if (
         not isinstance(tensor, Tensor)
         or tensor.dtype != dtype
@@ -60,7 +60,7 @@ def expect_count(name: str, count: object, *, least: int) -> None:
 
 
 def expect_dense(name: str, tensor: Tensor) -> None:
-    """InputError unless the elements fill one stretch of memory, in any order of the dimensions."""
+    """InputError unless the elements fill one block of memory, in any order of the dimensions."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
         raise InputError(f"{name} is {describe(tensor)}; expected a tensor of float16, bfloat16, float32 or float64")
     filled = 1
@@ -74,13 +74,13 @@ def expect_dense(name: str, tensor: Tensor) -> None:
 
 
 def refuse_gradients(op: str, tensors: Sequence[Tensor]) -> None:
-    """InputError where autograd would have to go through an op that sampling alone uses."""
+    """InputError if autograd would have to go through an op that has no gradient."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise InputError(f"{op} has no gradient, but one of its tensors requires one; call it under torch.no_grad()")
 
 
 def refuse_overlaps(written: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """InputError where memory of one that is written is also another's."""
+    """InputError if a written tensor shares memory with another."""
     spans = {name: _span(tensor) for name, tensor in (written | others).items() if tensor.numel() > 0}
     for name in written:
         begin, end = spans.get(name, (0, 0))
@@ -91,7 +91,7 @@ def refuse_overlaps(written: dict[str, Tensor], others: dict[str, Tensor]) -> No
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Where it begins and ends in memory."""
+    """The addresses of the tensor's first byte and of its end."""
     begin, items = tensor.data_ptr(), tensor.numel()
     if not tensor.is_contiguous():
         items = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,7 +1,7 @@
 """GPU code of `lincomb`, and of the weighted sum of columns that `step` shares.
 
-Pointers are to the first element of a column; `stride` is the distance between columns in elements, 64 bits wide where
-it is multiplied. Only known columns are read: a slot that was never written may hold anything, NaN included.
+Pointers are to the first element of a column; `stride` is the distance between columns in elements, in 64 bits where it
+is multiplied. Only known columns are read: a slot that was never written may hold anything, including NaN.
 """
 
 import torch
@@ -16,7 +16,7 @@ from olss_fast.kernels._grid import Grid, grid
 def add_columns(total, columns, weights, count, stride, lane, here, CHUNK: tl.constexpr):
     """total + sum over j < count of weights[j] columns[j]. `columns` and `weights` point at those of j = 0.
 
-    Of each column this program owns the elements with lane < here. CHUNK columns are in flight at a time.
+    This program owns the elements with lane < here of each column. CHUNK columns are in flight at a time.
     """
     wide = tl.cast(stride, tl.int64)
     count = tl.cast(count, tl.int32)
@@ -30,16 +30,16 @@ def add_columns(total, columns, weights, count, stride, lane, here, CHUNK: tl.co
 
 @triton.jit
 def load_known(column, known, lane, here):
-    """One column, or zeros. One that is not known has no elements here: the interpreter cannot `and` both masks."""
+    """One column, or zeros. An unknown column has no elements here: the interpreter cannot `and` both masks."""
     return tl.load(column, mask=lane < tl.where(known, here, 0), other=0.0)
 
 
 @triton.jit
 def add_loaded(total, loaded, weights, count):
-    """total + sum over i < count of weights[i] loaded[i], once all that was asked for is on its way.
+    """total + sum over i < count of weights[i] loaded[i], after all loads have been issued.
 
-    Left alone, the compiler asks for a column, waits, adds, and asks for the next; but it moves no load over a barrier,
-    and a barrier waits for no load. So the weights, without which nothing can be added, are asked for between two.
+    By default the compiler loads a column, waits, adds, and loads the next; but it moves no load across a barrier, and
+    a barrier waits for no load. So the weights, without which nothing can be added, are loaded between two barriers.
     """
     factors = ()
     tl.debug_barrier()
@@ -53,7 +53,7 @@ def add_loaded(total, loaded, weights, count):
 
 @triton.jit
 def owned(size, BLOCK: tl.constexpr):
-    """Where this program's elements begin, 64 bits wide, and how many of its BLOCK there are."""
+    """The start of this program's elements, in 64 bits, and how many of its BLOCK exist."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     return begin, tl.minimum(size - begin, BLOCK).to(tl.int32)
 
@@ -84,7 +84,7 @@ MOST_POINTERS = 128
 
 
 def options(cut: Grid) -> dict[str, int | bool]:
-    """How the kernels are compiled. Multiply and add are one rounding, whatever Triton's default, which changes."""
+    """Compiler options. Multiply and add are fused into one rounding, whatever Triton's default, which changes."""
     return {"num_warps": cut.warps, "enable_fp_fusion": True}
 
 

@@ -1,9 +1,9 @@
-"""GPU code of `step` and `start`: one kernel, with what is known when it is compiled in capitals.
+"""GPU code of `step` and `start`: one kernel, with compile-time constants in capitals.
 
 How the programs agree on the step without waiting for each other: `finished` counts programs, not steps. Every program
-reads it when it begins and adds one when all its threads have read, so that during step k each of the P programs reads
-a number in [k P, k P + P), and k = finished // P for all of them, whatever their order. No program needs to know that
-it is the last; the addition asks for no answer and orders nothing but itself, and the end of the kernel publishes it.
+reads it when it begins and adds one when all its threads have read. During step k each of the P programs thus reads a
+number in [k P, k P + P), and k = finished // P for all of them, in any order. No program needs to know that it is the
+last; the atomic addition is relaxed and returns nothing, and the end of the kernel publishes it.
 """
 
 import triton
@@ -45,7 +45,7 @@ def _step(
     dtype = history.dtype.element_ty
     sums = rows.dtype.element_ty
 
-    # What does not depend on the step is asked for first. No branch comes before its use, behind which it could slip.
+    # Loads that do not depend on the step come first. No branch precedes their use, behind which they could move.
     if not START:
         first = tl.load(output + begin + lane, mask=lane < here, other=0.0)
         if dtype == sums:
@@ -71,7 +71,7 @@ def _step(
         total = add_columns(total, history + wide + begin, weights + 1, current - 1, stride, lane, here, CHUNK)
     else:
         total = add_columns(total, history + begin, weights, current, stride, lane, here, CHUNK)
-    # Few plans have noises: less code to fetch for those that have none.
+    # Few plans have noises: less code to load for those without.
     total = add_columns(total, history + begin + noise * wide, weights + noise, noises, stride, lane, here, 4)
     if not START:
         slot = history + begin + current * wide + lane
@@ -97,14 +97,14 @@ def _step(
 
 @triton.jit
 def column_0(first, x, anchored, lane, here):
-    """What stands in column 0: x_T, or x as it is. Only that is read."""
+    """The content of column 0: x_T, or the current x. Only that one is read."""
     initial = tl.load(first, mask=lane < tl.where(anchored, 0, here), other=0.0)
     return tl.where(anchored, tl.load(x, mask=lane < tl.where(anchored, here, 0), other=0.0), initial)
 
 
 @triton.jit
 def position(finished, height, START: tl.constexpr, BRANCHES: tl.constexpr):
-    """The row to form, the history column of the current output, and whether there is no such row: then the last."""
+    """The row to form (at most the last), the history column of the current output, and whether it is past the end."""
     if START:
         return 0, 1, False
     step = tl.load(finished) // tl.num_programs(0)
@@ -136,7 +136,7 @@ def launch(
     branches: int,
     doubled: bool,
 ) -> None:
-    """What `step_reference` computes, or `start_reference` where output is None. Checked by the caller."""
+    """`step_reference` on a GPU, or `start_reference` if output is None. Checked by the caller."""
     size = history.shape[1]
     cut = grid(size, history.element_size())
     sizes = size, history.stride(0), rows.shape[1], rows.shape[0], time.numel()

@@ -1,6 +1,6 @@
-"""out = sum_j w_j x_j over k tensors in one pass: each is read once, nothing but the result is written.
+"""out = sum_j w_j x_j over k tensors in one pass: each is read once, and only the result is written.
 
-Sums are formed in float32 (float64 for float64) from the given values and rounded once, whatever the tensors' dtype.
+Sums are formed in float32 (float64 for float64) from the given values and rounded once, for any dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from olss_fast.errors import InputError
 from olss_fast.kernels._checks import accumulator, define, describe, expect, expect_dense, flat, refuse_gradients
 
-CPU_BLOCK = 1 << 15  # elements a block: its float32 sum stays in the first caches while the tensors stream by
+CPU_BLOCK = 1 << 15  # elements per block: its float32 sum stays in the L1 or L2 cache while the tensors stream through
 
 
 def lincomb(tensors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float]) -> Tensor:
@@ -64,7 +64,7 @@ def weighted_sum(columns: Tensor, weights: Tensor) -> Tensor:
 
 
 def weighted_sum_of(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The same for separate flat tensors (N,), with no copy of them: block by block, so that the sum stays in cache."""
+    """The same for separate flat tensors (N,), without copies: block by block, which keeps the sum in cache."""
     total = torch.zeros_like(tensors[0], dtype=weights.dtype)
     numbers = weights.tolist()
     for begin in range(0, total.numel(), CPU_BLOCK):

@@ -11,13 +11,13 @@ With the raw output f of evaluation k (doubled batch: the unconditional half u f
     k = k + 1
 
 Known are column 0 (x_T), the outputs of evaluations 0 … k, and noise_counts[k+1] columns from noise_start on. No other
-column is read: it may hold anything, NaN included. float64 data has float64 sums. Where float32 or float64 data is
-`anchored`, rows[k+1, 0] is the share of x as it was, not of x_T (`olss_fast.executors.increments`): the network must
-leave it as it was handed.
+column is read: it may hold anything, including NaN. float64 data has float64 sums. If float32 or float64 data is
+`anchored`, rows[k+1, 0] is the coefficient of the previous x, not of x_T (`olss_fast.executors.increments`): the
+network must not modify x.
 
-Everything that differs between runs lies in device memory: plan, number of steps, guidance scale and the step itself.
-So one CUDA graph of network and step, replayed S times, is a sampler, and the next plan needs neither a compilation nor
-a capture. Nothing is read back by the host.
+Everything that differs between runs is in device memory: plan, number of steps, guidance scale and the step itself. So
+one CUDA graph of network and step, replayed S times, is a sampler, and another plan needs neither a compilation nor a
+capture. Nothing is read back by the host.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from olss_fast.kernels.lincomb import weighted_sum
 
 
 class StepState(NamedTuple):
-    """Device memory of a run. A named tuple, so that torch.compile and torch.export see the tensors in it.
+    """Device memory of a run. A named tuple: torch.compile and torch.export see its tensors.
 
-    history: (columns, N) of the network's dtype; each column contiguous, in the order in which `x` lies in memory.
-        Column 0 is x_T, then come the outputs, then from `noise_start` on the fresh noises, filled in by the caller.
-    rows: (R, columns) float32 (float64 for float64 data): the plan's, with each weight in the column it belongs to.
-    timesteps: (R,) float32: what `time` becomes with each row. The entry of the last row is never used by a network.
+    history: (columns, N) of the network's dtype; each column contiguous, in the memory order of `x`. Column 0 is x_T,
+        then come the outputs, then from `noise_start` on the fresh noises, filled in by the caller.
+    rows: (R, columns) float32 (float64 for float64 data): the plan's, with each weight in its history column.
+    timesteps: (R,) float32: the value of `time` with each row. The network never uses the last one.
     guidance: () of the dtype of `rows`: the scale g.
     finished: () int32: programs that have finished since `start`; evaluations so far = finished // `programs`.
     noise_counts: (R,) int32: how many noises each row may read. noise_start: () int32: the column of the first.
-    anchored: () int32: 0, or 1 where column 0 of `rows`, but for row 0, is that of x itself; nothing in half precision.
-    x: the network's input, N elements or 2N where doubled, dense, batch outermost. time: (T,) float32, its time.
-    branches, doubled: 1 or 2 history columns an evaluation; whether the batch holds both halves of a guided pair.
+    anchored: () int32: 0, or 1 if column 0 of `rows`, except in row 0, is for x itself; ignored in half precision.
+    x: the network's input, N elements or 2N if doubled, dense, batch outermost. time: (T,) float32, its timestep.
+    branches, doubled: 1 or 2 history columns per evaluation; True if the batch holds both halves of a guided pair.
     """
 
     history: Tensor
@@ -75,7 +75,7 @@ class StepState(NamedTuple):
     def empty(
         cls, x: Tensor, time: Tensor, *, steps: int, noises: int = 0, branches: int = 1, doubled: bool = False
     ) -> StepState:
-        """Room for plans of up to `steps` evaluations and `noises` noises, around a network's two inputs.
+        """Buffers for plans of up to `steps` evaluations and `noises` noises, around a network's two inputs.
 
         Raises InputError for steps < 1 or noises < 0, else as `step` does.
         """
@@ -104,18 +104,18 @@ class StepState(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """What one step adds to `finished`."""
+        """The amount that one step adds to `finished`."""
         return grid(self.history.shape[1], self.history.element_size()).programs
 
     def column(self, j: int) -> Tensor:
-        """History column j as a view of the shape and memory order of one half of `x`: to fill x_T and noises in."""
+        """History column j as a view in the shape and memory order of one half of `x`, to write x_T and noises."""
         shape = (self.x.shape[0] // 2, *self.x.shape[1:]) if self.doubled else self.x.shape
         outer_first = sorted(range(self.x.ndim), key=lambda axis: -self.x.stride(axis))
         inverse = sorted(range(self.x.ndim), key=outer_first.__getitem__)
         return self.history[j].view([shape[axis] for axis in outer_first]).permute(inverse)
 
     def halves(self, batch: Tensor) -> Tensor:
-        """The memory of `x` or of an output as (2, N) where doubled, else (1, N), in the order of a history column."""
+        """The memory of `x` or of an output as (2, N) if doubled, else (1, N), in the order of a history column."""
         size = self.history.shape[1]
         return batch.as_strided((1 + self.doubled, size), (size, 1))
 
@@ -128,7 +128,7 @@ class StepState(NamedTuple):
 
 
 def start(state: StepState) -> None:
-    """The first network input, rows[0] over x_T and the noises that row 0 may read; the step counter back to 0.
+    """Forms the first network input, rows[0] over x_T and the noises that row 0 may read, and resets the step counter.
 
     Raises InputError as `step` does.
     """
@@ -140,9 +140,9 @@ def start(state: StepState) -> None:
 def step(output: Tensor, state: StepState) -> None:
     """Takes the raw network output in and writes the next network input, or the sample after the last evaluation.
 
-    `output` has the elements of `state.x` in the same shape and memory order. All state but `rows`, `timesteps`,
-    `guidance`, `anchored` and the two facts about noises is written to. A step beyond the last row does nothing on a
-    GPU, whose step the host does not know, and raises on the CPU.
+    `output` has the shape and memory order of `state.x`. All state except `rows`, `timesteps`, `guidance`, `anchored`,
+    `noise_counts` and `noise_start` is written to. A step beyond the last row does nothing on a GPU, whose step the
+    host does not know, and raises on the CPU.
 
     Raises:
         InputError: a tensor of the wrong dtype, shape, device or strides, tensors that share memory, or that require a
@@ -221,7 +221,7 @@ def _run_start(*arguments: Any) -> None:
 
 def _run_step(output: Tensor, *arguments: Any) -> None:
     state = StepState(*arguments)
-    refuse_overlaps({"output": output}, {"history": state.history, "x": state.x})  # `start` has seen to the others
+    refuse_overlaps({"output": output}, {"history": state.history, "x": state.x})  # `start` has checked the others
     if state.history.is_cuda:
         _launch(output, state)
     else:
@@ -313,7 +313,7 @@ def _most_rows(state: StepState) -> int:
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Equal strides, but for dimensions of one element, whose strides mean nothing."""
+    """True for equal strides, ignoring dimensions of one element, whose strides mean nothing."""
     if a.stride() == b.stride():
         return True
     pairs = zip(a.shape, a.stride(), b.stride(), strict=True)

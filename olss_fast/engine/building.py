@@ -1,4 +1,4 @@
-"""`build`: a network and plans made an engine."""
+"""`build`: an engine from a network and plans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from olss_fast.support.device import timed
 from olss_fast.support.identity import structure
 from olss_fast.support.progress import bar_options
 
-# How far the compiled network may be from the one that it was compiled from, relative to the largest output.
+# Largest difference of the compiled network from the original, relative to the largest output.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
 SLACK = 10.0  # what code from the cache may be further from its network than it was from the one before
 TINY = 1e-30
@@ -58,24 +58,24 @@ def build(
     cache: bool | Path | str = True,
     progress: bool = True,
 ) -> Engine:
-    """An engine: `network` compiled ahead of time for this machine, with its weights and with one or several plans.
+    """An engine: `network` compiled ahead of time for this machine, with its weights and one or several plans.
 
     Args:
         network: `network(x, timestep, **conditioning)` as for `olss_fast.sample`, in evaluation mode. Not changed.
-        plan: a Plan, several, or several by name. An engine runs them all, and any other: no plan is compiled in.
-        shapes: the noise (B, …) that it is for: a Profile, or one fixed shape.
-        conditioning: the network's other arguments, at the profile's `opt`: a tensor whose first size is that B belongs
-            to the samples; every other size is fixed. What is no tensor is baked in.
-        unconditional: as for `olss_fast.sample`; one row, or rows that are all the same. Kept in the file as the
-            default. Such an engine always asks the network about both halves.
-        guidance_scale: the default of calls. Default: what the plan was tuned at, else 1.
+        plan: a Plan, several, or several by name. An engine runs these and any other: no plan is compiled in.
+        shapes: of the noise (B, …): a Profile, or one fixed shape.
+        conditioning: the network's other arguments, at the profile's `opt`: a tensor whose first size is that B is per
+            sample; every other size is fixed. Values that are not tensors are baked in.
+        unconditional: as for `olss_fast.sample`; one row, or identical rows. Kept in the file as the default. Such an
+            engine always evaluates both halves.
+        guidance_scale: the default of calls. Default: the scale the plan was tuned at, else 1.
         dtype, device: default: those of the network's parameters.
         options: of Inductor, such as {"max_autotune": True}.
-        cache: whether, or in which folder, compiled code is kept for the next build of a network of this structure.
+        cache: whether, or in which folder, to keep compiled code for the next build of a network of this structure.
 
     Raises:
-        InputError: arguments that do not fit each other. NetworkError: the network's output.
-        BuildError: it cannot be exported or compiled, or what was compiled computes something else.
+        InputError: inconsistent arguments. NetworkError: an unusable network output.
+        BuildError: it cannot be exported or compiled, or the compiled network computes something else.
     """
     plans = named_plans(plan)
     request = checked_request(
@@ -103,7 +103,7 @@ def build(
         bound = TOLERANCE[str(request.dtype).removeprefix("torch.")]
         engine = _checked(_engine(request, plans, facts, code, constants, seconds), request, bound)
         measured = engine.manifest.facts["measured"]
-        for each in {name, _structure(request, facts, settings)}:  # a network may note something when it is called
+        for each in {name, _structure(request, facts, settings)}:  # a call may change the network's structure
             code_cache.point(folder, each, key, measured["largest_difference"] / max(measured["largest_output"], TINY))
         return engine
 
@@ -111,8 +111,8 @@ def build(
 def _by_structure(
     request: Request, plans: Mapping[str, Plan], facts: Facts, folder: Path | None, name: str
 ) -> Engine | None:
-    """The engine from code that was compiled of a network of this structure: without tracing it. None if there is none,
-    or if it turns out that it is not this network's."""
+    """The engine from cached code for a network of this structure, without tracing. None if there is none, or if it
+    turns out not to match this network."""
     found = code_cache.follow(folder, name)
     if found is None:
         return None
@@ -133,7 +133,7 @@ def _by_graph(
     settings: dict[str, Any],
     folder: Path | None,
 ) -> tuple[str, dict[str, bytes], float]:
-    """The graph's key, its code, and the seconds that this took to compile; from the cache where it is there."""
+    """The graph's key, its code, and the seconds of its compilation; from the cache if possible."""
     graph = {"graph": graph_text(exported), "strides": strides_of(exported.state_dict)}
     key = _key(request, facts, settings, graph)
     found = code_cache.load(folder, key)
@@ -154,7 +154,7 @@ def _structure(request: Request, facts: Facts, settings: dict[str, Any]) -> str:
 
 
 def _key(request: Request, facts: Facts, settings: dict[str, Any], about: Mapping[str, object]) -> str:
-    """Of what is told `about` the network, and of whatever else code depends on."""
+    """The cache key: of the facts `about` the network, and of everything else that code depends on."""
     example = [[str(each.dtype), list(each.shape), list(each.stride())] for each in request.inputs()]
     relied_on = {name: facts[name] for name in ("version", "built_with", "machine")}
     relied_on |= {"compiled_for": manifest.compiled_for(facts), "example": example}
@@ -162,7 +162,7 @@ def _key(request: Request, facts: Facts, settings: dict[str, Any], about: Mappin
 
 
 def _facts(request: Request, plans: Mapping[str, Plan]) -> Facts:
-    """The manifest as far as it is known before there is code."""
+    """The part of the manifest that is known before compiling."""
     return {
         "sha256": "0" * 64,
         "format": FORMAT.name,
@@ -192,8 +192,8 @@ def _engine(
     tensors: Mapping[str, Any],
     seconds: float,
 ) -> Engine:
-    """The engine with a manifest that says all but what running it will tell. tensors: weights as exported code names
-    them; the engine has copies of its own."""
+    """The engine with a manifest that lacks only measurements. tensors: weights by their names in the exported code;
+    the engine copies them."""
     weights = {weight_name(name): each.detach().clone() for name, each in tensors.items() if isinstance(each, Tensor)}
     hashes = {"weights": "", "code": hash_code(code)}
     facts = {**facts, "hashes": hashes, "measured": {"seconds_to_compile": seconds}}
@@ -217,11 +217,11 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _checked(engine: Engine, request: Request, bound: float) -> Engine:
-    """The engine, if its network computes what the one that it was compiled from does, to `bound` times the largest
-    output; with figures in its manifest."""
+    """The engine, with measurements in its manifest. BuildError if its network differs from the original by more than
+    `bound` times the largest output."""
     difference, largest = 0.0, 0.0
     for inputs in _checked_inputs(request):
-        with torch.no_grad():  # each has inputs of its own, for networks that work in place
+        with torch.no_grad():  # each gets its own inputs, for networks that work in place
             found = engine.network(*[each.clone() for each in inputs]).double()
             expected = request.flat(*inputs).double()
         if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
@@ -243,8 +243,8 @@ def _checked(engine: Engine, request: Request, bound: float) -> Engine:
 
 
 def _checked_inputs(request: Request) -> Iterator[list[Tensor]]:
-    """At `opt` and the times of the first plan, and at the ends of the profile: torch.export takes it that no size that
-    varies is one, and a network may treat that differently."""
+    """Inputs at `opt` and the first plan's timesteps, and at the ends of the profile: torch.export assumes that no
+    dynamic size is one, which a network may treat differently."""
     for time_ in request.times[:: max(1, len(request.times) // CHECKED_TIMES)]:
         yield request.inputs(time=time_)
     for shape in sorted({request.profile.min, request.profile.max} - {request.profile.opt}):
@@ -253,7 +253,7 @@ def _checked_inputs(request: Request) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _stages(progress: bool) -> Iterator[Callable[[str], object]]:
-    """A bar over the stages of a build; the yielded function begins one."""
+    """A progress bar over the stages of a build; the yielded function starts one."""
     with tqdm(total=4, desc="Building", bar_format="{desc} {bar:12} {elapsed}", **bar_options(progress)) as bar:
 
         def stage(name: str) -> None:

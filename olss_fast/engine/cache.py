@@ -1,7 +1,7 @@
-"""Compiled code on disk, by what it was compiled from. Entries are written atomically and verified when they are read.
+"""Compiled code on disk, keyed by its sources. Entries are written atomically and verified when read.
 
-In the folder `OLSS_FAST_CACHE`, else `olss_fast` in the user's folder for caches. Code from it is run, so it is used
-only if nobody else may write there.
+The folder is `OLSS_FAST_CACHE`, else `olss_fast` in the user's cache folder. Its code is run, so it is used only if
+nobody else may write there.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from olss_fast.support import container
 from olss_fast.support.container import Blob, Format
 
 FORMAT = Format("olss_fast.code", 2, "compiled code", EngineFileError)
-KEPT = 256  # entries, those that were used last
+KEPT = 256  # entries, the most recently used
 
 
 def default_folder() -> Path:
+    """The folder of the cache, from the environment."""
     if "OLSS_FAST_CACHE" in os.environ:
         return Path(os.environ["OLSS_FAST_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "olss_fast"
 
 
 def key_of(facts: Mapping[str, object]) -> str:
-    """The name of what was compiled from these facts, all of which are JSON."""
+    """The key of code compiled from these facts, which must be JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: Path | None, key: str) -> tuple[dict[str, bytes], float] | None:
-    """The code and the seconds that it took to compile; None where there is none, or none that can be trusted."""
+    """The code and the seconds of its compilation; None if missing or not trusted."""
     entry = _read(folder, key)
     if entry is None:
         return None
@@ -47,17 +48,17 @@ def load(folder: Path | None, key: str) -> tuple[dict[str, bytes], float] | None
 
 
 def store(folder: Path | None, key: str, code: Mapping[str, bytes], seconds: float) -> None:
-    """Keeps `code`; where that fails, only the next build is slower, and a warning says so."""
+    """Keeps `code`; a failure only makes the next build slower, and gives a warning."""
     _write(folder, key, {"seconds_to_compile": seconds}, code)
 
 
 def point(folder: Path | None, name: str, key: str, difference: float) -> None:
-    """Remembers that whatever has `name` was compiled to the entry `key`, which is this far from it at most."""
+    """Records that the network called `name` was compiled to the entry `key`, and their largest difference."""
     _write(folder, name, {"same_as": key, "difference": difference}, {})
 
 
 def follow(folder: Path | None, name: str) -> tuple[dict[str, bytes], float, float] | None:
-    """What `point` remembered: code and seconds as `load` gives them, and the difference."""
+    """The record of `point`: code and seconds as in `load`, and the difference."""
     entry = _read(folder, name)
     if entry is None:
         return None

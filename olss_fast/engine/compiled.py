@@ -1,7 +1,7 @@
 """Compiled code: an exported network compiled ahead of time (AOTInductor), and such code loaded again.
 
-Weights stay out of the code. It reads them where they are handed to it, so they can be changed by writing over them,
-and code compiled once serves every network of the same structure.
+The code contains no weights. It reads them from the memory passed to it, so they can be overwritten, and code compiled
+once serves every network of the same structure.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ INSIDE = f"network/data/aotinductor/{MODEL}/"
 OWNER = "network."  # of the weights' names in the code: FlatNetwork's attribute
 SETTINGS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
-    "always_keep_tensor_constants": True,  # else small weights become numbers in the code
-    "cpp.dynamic_threads": True,  # else code for the processor has the number of threads of whoever built it, for ever
+    "always_keep_tensor_constants": True,  # otherwise small weights become constants in the code
+    "cpp.dynamic_threads": True,  # otherwise CPU code is fixed to the number of threads at build time
 }
 
 
 def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, Any]) -> dict[str, bytes]:
-    """Machine code for this machine by file name: LIBRARY, and for CUDA its kernels. Raises BuildError."""
+    """Machine code for this machine, by file name: LIBRARY, and for CUDA its kernels. Raises BuildError."""
     with _temporary(BuildError) as folder:
         package = str(folder / "network.pt2")
         try:
@@ -55,7 +55,7 @@ def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, 
 def with_layout(
     code: Mapping[str, bytes], exported: torch.export.ExportedProgram, compiled_for: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """Code that was compiled of this, with LAYOUT beside it, which says for what. Raises BuildError."""
+    """The code with its LAYOUT file, which describes the inputs and weights it was compiled for. Raises BuildError."""
     constants, device = {**exported.state_dict, **exported.constants}, exported.example_inputs[0][0].device
     with _temporary(BuildError) as folder:
         try:
@@ -68,9 +68,9 @@ def with_layout(
 
 @contextmanager
 def _temporary(error: type[OlssError], needed: int | None = None) -> Iterator[Path]:
-    """A folder that this user alone can read, gone afterwards. Raises `error` where it cannot be written.
+    """A temporary folder that only this user can read. Raises `error` if it cannot be written.
 
-    needed: bytes that are to be written, for the message.
+    needed: number of bytes to be written, for the message.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="olss-") as folder:
@@ -92,7 +92,7 @@ def _loader(package: str, device: torch.device) -> Any:
 
 
 def _unpacked(package: str) -> dict[str, bytes]:
-    """What a package needs to run: the library and the GPU kernels that it loads by name, without their sources."""
+    """The files of a package that are needed to run: the library and the GPU kernels it loads by name, no sources."""
     with zipfile.ZipFile(package) as archive:
         members = {Path(name).name: name for name in archive.namelist()}
         libraries = [name for name in members if name.endswith(".so")]
@@ -112,11 +112,11 @@ def hash_code(code: Mapping[str, bytes]) -> str:
 
 
 class LoadedCode:
-    """Compiled code in this process, reading the weights that it was given where they lie.
+    """Compiled code in this process, which reads the given weights in place.
 
-    `loaded(x, time, *tensors)` checks nothing: whoever calls it has.
+    `loaded(x, time, *tensors)` checks nothing: the caller must.
 
-    Raises EngineFileError where the library cannot be mapped, or was compiled for other weights than `weights` has.
+    Raises EngineFileError if the library cannot be mapped, or was compiled for other weights than `weights`.
     """
 
     def __init__(self, code: Mapping[str, bytes], weights: Mapping[str, Tensor], device: torch.device) -> None:
@@ -150,7 +150,7 @@ class LoadedCode:
 
 
 def _pack(code: Mapping[str, bytes], device: str, folder: Path) -> str:
-    """The code as a package that torch loads. Raises EngineFileError for a name that is none."""
+    """The code as a package that torch loads. Raises EngineFileError for an unusable name."""
     package = folder / "network.pt2"
     with zipfile.ZipFile(package, "w", zipfile.ZIP_STORED) as archive:
         for name, content in code.items():
@@ -164,5 +164,5 @@ def _pack(code: Mapping[str, bytes], device: str, folder: Path) -> str:
 
 
 def weight_name(fqn: str) -> str:
-    """What a weight of the code is called in the file, and in the network's state_dict."""
+    """A weight's name in the file and in the network's state_dict, from its name in the code."""
     return fqn.removeprefix(OWNER)

@@ -1,5 +1,5 @@
-"""An engine file for people, from its header, with the SHA-256 of all of it. The standard library is enough, so that it
-shows at once."""
+"""Text description of an engine file, from its header, with the SHA-256 of the whole file. For speed, only the standard
+library is used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARK = f'"{FORMAT.name}"'.encode()
 
 
 def is_engine_file(path: AnyPath) -> bool:
-    """Whether a file's header names the format, whatever the file's name; it may be damaged all the same."""
+    """True if a file's header names the format, with any file name; the file may still be damaged."""
     if not os.path.isfile(path):
         return False
     try:
@@ -30,8 +30,8 @@ def is_engine_file(path: AnyPath) -> bool:
 
 
 def inspected(path: AnyPath, *, as_json: bool = False) -> str:
-    """What `olss-fast inspect` prints: `describe`, or the manifest, whose sha256 is then that of the whole file and not
-    the format's own checksum. Raises EngineFileError."""
+    """The output of `olss-fast inspect`: `describe`, or the manifest with the sha256 of the whole file in place of the
+    format's checksum. Raises EngineFileError."""
     found = manifest.read(path)
     sha256 = container.file_sha256(path, FORMAT)
     if as_json:
@@ -40,7 +40,7 @@ def inspected(path: AnyPath, *, as_json: bool = False) -> str:
 
 
 def describe(found: Manifest, sizes: Mapping[str, int], *, sha256: str | None = None, width: int = 120) -> str:
-    """One line of facts, and then names and values aligned. sizes: bytes of the file's tensors, by name. sha256: of the
+    """One line of facts, then aligned names and values. sizes: bytes of the file's tensors, by name. sha256: of the
     file, as `sha256sum` prints it."""
     rows = [*_rows(found, sizes), *([] if sha256 is None else [("sha256", sha256)])]
     lines = [clipped(line, width) for line in [_headline(found), "", *aligned(rows)]]

@@ -32,12 +32,12 @@ from olss_fast.support.text import quoted
 class Engine:
     """A network compiled ahead of time, with its weights and plans. Made by `build` and `load_engine`.
 
-    `engine(noise, **conditioning)` checks what it is given against what the engine was built for, and samples. It may
-    be called from several threads; on the CPU each call has buffers of its own, on a GPU calls take turns.
+    `engine(noise, **conditioning)` checks its inputs against those the engine was built for, and samples. It may be
+    called from several threads; on the CPU each call has its own buffers, on a GPU calls take turns.
 
-    manifest: what the file says about itself, `manifest.facts` is all of it. plans: by name; the first is the default.
-    network: the compiled network, `network(x, time, *tensors)`; it checks nothing. unconditional: its defaults, one row
-    for all samples.
+    manifest: the file's description, with all entries in `manifest.facts`. plans: by name; the first is the default.
+    network: the compiled network, `network(x, time, *tensors)`, unchecked. unconditional: its defaults, one row for all
+    samples.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Engine:
 
         Args:
             noise: contiguous and finite, of the engine's dtype, on its device, of a shape in its profile.
-            steps, plan: the plan with that NFE, or of that name, or any other; default: the engine's first.
-            guidance_scale: default: the engine's. unconditional: those of the engine are replaced, name by name.
+            steps, plan: the plan with that NFE, or of that name, or any Plan; default: the engine's first.
+            guidance_scale: default: the engine's. unconditional: replaces the engine's own, name by name.
             seed, shape, generator: as for `olss_fast.sample`; the shape is by default the profile's `opt`.
             conditioning: the network's arguments; a number stands for every sample.
 
         Raises:
-            InputError: any of these is other than the engine was built for. NetworkError: outputs that are not
-                finite, or classes that the network has not.
+            InputError: arguments that the engine was not built for. NetworkError: non-finite outputs, or classes that
+                the network does not have.
         """
         chosen = self.chosen_plan(steps, plan)
         scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
@@ -120,11 +120,11 @@ class Engine:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """What the code reads, by the names of the network's state_dict."""
+        """The weights that the code reads, by their names in the network's state_dict."""
         return self.network.weights
 
     def usual_arguments(self, samples: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Conditioning and unconditional arguments that the network is likely to take: the engine's own, else zeros."""
+        """Likely conditioning and unconditional arguments of the network: the engine's own, else zeros."""
         given: dict[str, Any] = {each.name: 0 for each in self.manifest.inputs}
         without = {name: 0 for name in given if name not in self.unconditional} if self.manifest.doubled else None
         for each in self.manifest.inputs:
@@ -137,17 +137,17 @@ class Engine:
         raise TypeError("an Engine is neither pickled nor copied: save() it, and load it where it is needed")
 
     def stats(self) -> Stats:
-        """What was done so far; see `Stats`."""
+        """Counters since the engine was made; see `Stats`."""
         return self._loops.stats()
 
     def update_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Writes other weights over those in use, without a build: a fine-tuned model, LoRA merged into its weights.
+        """Overwrites the weights in use, without a build: a fine-tuned model, or LoRA merged into the weights.
 
-        Names are those of the network's state_dict; some may be left out. What the code does not read changes nothing.
-        Not while another thread samples.
+        Names are those of the network's state_dict; some may be omitted. Weights that the code does not read have no
+        effect. Do not call it while another thread samples.
 
-        Raises InputError, before anything is written: unknown names, other shapes, dtypes that are no numbers of the
-        same kind, two values for what is one weight under two names.
+        Raises InputError, before anything is written: unknown names, other shapes, dtypes of another kind, two values
+        for one weight with two names.
         """
         if not isinstance(state_dict, Mapping):
             raise InputError(f"state_dict is a {type(state_dict).__name__}; expected a mapping of names to tensors")
@@ -209,7 +209,7 @@ class Engine:
             raise InputError("this plan keeps both outputs of a guided pair apart: build the engine with unconditional")
         if not doubled and scale != 1.0:
             raise InputError(f"guidance_scale is {scale!r}, but this engine is built without guidance: expected 1")
-        if self._agreed == (plan, scale):  # checked before; between two calls of a network each look costs more
+        if self._agreed == (plan, scale):  # checked before; checks between two network calls cost more
             return
         either: dict[str, Any] | None = {} if doubled else None
         check_plan_fits(plan, Denoiser([self.network], noise, unconditional=either, guidance_scale=scale))
@@ -217,18 +217,18 @@ class Engine:
 
 
 def load_engine(path: AnyPath, *, device: torch.device | str | None = None, sha256: str | None = None) -> Engine:
-    """An engine from its file. **The file's machine code is run**: load only what comes from somebody you trust.
+    """An engine from its file. **The file's machine code is run**: load only files from somebody you trust.
 
-    Everything is verified before any of it is run: form, checksum, plans, and that it was built for this machine and
+    Everything is verified before any code runs: format, checksum, plans, and that it was built for this machine and
     these versions. On a GPU the loop is captured at the profile's `opt`.
 
     Args:
-        path: an engine file. device: default: the kind that it was built for. sha256: that the file ought to have,
-        from somebody you trust; `sha256sum` and `olss-fast inspect` print it.
+        path: an engine file. device: default: the kind that it was built for. sha256: the expected one, from somebody
+        you trust; `sha256sum` and `olss-fast inspect` print it.
 
     Raises:
-        EngineFileError: no engine file, damaged, altered, of another version, or another one than `sha256` says.
-        MachineError: built for another machine, or other versions; all that does not fit is named.
+        EngineFileError: not an engine file, damaged, altered, of another version, or with another sha256.
+        MachineError: built for another machine or other versions; every mismatch is named.
     """
     with container.naming(path, FORMAT):
         found, plans, parts = verified(path, sha256)
@@ -236,7 +236,7 @@ def load_engine(path: AnyPath, *, device: torch.device | str | None = None, sha2
 
 
 def verify_file(path: AnyPath, *, sha256: str | None = None) -> Manifest:
-    """The manifest, if the file passes all that `load_engine` verifies of a file; for any machine. None of it is run.
+    """The manifest, if the file passes all file checks of `load_engine`; for any machine. No code is run.
 
     Raises EngineFileError, as `load_engine`.
     """
@@ -265,7 +265,7 @@ def _assembled(found: Manifest, plans: dict[str, Plan], parts: Parts, device: to
 
 
 def warm_up(engine: Engine, conditioning: Mapping[str, Tensor] | None = None) -> None:
-    """One run at the profile's `opt`, so that buffers, and on a GPU the graph, are there before the first call.
+    """One run at the profile's `opt`, which makes the buffers, and on a GPU the graph, before the first call.
 
     conditioning: at `opt`; default: `engine.usual_arguments`.
     """

@@ -1,4 +1,4 @@
-"""What a call hands to an engine, against what the engine was built for. Compiled code checks nothing itself."""
+"""Checks of a call's inputs against those an engine was built for. Compiled code checks nothing itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def usual_noise(manifest: Manifest, device: torch.device, batch: int | None = No
 
 
 def check_noise(noise: object, manifest: Manifest, device: torch.device) -> Tensor:
-    """The noise, or InputError: rank, sizes, dtype, device, memory order, values. Waits for the device."""
+    """The noise, or InputError: rank, sizes, dtype, device, memory order, values. Synchronises with the device."""
     if not isinstance(noise, Tensor):
         raise InputError(f"noise is a {type(noise).__name__}; expected a tensor of {manifest.profile}")
     manifest.profile.check(noise.shape)
@@ -53,10 +53,10 @@ def network_inputs(
     conditioning: Mapping[str, Any],
     unconditional: Mapping[str, Any],
 ) -> list[Tensor]:
-    """The tensors after x and time, in the code's order: of both halves, unconditional first, where it is doubled.
+    """The tensors after x and time, in the code's order; if doubled, for both halves, unconditional first.
 
     Raises InputError: missing or unknown names, a wrong shape, dtype or device; halves that differ in an argument that
-    belongs to no sample.
+    is not per sample.
     """
     flat = flatten(conditioning)
     for name, value in sorted(manifest.facts["fixed"].items()):
@@ -84,8 +84,8 @@ def tensors_of(
     *,
     one_row: bool = False,
 ) -> list[Tensor]:
-    """One tensor an input, of the input's shape at this number of samples. A number stands for every sample, and with
-    `one_row` so does a tensor of one row."""
+    """One tensor per input, in the input's shape at this number of samples. A number is used for every sample, and with
+    `one_row` so is a tensor of one row."""
     names = [each.name for each in inputs]
     missing, extra = sorted(set(names) - set(flat)), sorted(set(flat) - set(names))
     if missing or extra:

@@ -1,4 +1,4 @@
-"""What this machine and its software are, as far as compiled code depends on them. Nothing heavy is imported for it."""
+"""This machine and its software, as relevant to compiled code. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INSTRUCTIONS = re.compile(
 
 
 def versions() -> dict[str, str | None]:
-    """Of what an engine is built with. Starts torch."""
+    """Versions of the software that an engine is built with. Imports torch."""
     import torch
 
     cuda = torch.version.cuda
@@ -45,22 +45,22 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def instructions() -> list[str]:
-    """The processor's instruction sets, by the names that Linux gives them; none where it does not tell."""
+    """The processor's instruction sets, by their names in Linux; none if unknown."""
     return sorted(flag for flag in set(_flags()) if INSTRUCTIONS.fullmatch(flag))
 
 
 def _flags() -> list[str]:
-    """All that Linux says the processor can do."""
+    """The processor's flags in Linux."""
     return _cpuinfo("flags", "Features").split()
 
 
 def mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str | None = None) -> list[str]:
     """Why an engine with these facts does not run here: what it needs, what there is, what to do. Empty if it does.
 
-    device: where it is to run; None: on the kind of device that it was built for. Starts torch.
+    device: where to run it; None: the kind of device that it was built for. Imports torch.
     """
     found = _mismatches(built_with, machine, device)
-    return [clipped(printable(each), 500) for each in found]  # it quotes a file that may be anybody's
+    return [clipped(printable(each), 500) for each in found]  # it quotes a file of unknown origin
 
 
 def _mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str | None) -> list[str]:
@@ -132,7 +132,7 @@ def _installed(package: str) -> str | None:
 
 
 def _driver() -> str:
-    """The version of CUDA that the driver knows, as "12.8"."""
+    """The CUDA version that the driver supports, as "12.8"."""
     import torch
 
     number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
@@ -144,7 +144,7 @@ def _processor() -> str:
 
 
 def _cpuinfo(*names: str) -> str:
-    """The first entry of /proc/cpuinfo of one of these names; "" where there is none."""
+    """The first entry of /proc/cpuinfo with one of these names; "" if there is none."""
     if sys.platform != "linux":
         return ""
     try:

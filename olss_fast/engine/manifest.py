@@ -1,6 +1,6 @@
-"""What an engine file says about itself: the entry of its container (`support.container`).
+"""The description of an engine file: the entry of its container (`support.container`).
 
-The names below are those in the file. Every member is always there, and no other.
+The names below are those in the file. Every member is required, and no others are allowed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from olss_fast.support.container import MOST_AXES, Format, refuse
 from olss_fast.support.files import AnyPath
 from olss_fast.support.text import quoted
 
-FORMAT = Format("olss_fast.engine", 2, "engine file", EngineFileError)  # 2: code says what it was compiled for
+FORMAT = Format("olss_fast.engine", 2, "engine file", EngineFileError)  # 2: code has its own description
 NOTICE = (
     "This file contains machine code, which runs when the file is loaded. Load only what comes from somebody you trust."
 )
 INPUT_DTYPES = (*DTYPES, "int64", "int32", "int16", "int8", "uint8", "bool")
-BATCH = "batch"  # the size of an input's first axis, where that is the number of samples
+BATCH = "batch"  # the size of an input's first axis, if that is the number of samples
 CODE_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
 _OPTIONAL = (str, type(None))
@@ -59,7 +59,7 @@ _SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Input:
-    """One argument of the network: its dtype and shape, whose first size is BATCH where it belongs to the samples."""
+    """One argument of the network: its dtype and shape, whose first size is BATCH if it is per sample."""
 
     name: str
     dtype: str
@@ -72,7 +72,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest; `facts` is all of it as it stands in the file."""
+    """A checked manifest; `facts` are all its members as in the file."""
 
     facts: Mapping[str, Any]
     profile: Profile
@@ -101,18 +101,18 @@ class Manifest:
 
     @property
     def size_names(self) -> str:
-        """The inputs as people read them."""
+        """The inputs as text, with dtypes and shapes."""
         return ", ".join(f"{each.name} {each.dtype}[{', '.join(map(str, each.shape))}]" for each in self.inputs)
 
 
 def compiled_for(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a manifest compiled code relies on. It also stands beside the code (`weights`), and must be the same."""
+    """The members that compiled code relies on. They are also stored beside the code (`weights`), and must match."""
     relied_on = {name: facts[name] for name in ("dtype", "profile", "doubled", "inputs")}
     return {"device": facts["machine"]["device"], **relied_on}
 
 
 def read(path: AnyPath) -> Manifest:
-    """The manifest of an engine file, from its header alone; the rest is not read. Raises EngineFileError."""
+    """The manifest of an engine file, from its header only. Raises EngineFileError."""
     with container.naming(path, FORMAT):
         return parse(container.read_header(path, FORMAT)[0])
 
@@ -185,7 +185,7 @@ def _check_values(facts: Mapping[str, Any]) -> None:
 
 
 def _finite(value: float) -> bool:
-    """In single precision, as which scales are used. Not so is NaN, nor 1e999, which JSON may hold."""
+    """True if finite in single precision, in which scales are used: neither NaN nor 1e999, which JSON allows."""
     return -3.4e38 < value < 3.4e38
 
 

@@ -20,11 +20,11 @@ PROGRAM = Path("bin/olss-run")
 def build_runtime(out: str | os.PathLike[str]) -> Path:
     """Compiles the runtime against the libtorch of the installed torch; returns the program's path.
 
-    `out` receives bin/olss-run, lib/libolss_runtime.so and the headers include/olss*.h. Each file is moved there when
-    all of them are made: a build that fails or is killed leaves what was there before (and at most a folder
-    `.<random>.tmp`, which is safe to delete).
+    `out` receives bin/olss-run, lib/libolss_runtime.so and the headers include/olss*.h. Files are moved there once all
+    are made: a build that fails or is killed leaves `out` as it was (and at most a folder `.<random>.tmp`, which is
+    safe to delete).
 
-    Raises BuildError: no cmake, ninja or C++ compiler, no torch, `out` cannot be written, or what the compiler said.
+    Raises BuildError: no cmake, ninja or C++ compiler, no torch, `out` cannot be written, or a compiler error.
     """
     cmake, ninja = _tool("cmake"), _tool("ninja")
     _require_compiler()
@@ -43,7 +43,7 @@ def build_runtime(out: str | os.PathLike[str]) -> Path:
             options = [f"-D{name}={value}" for name, value in settings.items()]
             _run([cmake, "-G", "Ninja", "-S", str(sources()), "-B", work, *options])
             _run([ninja, "-C", work, "install"])
-        for folder in ("include", "lib", "bin"):  # the program last, so that it never comes before its library
+        for folder in ("include", "lib", "bin"):  # the program last, never before its library
             (target / folder).mkdir(exist_ok=True)
             for made in sorted((staging / folder).iterdir()):
                 made.replace(target / folder / made.name)
@@ -64,7 +64,7 @@ def sources() -> Path:
 
 
 def _tool(name: str) -> str:
-    """A program on the PATH, or in the environment of this Python, which need not be activated."""
+    """A program on the PATH, or in this Python's environment, activated or not."""
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if found is None:
         raise BuildError(f"{name} is needed to build the runtime and was not found; pip install 'olss-fast[runtime]'")

@@ -1,4 +1,4 @@
-"""How fast an engine is: calls, and the bare calls of its network beside them."""
+"""Timing an engine: its calls, and its network calls alone."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from olss_fast.support.device import timed
 from olss_fast.support.progress import bar_options
 
 PERCENTILES = (90, 95, 99)
-LEAST = 10  # iterations, however short the duration
+LEAST = 10  # least number of iterations for any duration
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each call (`calls`) and of its network calls alone (`network`), measured in turns; of loading the file
-    and of the first call, which makes the buffers. memory: bytes; on the CPU the most that the process ever held."""
+    """Seconds of each call (`calls`) and of its network calls alone (`network`), interleaved; of loading the file and
+    of the first call, which makes the buffers. memory: peak bytes; on the CPU those of the process."""
 
     plan: str
     nfe: int
@@ -45,7 +45,7 @@ class Timing:
 
     @property
     def latency(self) -> dict[str, float]:
-        """Milliseconds a call: min, mean, median, percentiles (of the calls, the nearest above), max."""
+        """Milliseconds per call: min, mean, median, percentiles (nearest call above), max."""
         ordered = sorted(1e3 * each for each in self.calls)
         tail = {f"p{part}": ordered[math.ceil(part / 100 * len(ordered)) - 1] for part in PERCENTILES}
         middle = {"mean": statistics.fmean(ordered), "median": statistics.median(ordered)}
@@ -53,16 +53,16 @@ class Timing:
 
     @property
     def throughput(self) -> float:
-        """Samples a second, one call after the other."""
+        """Samples per second, for consecutive calls."""
         return self.batch * len(self.calls) / sum(self.calls)
 
     @property
     def overhead(self) -> float:
-        """What a call takes beyond its network calls, as a part of them: median over the turns."""
+        """Time of a call beyond its network calls, relative to them: median over the pairs."""
         return statistics.median(a / b for a, b in zip(self.calls, self.network, strict=True)) - 1.0
 
     def summary(self) -> dict[str, Any]:
-        """All of it but the single calls; times in milliseconds."""
+        """All figures except single calls; times in milliseconds."""
         facts = {name: value for name, value in asdict(self).items() if name not in ("calls", "network")}
         facts["load"], facts["first"] = 1e3 * self.load, 1e3 * self.first
         return {
@@ -75,7 +75,7 @@ class Timing:
         }
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Names and values for people."""
+        """Names and values as text."""
         latency = self.latency
         yield "plan", f"{self.plan}, {self.nfe} evaluation{'s' * (self.nfe != 1)}"
         yield "batch", f"{self.batch} on {self.device}, {self.threads} thread{'s' * (self.threads != 1)}"
@@ -96,7 +96,7 @@ class Timing:
         path.write_text(json.dumps({**self.summary(), "calls": calls}, indent=1) + "\n", encoding="utf-8")
 
     def to_csv(self, path: Path) -> None:
-        """A row for every call."""
+        """One row per call."""
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["call", "milliseconds", "network_milliseconds"])
@@ -118,12 +118,12 @@ def time_engine(
     duration: float = 5.0,
     progress: bool = True,
 ) -> Timing:
-    """Loads an engine, and times its calls for so many iterations or seconds.
+    """Loads an engine, and times its calls for a number of iterations or seconds.
 
-    sha256: as for `load_engine`. batch: default: the profile's `opt`. threads: of the processor; default: torch's.
-    warmup: calls that do not count.
+    sha256: as for `load_engine`. batch: default: the profile's `opt`. threads: on the CPU; default: torch's. warmup:
+    number of untimed calls.
 
-    Raises EngineFileError, MachineError, InputError: a plan that it has not, a batch outside its profile.
+    Raises EngineFileError, MachineError, InputError: an unknown plan, a batch outside its profile.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -152,7 +152,7 @@ def time_engine(
 
 
 def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """A call of the engine, and the bare network calls that are in it, with arguments that the network likely takes.
+    """A call of the engine, and its network calls alone, with likely arguments of the network.
 
     Raises InputError for a batch outside the profile.
     """
@@ -185,7 +185,7 @@ def _turns(
     duration: float,
     progress: bool,
 ) -> Sequence[tuple[float, float]]:
-    """Seconds of a call and of its network calls; which of the two comes first changes from turn to turn."""
+    """Seconds of a call and of its network calls alone; their order alternates."""
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + duration
     with tqdm(total=iterations, desc="Timing", unit="call", **bar_options(progress)) as bar:
@@ -200,7 +200,7 @@ def _turns(
 
 
 def _most_memory(device: torch.device) -> int | None:
-    """Bytes: on a GPU the most that torch held at once, else that this process did; None where that is unknown."""
+    """Peak bytes: on a GPU those held by torch, else those of this process; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

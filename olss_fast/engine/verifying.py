@@ -1,6 +1,6 @@
-"""What an engine file must be before any of its code is run.
+"""The checks of an engine file before any of its code is run.
 
-The C++ runtime (csrc/runtime/engine_file.cpp) has the same rules, and tests/helpers/engine_mutants.py cases for both.
+The C++ runtime (csrc/runtime/engine_file.cpp) has the same rules; tests/helpers/engine_mutants.py has cases for both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Parts = dict[str, dict[str, Blob]]  # by folder of the file, "code", "plans", "u
 
 
 def verified(path: AnyPath, sha256: str | None) -> tuple[Manifest, dict[str, Plan], Parts]:
-    """Manifest, plans and tensors of a file, all of it checked. Raises EngineFileError, `Refused`, InputError."""
+    """The checked manifest, plans and tensors of a file. Raises EngineFileError, `Refused`, InputError."""
     facts, blobs = container.read(path, FORMAT, sha256=None if sha256 is None else _digits(sha256))
     found = manifest.parse(facts)
     parts = _parts(blobs)
@@ -45,13 +45,13 @@ def _digits(sha256: object) -> str:
 
 
 def plan_facts(name: str, plan: Plan, data: bytes | memoryview) -> dict[str, Any]:
-    """What a manifest says about a plan, whose file has the content `data`."""
+    """The manifest's entry for a plan, whose file has the content `data`."""
     digest = hashlib.sha256(data).hexdigest()
     return {"name": name, "nfe": plan.nfe, "branches": plan.branches, "noises": plan.noises, "sha256": digest}
 
 
 def _parts(blobs: Mapping[str, Blob]) -> Parts:
-    """By folder: code, plans, unconditional, weights. Raises `Refused` for a tensor that belongs to none."""
+    """The tensors by folder: code, plans, unconditional, weights. Raises `Refused` for a tensor outside these."""
     parts: Parts = {"code": {}, "plans": {}, "unconditional": {}, "weights": {}}
     for full, blob in blobs.items():
         folder, _, name = full.partition("/")
@@ -103,7 +103,7 @@ def _is_bytes(blob: Blob) -> bool:
 
 
 def _check_compiled_for(found: Manifest, parts: Parts) -> None:
-    """Device, inputs and weights, with their dtypes, shapes and memory order, are those of the code."""
+    """Checks that device, inputs and weights, with dtypes, shapes and memory order, match the code."""
     strides, weights = found.facts["strides"], parts["weights"]
     if not set(strides) <= set(weights):
         refuse(f"it has strides of {quoted(sorted(strides), 200)}; expected names of its weights")
@@ -119,6 +119,7 @@ def _check_compiled_for(found: Manifest, parts: Parts) -> None:
 
 
 def check_unconditional(found: Manifest, given: Mapping[str, Tensor]) -> None:
+    """Raises `Refused` unless the unconditional arguments match the manifest's inputs."""
     by_name = {each.name: each for each in found.inputs}
     if not found.doubled and given:
         refuse(f"it has unconditional arguments {quoted(sorted(given))} but no guidance")

@@ -1,13 +1,13 @@
-"""An engine's tensors between memory and file, and what compiled code relies on.
+"""An engine's tensors in memory and in its file, and the layout that compiled code relies on.
 
-Code takes its inputs and weights as memory, and looks at nothing: of another shape they would be read wrongly, or
-beyond their end. So a file lies beside the code, `weights.json`, and says what the code was compiled for:
+Code reads its inputs and weights as raw memory without checks: another shape would be read wrongly, or beyond its end.
+So a file beside the code, `weights.json`, describes what the code was compiled for:
 
     device, dtype, profile, doubled, inputs    as in the manifest, where the device is the machine's
     weights    for each weight that the code reads {"dtype": as safetensors names it, "shape": …, "strides": null in C
                order, else those of dense memory}
 
-A manifest or weights that differ from it in anything are refused.
+A manifest or weights that differ from it are refused.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def to_blob(tensor: Tensor) -> Blob:
 
 
 def from_blob(name: str, blob: Blob, strides: Sequence[int] | None, device: torch.device) -> Tensor:
-    """A tensor of its own memory, with `strides` if they are given. Raises `Refused` for strides that do not fit."""
+    """A tensor with its own memory, and with `strides` if given. Raises `Refused` for strides that do not fit."""
     plain = torch.empty(blob.shape, dtype=DTYPES[blob.dtype], device="cpu")
     if blob.data.nbytes:
         values = np.frombuffer(blob.data, dtype=np.uint8)
@@ -68,7 +68,7 @@ def from_blob(name: str, blob: Blob, strides: Sequence[int] | None, device: torc
 
 
 def layout_of(weights: Mapping[str, Tensor]) -> Layout:
-    """What code that was compiled for these weights relies on."""
+    """The layout of these weights, which code compiled for them relies on."""
     strides = strides_of(weights)
     return {
         name: {"dtype": NAMES[each.dtype], "shape": list(each.shape), "strides": strides.get(name)}
@@ -77,7 +77,7 @@ def layout_of(weights: Mapping[str, Tensor]) -> Layout:
 
 
 def read_compiled_for(text: bytes) -> tuple[dict[str, Any], Layout]:
-    """The content of `weights.json`: what is also in the manifest, and the weights. Raises `Refused`."""
+    """The content of `weights.json`: the members shared with the manifest, and the weights. Raises `Refused`."""
     try:
         if len(text) > container.MAX_HEADER_BYTES:
             raise ValueError(f"has {len(text)} bytes; expected at most {container.MAX_HEADER_BYTES}")
@@ -104,7 +104,7 @@ def _is_entry(each: object) -> bool:
 
 
 def check_compiled_for(compiled_for: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises `Refused` unless a manifest says what was `found` of what the code was `compiled_for`."""
+    """Raises `Refused` unless the manifest's members `found` equal those that the code was compiled for."""
     for name in sorted({*compiled_for, *found}):
         here, there = found.get(name), compiled_for.get(name)
         if json.dumps(here, sort_keys=True) != json.dumps(there, sort_keys=True):  # `==` would take 1 for true
@@ -115,7 +115,7 @@ def check_compiled_for(compiled_for: Mapping[str, Any], found: Mapping[str, Any]
 
 
 def check_layout(expected: Layout, found: Layout) -> None:
-    """Raises `Refused` unless weights as `found` are what the code was compiled for."""
+    """Raises `Refused` unless the weights `found` have the layout that the code was compiled for."""
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             refuse(
@@ -132,14 +132,14 @@ def _shown(entry: Mapping[str, Any] | None) -> str:
 
 
 def strides_of(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Of the weights that do not lie in C order."""
+    """The strides of weights that are not in C order."""
     return {name: list(each.stride()) for name, each in weights.items() if not each.is_contiguous()}
 
 
 def hash_weights(blobs: Mapping[str, Blob]) -> str:
     """SHA-256 over names, dtypes, shapes and the SHA-256 of the values."""
     names = sorted(blobs)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets go of the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib releases the interpreter lock
         sums = pool.map(lambda name: hashlib.sha256(blobs[name].data).hexdigest(), names)
     described = [f"{name} {blobs[name].dtype} {list(blobs[name].shape)}" for name in names]
     rows = [f"{facts} {values}\n" for facts, values in zip(described, sums, strict=True)]
@@ -147,7 +147,7 @@ def hash_weights(blobs: Mapping[str, Blob]) -> str:
 
 
 def _dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements fill one stretch of memory, in some order of the axes."""
+    """True if the elements fill one block of memory, in some order of the axes."""
     if len(shape) != len(strides):
         return False
     filled = 1
