@@ -21,7 +21,7 @@ from torch import Tensor
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.support.network_failures import naming_arguments
 from olss_fast.support.text import quoted
-from olss_fast.support.tree import Flat, Path, as_tensor, flat, in_list, is_array, mapped, spelled, with_paths
+from olss_fast.support.tree import LEAVES, Flat, Path, as_tensor, flat, in_list, mapped, paired, spelled, with_paths
 
 Network = Callable[..., Any]
 """`network(x, timestep, **conditioning) -> raw output`: x (B, ...), timestep (B,) float32, output of x's shape."""
@@ -99,7 +99,7 @@ class Denoiser:
 
     def _check(self) -> None:
         for name, arguments in (("conditioning", self.conditioning), ("unconditional", self.unconditional)):
-            if arguments is not None and not all(map(is_array, arguments.values())):
+            if arguments is not None and not LEAVES.issuperset(map(type, arguments.values())):
                 _check_rows(arguments, name, self.samples)
         if self.unconditional is None:
             if self.guidance_scale != 1.0:
@@ -141,7 +141,8 @@ class Denoiser:
         time = torch.ones(x.shape[0], dtype=torch.float32, device=x.device) * timestep
         doubled = branches == 2 or self.guided
         with self.naming_arguments():
-            ask = asking_with(self.networks, self.arguments(samples, x.device, doubled=doubled))
+            leaves, form = self.arguments(samples, x.device, doubled=doubled)
+            ask = asking_with(self.networks, form.unflatten(leaves))
             if not doubled:
                 return ask(x, time, model)[None]
             both = ask(torch.cat([x, x]), torch.cat([time, time]), model)
@@ -155,12 +156,11 @@ class Denoiser:
 
     def naming_arguments(self) -> AbstractContextManager[None]:
         """Errors that an argument explains name it; see `support.network_failures`."""
-        modules = [module_of(network) for network in self.networks]
-        return naming_arguments(modules, self.samples, self.conditioning, self.unconditional)
+        return naming_arguments(map(module_of, self.networks), self.samples, self.conditioning, self.unconditional)
 
-    def arguments(self, samples: slice, device: torch.device, *, doubled: bool) -> list[dict[str, Any]]:
-        """The network's arguments for `samples`: the conditional ones; if doubled, those of the doubled batch, or of
-        each half, unconditional first, if one batch cannot hold both."""
+    def arguments(self, samples: slice, device: torch.device, *, doubled: bool) -> Flat:
+        """The network's arguments for `samples`: the conditional ones; if doubled, those of the doubled batch, or a
+        list of those of each half, unconditional first, if one batch cannot hold both."""
 
         def part(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -168,17 +168,16 @@ class Denoiser:
             return (leaf[samples] if self._per_sample(leaf) else leaf).to(device)
 
         leaves, form = self._given
-        given = list(map(part, leaves))
+        given = [*map(part, leaves)]
         if not doubled:
-            return [form.unflatten(given)]
-        other_leaves, other_form = self._without
-        without = list(map(part, other_leaves))
+            return Flat(given, form)
+        without = [*map(part, self._without.leaves)]
         if not self._joins:
-            return [other_form.unflatten(without), form.unflatten(given)]
+            return paired(Flat(without, self._without.form), Flat(given, form))
         triples = zip(leaves, without, given, strict=True)
-        return [form.unflatten([torch.cat(pair) if self._per_sample(whole) else pair[1] for whole, *pair in triples])]
+        return Flat([torch.cat(pair) if self._per_sample(whole) else pair[1] for whole, *pair in triples], form)
 
-    @cached_property
+    @property
     def without(self) -> dict[str, Any]:
         """The unconditional arguments in the shapes and dtypes of the conditional ones."""
         if self.unconditional is None:
@@ -203,14 +202,14 @@ class Denoiser:
 
 
 def asking_with(
-    networks: Sequence[Network], parts: Sequence[Mapping[str, Any]]
+    networks: Sequence[Network], arguments: dict[str, Any] | list[dict[str, Any]]
 ) -> Callable[[Tensor, Tensor, int], Tensor]:
     """`ask(x, time, model)` with these arguments: one call, or two with a half of x each."""
-    if len(parts) == 1:
-        return lambda x, time, model: call_network(networks[model], x, time, parts[0])
+    if isinstance(arguments, dict):
+        return lambda x, time, model: call_network(networks[model], x, time, arguments)
 
     def twice(x: Tensor, time: Tensor, model: int) -> Tensor:
-        halves = zip(x.chunk(2), time.chunk(2), parts, strict=True)  # a network may write both into the same buffer
+        halves = zip(x.chunk(2), time.chunk(2), arguments, strict=True)  # a network may write both into the same buffer
         return torch.cat([call_network(networks[model], half, t, part).clone() for half, t, part in halves])
 
     return twice
@@ -219,7 +218,7 @@ def asking_with(
 def checked_networks(network: Any) -> list[Network]:
     """One network or several as a list. `InputError` if one is not callable."""
     listed = list(network) if isinstance(network, (list, tuple)) else [network]
-    if not listed or not all(callable(each) for each in listed):
+    if not listed or not all(map(callable, listed)):
         raise InputError(f"network must be a callable or a list of callables, got {network!r}")
     return listed
 
@@ -237,7 +236,7 @@ def checked_arguments(given: Any, name: str) -> dict[str, Any]:
     """A checked copy of `conditioning` or `unconditional`, with numpy arrays as tensors. `InputError` if unusable."""
     if given is None:
         return {}
-    if not isinstance(given, Mapping):
+    if not isinstance(given, (dict, Mapping)):  # a dict is known at once
         raise InputError(f"{name} must be a mapping of argument names to values, got {type(given).__name__}")
     if not all(isinstance(key, str) for key in given):
         raise InputError(f"{name} must be a mapping of argument names to values, got the keys {list(given)}")

@@ -27,6 +27,7 @@ from olss_fast.support.container import Blob
 from olss_fast.support.device import pick_device
 from olss_fast.support.files import AnyPath
 from olss_fast.support.text import quoted
+from olss_fast.support.tree import flat
 
 
 class Engine:
@@ -95,7 +96,7 @@ class Engine:
         work = Work(
             chosen,
             noise,
-            tensors,
+            flat(tensors),
             lambda held: lambda x, time, model: self.network(x, time, *held),
             dtype=noise.dtype,
             device=self.device,

@@ -66,11 +66,11 @@ class FusedLoop:
     @property
     def room(self) -> Room:
         """Capacity of the buffers."""
-        return Room(len(self.state.rows) - 1, self.state.history.shape[0] - self._noise_start)
+        return Room(self.state.rows.shape[0] - 1, self.state.history.shape[0] - self._noise_start)
 
     @property
     def _noise_start(self) -> int:
-        start: int = 1 + (len(self.state.rows) - 1) * self.state.branches
+        start: int = 1 + (self.state.rows.shape[0] - 1) * self.state.branches
         return start
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from olss_fast.executors.graph import GraphLoop
 from olss_fast.executors.reference import OnStep
 from olss_fast.network import sums_to_finite
 from olss_fast.plan.plan import Plan
-from olss_fast.support.tree import Flat, flat
+from olss_fast.support.tree import Flat
 
 KEPT = 4  # shapes whose buffers and graphs are kept
 
@@ -55,14 +55,14 @@ class Stats:
 class Work:
     """One call: samples (B, …) of `noise` with `plan`, in the noise's dtype and on its device.
 
-    dtype, device: of the network's input. arguments: the network's, nested in any way; `asking(held)` turns a loop's
-    own copy of them into `ask(x, time, model)`. step_noise: (Z, B, …) of a stochastic plan. With `on_step`, a loop
-    whose graph covers all steps runs step by step.
+    dtype, device: of the network's input. arguments: the network's, as leaves and form; `asking(held)` turns a loop's
+    own copy of them, nested again, into `ask(x, time, model)`. step_noise: (Z, B, …) of a stochastic plan. With
+    `on_step`, a loop whose graph covers all steps runs step by step.
     """
 
     plan: Plan
     noise: Tensor
-    arguments: Any
+    arguments: Flat
     asking: Callable[[Any], Ask]
     dtype: torch.dtype
     device: torch.device
@@ -78,12 +78,8 @@ class Work:
         return torch.empty_like(self.noise, dtype=self.dtype, device=self.device)
 
     @cached_property
-    def tree(self) -> Flat:
-        return flat(self.arguments)
-
-    @cached_property
     def key(self) -> Key:
-        like, (leaves, form), autocast = self.like, self.tree, autocast_of(self.device)
+        like, (leaves, form), autocast = self.like, self.arguments, autocast_of(self.device)
         given = (form, *map(signature, leaves))
         return Key(
             like.shape, like.stride(), like.dtype, like.device, self.doubled, self.plan.branches, autocast, given
@@ -144,8 +140,10 @@ class LoopCache:
     def run(self, work: Work) -> Tensor:
         """The samples. NetworkError for samples on the CPU that are not finite."""
         backend = ("graph" if work.device.type == "cuda" else "fused") if self.backend == "auto" else self.backend
-        with torch.inference_mode(False), torch.no_grad(), self._in_turn(backend, work.device):  # buffers outlive it
-            graph = backend == "graph" and work.key not in self._not_captured
+        graph = backend == "graph"
+        turn = self._in_turn(work.device) if graph or work.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), turn:  # buffers outlive it
+            graph = graph and work.key not in self._not_captured
             try:
                 return self._run(work, graph=graph)
             except (OlssError, torch.OutOfMemoryError):
@@ -195,11 +193,8 @@ class LoopCache:
         )
 
     @contextmanager
-    def _in_turn(self, backend: str, device: torch.device) -> Iterator[None]:
-        """One thread at a time on a GPU and with graphs, and their queued work in the same order on any streams."""
-        if backend != "graph" and device.type != "cuda":
-            yield
-            return
+    def _in_turn(self, device: torch.device) -> Iterator[None]:
+        """One thread at a time, and their queued work in the same order on any streams."""
         with self._turn:
             if torch.cuda.is_available():
                 stream = torch.cuda.current_stream(device)
@@ -211,37 +206,32 @@ class LoopCache:
     def _run(self, work: Work, *, graph: bool) -> Tensor:
         kept = self._lent(work, graph)
         try:
-            write_over(kept.held, work.tree.leaves)
+            write_over(kept.held, work.arguments.leaves)
             kept.calls += 1
             self._threads.last, self._used = (kept, kept.calls), kept.loop.backend
             return work.done_by(kept.loop)
         finally:
-            self._give_back(work.key, kept)
+            kept.busy = False
 
     def _lent(self, work: Work, graph: bool) -> Kept:
-        """A loop for these shapes of noise and arguments that no other call is using."""
+        """A loop for these shapes of noise and arguments that no other call is using. Drops the least recently used
+        shapes with all their loops."""
         with self._lock:
-            idle = [kept for kept in self._kept.get(work.key, ()) if not kept.busy]
+            shelf = self._kept[work.key] = self._kept.pop(work.key, [])
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+            idle = [kept for kept in shelf if not kept.busy]
             if idle and idle[0].loop.fits(work.plan):
                 idle[0].busy = True
                 return idle[0]
             if idle:
-                self._kept[work.key].remove(idle[0])
-        held = [each.clone() if isinstance(each, Tensor) else each for each in work.tree.leaves]
-        ask = work.asking(work.tree.form.unflatten(held))
+                shelf.remove(idle[0])
+        held = [each.clone() if isinstance(each, Tensor) else each for each in work.arguments.leaves]
+        ask = work.asking(work.arguments.form.unflatten(held))
         loop = self._new_loop(work, ask, graph, idle[0].loop.room if idle else LEAST_ROOM)
         with self._lock:
             self._kept.setdefault(work.key, []).append(kept := Kept(loop, held))
         return kept
-
-    def _give_back(self, key: Key, kept: Kept) -> None:
-        """Returns a loop, and drops the least recently used shapes with all their loops."""
-        with self._lock:
-            kept.busy = False
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
 
     def _new_loop(self, work: Work, ask: Ask, graph: bool, room: Room) -> FusedLoop:
         if not graph:

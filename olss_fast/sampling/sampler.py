@@ -163,7 +163,7 @@ class Sampler:
             return denoiser.noise
         if self.backend == "reference":
             return sampled(plan, denoiser, callback=callback, progress=progress)
-        with torch.no_grad(), watching(plan, denoiser.noise, callback, progress) as on_step:
+        with watching(plan, denoiser.noise, callback, progress) as on_step:
             return self._run(plan, denoiser, on_step)
 
     def require_finite(self) -> None:
@@ -195,7 +195,7 @@ class Sampler:
                 plan,
                 noise,
                 denoiser.arguments(slice(None), device, doubled=doubled),
-                lambda parts: asking_with(self.networks, parts),
+                lambda held: asking_with(self.networks, held),
                 dtype=self.dtype or denoiser.dtype,
                 device=device,
                 doubled=doubled,

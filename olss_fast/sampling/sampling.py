@@ -126,12 +126,14 @@ def asked(
 
     The noise is given or drawn, by default in the image's shape or `usual`. how: arguments of `Denoiser`.
     """
-    dtype, device = network_dtype(networks[0], torch.float32), network_device(networks)
+    dtype, device = torch.float32, None
+    if noise is None:
+        dtype, device = network_dtype(networks[0], dtype), network_device(networks)
     if isinstance(image, Tensor):
         usual, device = tuple(image.shape), image.device
     drawn = initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device)
     denoiser = Denoiser(networks, drawn, streams=streams, **how)
-    if isinstance(streams, Sequence):
+    if not (streams is None or isinstance(streams, torch.Generator)):
         check_count_of(streams, denoiser.samples)
     rest, denoiser.noise = begun(plan, drawn, image, strength)
     return rest, denoiser
@@ -159,7 +161,7 @@ def watching(
 
 def check_plan_fits(plan: Plan, denoiser: Denoiser) -> None:
     """Raise `InputError` if the plan needs more networks than given, or has another guidance scale folded in."""
-    highest = int(plan.models.max())
+    highest = max(plan.models.tolist())
     if highest >= len(denoiser.networks):
         raise InputError(f"the plan uses network {highest}, but {len(denoiser.networks)} came: pass a list of networks")
     if plan.branches == 2:

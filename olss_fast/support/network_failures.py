@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from olss_fast.support.tree import spelled, with_paths
 
 
 @contextmanager
-def naming_arguments(networks: Sequence[Any], samples: int, *given: Mapping[str, Any] | None) -> Iterator[None]:
+def naming_arguments(networks: Iterable[Any], samples: int, *given: Mapping[str, Any] | None) -> Iterator[None]:
     """Turns an error of the network into a NetworkError if an argument explains it; other errors pass unchanged.
 
     networks: modules or other callables. given: conditional and unconditional arguments of all `samples`.
@@ -31,7 +31,7 @@ def naming_arguments(networks: Sequence[Any], samples: int, *given: Mapping[str,
             for path, leaf in with_paths(arguments or {})
             if isinstance(leaf, Tensor) and leaf.ndim > 0
         }
-        reason = _reason(cause, networks, samples, [*tensors.values()])
+        reason = _reason(cause, [*networks], samples, [*tensors.values()])
         if not reason:
             raise
         raise NetworkError(f"the network failed, {quoted(str(cause), 160)}: {reason}") from cause

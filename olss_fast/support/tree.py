@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Path = tuple[Any, ...]  # of torch's keys, each of which is spelled "['a']", "[1]" or ".a"
+
+
+LEAVES = frozenset({Tensor, np.ndarray, type(None), bool, int, float, str})  # exact types that hold nothing else
 
 
 class Flat(NamedTuple):
@@ -27,6 +31,8 @@ class Flat(NamedTuple):
 
 def flat(tree: Any) -> Flat:
     """The tree as leaves and form."""
+    if type(tree) is dict and LEAVES.issuperset(map(type, tree.values())):  # the usual arguments, without a walk
+        return Flat([*tree.values()], _form_with(*tree))
     leaves, form = pytree.tree_flatten(tree)
     if any(map(_holds_more, leaves)):
         leaves, form = pytree.tree_flatten(form.unflatten([_opened(leaf) for leaf in leaves]))
@@ -38,8 +44,21 @@ def with_paths(tree: Any, whole: Callable[[Any], bool] | None = None) -> list[tu
     return pytree.tree_flatten_with_path(pytree.tree_map(_opened, tree), whole)[0]
 
 
+@lru_cache
+def _form_with(*keys: Any) -> pytree.TreeSpec:
+    """The form of a dict of leaves."""
+    return pytree.tree_flatten(dict.fromkeys(keys))[1]
+
+
+def paired(one: Flat, other: Flat) -> Flat:
+    """[one tree, the other]."""
+    return Flat([*one.leaves, *other.leaves], pytree.TreeSpec(list, None, [one.form, other.form]))
+
+
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     """The tree with `function` applied to each leaf."""
+    if type(tree) in LEAVES:
+        return function(tree)
     leaves, form = flat(tree)
     return form.unflatten(map(function, leaves))
 

@@ -12,6 +12,7 @@ import torch
 from fake_graphs import FakeGraph, use_fake_graphs
 from kernel_counts import Counts, count_sampler
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import olss_fast
 from olss_fast import NoiseSchedule, Plan, solvers
@@ -19,6 +20,7 @@ from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors import graph
 from olss_fast.executors.loop_cache import KEPT
 from olss_fast.sampling.sampler import Sampler
+from olss_fast.support.tree import flat
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 SHAPE = (2, 4, 6, 5)
@@ -90,6 +92,25 @@ def test_every_backend_is_the_reference(
 def test_graph_is_bitwise_fused(net: Net, noise: Tensor, fake_graphs: None) -> None:
     results = [Sampler(net, PLANS["unipc"], backend=backend, **GUIDED)(noise) for backend in ("fused", "graph")]
     assert torch.equal(*results)
+
+
+def test_the_usual_arguments_are_not_walked(net: Net, noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's walk through a tree costs more Python calls than a step."""
+    sampler = Sampler(net, PLANS["ddim"], backend="fused", **GUIDED)
+    expected = sampler(noise)
+    for walk in ("tree_flatten", "tree_flatten_with_path", "tree_map"):
+        monkeypatch.setattr(pytree, walk, None)
+    assert torch.equal(sampler(noise), expected)
+    assert torch.equal(sampler(noise, y=torch.tensor([3, 7])), expected)
+
+
+def test_a_dict_of_leaves_has_the_form_that_torch_gives_it() -> None:
+    y = torch.ones(2)
+    trees: list[dict[str, Any]] = [{}, {"y": y}, {"b": None, "a": 1.5}, {"y": torch.nn.Parameter(y)}]
+    for tree in trees:
+        leaves, form = flat(tree)
+        assert form == pytree.tree_flatten(tree)[1]
+        assert [*map(id, leaves)] == [*map(id, tree.values())]
 
 
 def test_split_guidance(net: Net, noise: Tensor) -> None:

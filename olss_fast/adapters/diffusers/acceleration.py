@@ -32,6 +32,7 @@ from olss_fast.executors.fused import Ask
 from olss_fast.executors.graph import require_cuda
 from olss_fast.executors.loop_cache import LoopCache, Stats, Work
 from olss_fast.plan.plan import Plan
+from olss_fast.support.tree import flat
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline")
 BACKENDS = ("auto", "fused", "graph")
@@ -118,7 +119,7 @@ class LoopNetwork(torch.nn.Module):
         work = Work(
             plan,
             (sample.chunk(2)[0] if doubled else sample) / float(plan.rows[0, 0]),
-            [list(args), {**arguments, "return_dict": False}],
+            flat([list(args), {**arguments, "return_dict": False}]),
             functools.partial(_asking, self.network),
             dtype=sample.dtype,
             device=sample.device,
