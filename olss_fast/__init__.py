@@ -4,7 +4,7 @@
     result = olss_fast.tune(network, noise=noise, schedule=schedule, steps=[5, 8])
     images = olss_fast.sample(network, result.plans[5], noise)
 
-Everything is loaded when it is first asked for (PEP 562): importing the package loads neither numpy nor torch.
+Everything is imported on first use (PEP 562): importing the package loads neither numpy nor torch.
 """
 
 from __future__ import annotations

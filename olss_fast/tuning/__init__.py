@@ -11,7 +11,7 @@ __all__ = ["Effort"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Effort`, loaded when it is asked for: path planning needs numpy alone."""
+    """`Effort`, imported on first use: path planning needs only numpy."""
     if name != "Effort":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from olss_fast.tuning.study import Effort

@@ -34,10 +34,10 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Task:
-    """What every fit needs: a recorded teacher, and what the student asks.
+    """The inputs of every fit: a recorded teacher, and the student's network.
 
-    With `fixed_start` the first network input and its time are not the student's to choose: row 0 and the first
-    timestep stay the teacher's, as where a pipeline hands its own latents to the network.
+    With `fixed_start` row 0 and the first timestep are the teacher's, as when a pipeline passes its own latents to the
+    network first.
     """
 
     recording: Recording
@@ -60,7 +60,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Student:
-    """Rows (n+1, 1 + n branches) and evaluation times (n,) of a sampler that is being fitted."""
+    """Rows (n+1, 1 + n branches) and timesteps (n,) of a sampler that is being fitted."""
 
     rows: Float64
     timesteps: Float64
@@ -75,7 +75,7 @@ class Student:
 
     @property
     def models(self) -> list[int]:
-        """A student asks one network."""
+        """A student uses one network."""
         return [0] * self.nfe
 
     def known(self, evaluation: int) -> int:
@@ -83,6 +83,7 @@ class Student:
         return 1 + evaluation * self.branches
 
     def plan(self, schedule: NoiseSchedule, metadata: dict[str, str]) -> Plan:
+        """The student as a Plan, with the levels of `schedule`."""
         scale = schedule.input_scale(self.timesteps)
         return Plan(
             timesteps=self.timesteps,
@@ -95,7 +96,7 @@ class Student:
 
 
 def analytic_student(task: Task, timesteps: Float64) -> Student:
-    """DPM-Solver++ 2M at the same times: what the fitted rows are shrunk toward, f = u + g (c - u) split if asked."""
+    """DPM-Solver++ 2M at the same timesteps, the shrinkage target of fitted rows; f = u + g (c - u) split if asked."""
     rows = np.array(dpm_solver_pp(task.schedule, timesteps=timesteps, order=2).rows)
     if task.branches == 2:
         g = task.denoiser.guidance_scale
@@ -170,7 +171,7 @@ def on_policy(
 
 
 class History:
-    """The columns [x_T | f_0 ..] of a student's rollout, one file a chunk, so that only one chunk is in memory."""
+    """The columns [x_T | f_0 ..] of a student's rollout, one file per chunk: only one chunk is in memory."""
 
     def __init__(self, folder: Path, task: Task, chunks: Sequence[slice], progress: Callable[[int], object]) -> None:
         self.folder, self.task, self.progress = folder, task, progress

@@ -96,7 +96,7 @@ def _candidate(plan: Plan, errors: tuple[float, ...]) -> Candidate:
 
 
 def with_rivals(analytic: Sequence[Plan], rivals: Sequence[Plan]) -> list[Plan]:
-    """`analytic` and those deterministic `rivals` of the same NFE that are none of them up to single precision."""
+    """`analytic` and those deterministic `rivals` of the same NFE that differ from all of them in single precision."""
     every = list(analytic)
     for rival in rivals:
         fits = rival.noises == 0 and rival.branches == 1 and not rival.models.any()
@@ -106,7 +106,7 @@ def with_rivals(analytic: Sequence[Plan], rivals: Sequence[Plan]) -> list[Plan]:
 
 
 def same_sampler(first: Plan, second: Plan) -> bool:
-    """Whether two plans of one shape are equal up to single precision, as a captured DDIM and ours are."""
+    """True if two plans of one shape are equal up to single precision, like a captured DDIM and ours."""
     scale = max(1.0, float(np.abs(first.rows).max()))
     return np.allclose(first.timesteps, second.timesteps, rtol=1e-6, atol=1e-3) and np.allclose(
         first.rows, second.rows, rtol=0.0, atol=1e-5 * scale

@@ -46,6 +46,7 @@ class Direction:
     row: Float64 | None
 
     def apply(self, student: Student, amount: float, task: Task) -> Student:
+        """The student moved by `amount` along this direction."""
         if self.row is not None:
             rows = student.rows.copy()
             rows[self.evaluation, : len(self.row)] += amount * self.row
@@ -112,6 +113,7 @@ class Objective:
         return 1.0 / np.maximum(errors, self.threshold) if self.robust else np.ones_like(errors)
 
     def loss(self, errors: Float64) -> float:
+        """Mean loss of per-sample errors (P,): squared, or Huber if `robust`."""
         return huber(errors, self.threshold) if self.robust else float(np.mean(errors**2))
 
 

@@ -1,4 +1,4 @@
-"""What a tuning is given before it begins: its teacher, its numbers of steps, and which samples are for what."""
+"""The checked inputs of a tuning: its teacher, its numbers of steps, and the split of the samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checked_teacher(teacher: Plan | None, steps: int, schedule: NoiseSchedule) -
 
 
 def whole_steps(steps: int | Sequence[int]) -> list[int]:
-    """`steps` as a list. `InputError` for what is no whole number."""
+    """`steps` as a list. `InputError` for other than whole numbers."""
     wanted: list[Any] = list(steps) if isinstance(steps, (list, tuple, range, np.ndarray)) else [steps]
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in wanted):
         raise InputError(f"steps must be a whole number or a list of them, got {quoted(steps)}")

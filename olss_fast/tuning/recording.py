@@ -27,13 +27,13 @@ from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.identity import identity
 from olss_fast.tuning.store import Store, open_store
 
-PROBED = 4  # samples, of which a network is asked whether it is the one that a store belongs to
+PROBED = 4  # samples, to check that a network is the one that a store belongs to
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which samples are for what: rows are fitted on `fit`, choices are made on `validation`, `held_out` judges."""
+    """The split of the samples: rows are fitted on `fit`, choices are made on `validation`, `held_out` judges."""
 
     fit: range
     validation: range
@@ -41,6 +41,7 @@ class Split:
 
     @staticmethod
     def of(samples: int, *, validation: int, held_out: int) -> Split:
+        """The last `held_out` samples, the `validation` before them, and the rest."""
         first, second = samples - validation - held_out, samples - held_out
         return Split(range(first), range(first, second), range(second, samples))
 

@@ -49,7 +49,7 @@ def kept_scores(store: Store, plans: Sequence[Plan], how: str, compute: Callable
 
 
 def content(plan: Plan) -> tuple[str, bytes, bytes]:
-    """What plans are told apart by."""
+    """The key by which plans are distinguished."""
     return f"{plan.branches} {plan.models.tolist()}", plan.timesteps.tobytes(), plan.rows.tobytes()
 
 

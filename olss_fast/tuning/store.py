@@ -61,7 +61,7 @@ class Store:
 
     @property
     def advice(self) -> str:
-        """What to do when there is no room."""
+        """Advice for a full disk."""
         if self.kept:
             return "Then start again with the same store: finished chunks are kept"
         return "Or give store=, a folder on another disk: what is recorded there is kept"
@@ -76,9 +76,11 @@ class Store:
             yield folder
 
     def has(self, name: str) -> bool:
+        """True if there is a file of this name; it is not checked."""
         return self.path(name).exists()
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors atomically, with a checksum. Raises `StoreError`."""
         content = save({key: t.contiguous().cpu() for key, t in tensors.items()}, {"sha256": BLANK.decode()})
         try:
             write_atomically(self.path(name), sealed(content), error=StoreError)
@@ -97,6 +99,7 @@ class Store:
         self._sound.add(name)
 
     def read(self, name: str, key: str, index: Any = slice(None)) -> Tensor:
+        """The part `index` of a tensor of a checked file, on the CPU. Raises `StoreError`."""
         self.check(name)
         try:
             with torch.device("cpu"), safetensors.safe_open(self.path(name), framework="pt") as file:
@@ -174,7 +177,7 @@ def _write_manifest(path: Path, asked: Table, moved: list[str]) -> None:
 
 
 def _read_manifest(path: Path) -> tuple[Table, list[str]] | None:
-    """What was asked, and which places moved while it was; None if there is no manifest."""
+    """The recorded identity and the places that moved; None if there is no manifest."""
     if not path.exists():
         return None
     data = read_bounded(path, LARGEST_MANIFEST, error=StoreError)

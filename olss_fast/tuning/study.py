@@ -77,7 +77,7 @@ class Study:
 
     @property
     def splits(self) -> bool:
-        """Whether unconditional and conditional outputs are to be weighed apart."""
+        """True if unconditional and conditional outputs get separate weights."""
         return self.task.denoiser.guided and self.steps <= self.effort.split_up_to
 
     @cached_property
