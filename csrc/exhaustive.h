@@ -12,7 +12,7 @@ namespace olss {
 
 class ExhaustiveSearch {
   public:
-    // `best` is a feasible run: only thresholds below its largest error are looked at. At most `most_visits` prefixes
+    // `best` is a feasible run: only thresholds below its largest error are searched. At most `most_visits` prefixes
     // are visited.
     ExhaustiveSearch(const Trajectory& trajectory, Index steps, Run best, Index most_visits)
         : trajectory_(trajectory), prefixes_(trajectory), steps_(steps), best_(std::move(best)),
@@ -32,7 +32,7 @@ class ExhaustiveSearch {
         return best_;
     }
 
-    // Whether nothing was left out for want of visits.
+    // Whether the search was complete within `most_visits`.
     bool proven() const { return visits_left_ >= 0; }
 
   private:

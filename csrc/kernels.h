@@ -1,7 +1,7 @@
-// The four loops that all the time goes into, over plain arrays of doubles whose sizes are multiples of eight.
+// The four loops that take all the time, over plain arrays of doubles whose sizes are multiples of eight.
 //
-// Sums run in eight lanes, which need neither leave to reorder arithmetic (-ffast-math) nor flags for one machine:
-// where the tool chain can, each loop is compiled for several instruction sets and the loader picks one.
+// Sums run in eight lanes, which need neither reordered arithmetic (-ffast-math) nor flags for one machine: if the
+// tool chain can, each loop is compiled for several instruction sets and the loader selects one.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +41,7 @@ struct Lanes {
 };
 #endif
 
-// The lanes are read and written through memcpy: no alignment is asked of the arrays.
+// The lanes are read and written through memcpy: the arrays need no alignment.
 #define OLSS_LOAD(lanes_, from) std::memcpy(&(lanes_), (from), sizeof(Lanes))
 #define OLSS_SUM(v) ((((v)[0] + (v)[4]) + ((v)[2] + (v)[6])) + (((v)[1] + (v)[5]) + ((v)[3] + (v)[7])))
 

@@ -8,7 +8,7 @@ namespace olss {
 struct PlannedPath {
     Path path;
     double threshold;  // the least feasible one
-    bool proven;       // that none below is feasible; otherwise only that it is not just below
+    bool proven;       // true if none below is feasible; otherwise only none just below
 };
 
 inline Path uniform_path(Index end, Index steps) {

@@ -14,7 +14,7 @@ struct Run {
     double largest;         // error of the worst stride taken; the same run results from every threshold down to it
     double least_rejected;  // and, below this, up
     double strides;         // that it takes to arrive, with a fraction for the last or an estimate of those missing
-    double final_error;     // of the n-th stride, were it to go to the end; 0 if fewer do
+    double final_error;     // of the n-th stride if it went to the end; 0 if fewer do
     Path path;
 };
 

@@ -253,8 +253,8 @@ def _check_rows(arguments: Mapping[str, Any], name: str, samples: int) -> None:
         odd = [place for place, count in found.items() if count not in (1, samples)]
         if odd and samples > 1 and samples in found.values():
             raise InputError(
-                f"{name}{odd[0]} has {found[odd[0]]} samples, noise {samples}: tensors of one list or tuple belong to "
-                "the samples together, or none of them does"
+                f"{name}{odd[0]} has {found[odd[0]]} samples, noise {samples}: tensors of a list or tuple must be all "
+                "per sample, or none of them"
             )
 
 

@@ -19,10 +19,10 @@ struct Arguments {
     std::optional<double> guidance_scale;
     std::int64_t seed = 0, count = 1, threads = 0, repeat = 1, at_once = 1;
     std::optional<Shape> shape;                             // without the axis of the samples
-    std::map<std::string, std::string> set, unconditional;  // name -> value as it was written
+    std::map<std::string, std::string> set, unconditional;  // name -> value as written
 };
 
-// Throws Error(input): an unknown option, one without its value or given twice, a value that makes no sense.
+// Throws Error(input): an unknown option, one without its value or given twice, an invalid value.
 Arguments parse_arguments(const std::vector<std::string>& words);
 
 extern const char* const usage;

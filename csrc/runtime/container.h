@@ -26,10 +26,10 @@ struct Source {
     std::size_t size;
     std::function<void(std::size_t begin, void* into, std::size_t count)> read;
 };
-Source source_of(const InputFile& file);  // which must be there as long as the source is; so must these bytes
+Source source_of(const InputFile& file);  // the file must outlive the source; so must these bytes
 Source source_of(std::string_view bytes);
 
-// A tensor in memory that somebody else owns: C order, little-endian, not aligned.
+// A tensor in memory owned elsewhere: C order, little-endian, not aligned.
 struct TensorView {
     std::string name, dtype;  // dtype as safetensors names it: "F32"
     Shape shape;
@@ -44,7 +44,7 @@ std::string dtype_in_files(const std::string& torch_name);
 class Container {
   public:
     // Sizes, header, entry, table, and the checksum of all of it are checked before the content is in memory. Nothing of
-    // the content has been looked at. sha256: that the file ought to have, in lower case; "" for any.
+    // the content has been interpreted. sha256: the expected one, in lower case; "" for any.
     Container(const Source& source, const Format& format, const std::string& sha256 = "");
 
     const Json& entry() const { return entry_; }

@@ -1,4 +1,4 @@
-// An engine file, verified and understood as far as that goes without torch. None of its code has been loaded.
+// An engine file, verified and parsed without torch. None of its code has been loaded.
 #pragma once
 
 #include <memory>
@@ -12,7 +12,7 @@
 namespace olss {
 
 struct EngineFile {
-    // sha256: that the file ought to have, as sha256sum prints it. Throws Error: file, version, input.
+    // sha256: the expected one, as sha256sum prints it. Throws Error: file, version, input.
     explicit EngineFile(const std::string& path, const std::optional<std::string>& sha256 = std::nullopt);
 
     Description description;
@@ -20,7 +20,7 @@ struct EngineFile {
     std::vector<TensorView> weights, code, unconditional;  // names without the folder
 
   private:
-    std::shared_ptr<const Container> container_;  // which owns what the views show
+    std::shared_ptr<const Container> container_;  // which owns the views' memory
 };
 
 }  // namespace olss

@@ -24,7 +24,7 @@ class InputFile {
     std::size_t size_ = 0;
 };
 
-// Bytes whose memory is not set to zero first.
+// Bytes in uninitialised memory.
 struct Bytes {
     explicit Bytes(std::size_t count) : data(new unsigned char[count]), size(count) {}
     std::string_view text() const { return {reinterpret_cast<const char*>(data.get()), size}; }
@@ -39,7 +39,7 @@ void check_writable(const std::string& path);
 // A temporary file beside `path` is written, flushed and renamed over it: the old file or the new one, never a part.
 void write_atomically(const std::string& path, std::string_view data);
 
-// A new folder that nobody else may look into, gone with this object together with the files written into it.
+// A new private folder, deleted with this object together with the files written into it.
 class PrivateFolder {
   public:
     PrivateFolder();

@@ -19,7 +19,7 @@ namespace increments_detail {
 
 constexpr double growth = 2.0, nothing = 64 * std::numeric_limits<double>::epsilon();
 
-// The column, x_T or a fresh noise, of which the row has most.
+// The column of x_T or a fresh noise with the row's largest coefficient.
 inline std::int64_t pivot(const double* row, std::int64_t first_noise, std::int64_t columns) {
     std::int64_t best = 0;
     for (std::int64_t j = first_noise; j < columns; ++j)
@@ -27,7 +27,7 @@ inline std::int64_t pivot(const double* row, std::int64_t first_noise, std::int6
     return best;
 }
 
-// `row` becomes what comes to rho times the row `before`; false where that cannot be.
+// `row` becomes its increment over rho times the row `before`; false if that is impossible.
 inline bool take_out(const double* before, double* row, std::int64_t first_noise, std::int64_t columns) {
     const std::int64_t p = pivot(before, first_noise, columns);
     const double rho = before[p] != 0 ? row[p] / before[p] : 0.0;

@@ -22,15 +22,15 @@ struct Json {
         return std::get_if<T>(&value);
     }
     bool is_null() const { return value.index() == 0; }
-    // The member of that name, or nullptr where there is none, or where this is no object.
+    // The member of that name, or nullptr if there is none, or if this is not an object.
     const Json* find(std::string_view name) const;
     // For error messages: the value in a few words.
     std::string summary() const;
-    // Of the same types and values; the members of objects in any order.
+    // Equal types and values; the members of objects in any order.
     bool operator==(const Json& other) const;
 };
 
-// The value that `text` holds, and nothing beside it but white space. Throws Error(file); `what` names the text.
+// The value in `text`, which may have white space around it. Throws Error(file); `what` names the text.
 // A number without fraction and exponent is an integer and must fit in 64 bits.
 Json parse_json(std::string_view text, const std::string& what);
 

@@ -85,7 +85,7 @@ std::string told(const Layout& layout, const std::string& name) {
                   each.strides ? " with strides " + shown(*each.strides) : "");
 }
 
-// Whether the elements fill one stretch of memory, in some order of the axes.
+// Whether the elements fill one block of memory, in some order of the axes.
 bool dense(const Shape& shape, const Shape& strides) {
     if (shape.size() != strides.size()) return false;
     std::vector<std::pair<std::int64_t, std::int64_t>> axes;

@@ -1,5 +1,5 @@
-// The sampling loop: what olss_fast/executors/fused.py and kernels/step.py do on the CPU, operator by operator, so that
-// the results are the same bits. The equations and symbols are those of kernels/step.py.
+// The sampling loop: olss_fast/executors/fused.py and kernels/step.py on the CPU, operator by operator, with bitwise
+// equal results. The equations and symbols are those of kernels/step.py.
 #pragma once
 
 #include <functional>

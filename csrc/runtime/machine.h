@@ -1,4 +1,4 @@
-// Does an engine fit this machine?
+// Checks whether an engine fits this machine.
 #pragma once
 
 #include <set>
@@ -9,10 +9,10 @@
 
 namespace olss {
 
-// What there is here, as far as compiled code depends on it.
+// This machine, as relevant to compiled code.
 struct Here {
     std::string system, architecture;    // as uname names them
-    std::set<std::string> instructions;  // of the processor, as Linux names them; empty where it does not tell
+    std::set<std::string> instructions;  // of the processor, as Linux names them; empty if unknown
     std::string torch;                   // the version that this library was built against
 };
 

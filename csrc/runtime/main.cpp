@@ -27,7 +27,7 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
-// The shape of the noise: as asked for, else what the engine's profile leaves no choice of.
+// The shape of the noise: as given, else the only one in the engine's profile.
 Shape noise_shape(const Profile& profile, const Arguments& arguments) {
     Shape shape{arguments.count};
     if (arguments.shape) shape.insert(shape.end(), arguments.shape->begin(), arguments.shape->end());
@@ -52,7 +52,7 @@ std::map<std::string, at::Tensor> tensors_of(const Description& engine,
     return result;
 }
 
-// Whatever can be wrong with a request is found here, before any code of the engine is loaded.
+// Checks everything about a request before any code of the engine is loaded.
 Request request_of(const Description& engine, const Arguments& arguments) {
     Request request;
     const Shape shape = noise_shape(engine.profile, arguments);
@@ -73,7 +73,7 @@ Request request_of(const Description& engine, const Arguments& arguments) {
     return request;
 }
 
-// One run with a generator of its own, in the state of the request's.
+// One run with a copy of the request's generator.
 at::Tensor run(const Engine& engine, Request request) {
     request.generator = request.generator.clone();
     return engine.run(request);
@@ -85,7 +85,7 @@ at::Tensor run_often(const Engine& engine, const Request& request, const Argumen
     std::vector<std::string> faults(static_cast<std::size_t>(arguments.at_once));
     const auto work = [&, threads_of_one = at::get_num_threads()](std::string& fault) {
         try {
-            at::set_num_threads(threads_of_one);  // a setting of each thread's own, on which rounding may depend
+            at::set_num_threads(threads_of_one);  // a thread-local setting, which may change rounding
             for (std::int64_t i = 0; i < arguments.repeat; ++i)
                 if (!at::equal(run(engine, request), first))
                     fail(Error::Kind::internal, "two runs of the same request differ");

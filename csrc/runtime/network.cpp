@@ -29,7 +29,7 @@ std::unique_ptr<torch::inductor::AOTIModelContainerRunnerCpu> mapped(const Engin
                    [&] { return std::make_unique<torch::inductor::AOTIModelContainerRunnerCpu>(library, runs); });
 }
 
-// What a weight of the code is called in the file, and in the network's state_dict.
+// A weight's name in the file and in the network's state_dict, from its name in the code.
 std::string weight_name(const std::string& fqn) { return fqn.rfind("network.", 0) == 0 ? fqn.substr(8) : fqn; }
 
 }  // namespace

@@ -20,7 +20,7 @@ class CompiledNetwork {
     // x, time, then the conditioning -> the raw output. Nothing is checked. Any number of threads; Error(network).
     at::Tensor operator()(std::vector<at::Tensor> inputs) const;
 
-    // What the code reads where it lies, by the names of the network's state_dict.
+    // The weights that the code reads in place, by the names of the network's state_dict.
     const std::map<std::string, at::Tensor>& weights() const { return weights_; }
 
   private:

@@ -24,14 +24,14 @@ struct EngineFile;
 
 struct Options {
     std::size_t runs_at_once = 0;  // network calls that may run at the same time, others wait; 0: hardware threads
-    std::optional<std::string> sha256;  // that the file ought to have, as sha256sum prints it, in either case of letters
+    std::optional<std::string> sha256;  // expected, as sha256sum prints it, in upper or lower case
 };
 
-// What to sample. Tensors are on the CPU and of the dtypes and shapes that Engine::describe() tells.
+// What to sample. Tensors are on the CPU and have the dtypes and shapes given by Engine::describe().
 struct Request {
     at::Tensor noise;  // (B, …) unit Gaussian, contiguous
     std::map<std::string, at::Tensor> conditioning;
-    std::map<std::string, at::Tensor> unconditional;  // takes the place of the engine's own, name by name
+    std::map<std::string, at::Tensor> unconditional;  // replaces the engine's own, name by name
     std::optional<std::int64_t> steps;                // the first plan of that many evaluations …
     std::optional<std::string> plan;                  // … or the plan of that name; default: the first plan
     std::optional<double> guidance_scale;             // default: the engine's
@@ -42,8 +42,8 @@ struct Request {
 // at the same time.
 class Engine {
   public:
-    // THE FILE'S MACHINE CODE IS RUN. Load only what comes from somebody you trust. Before any of it is run the file is
-    // verified as a whole (it holds what was written, whoever wrote it) and compared with this machine.
+    // THE FILE'S MACHINE CODE IS RUN. Load only files from somebody you trust. Before any of it is run, the whole file is
+    // verified (that it is as written, not who wrote it) and compared with this machine.
     static Engine load(const std::string& path, const Options& options = {});
     static Engine load(EngineFile file, const Options& options = {});
 
@@ -53,7 +53,7 @@ class Engine {
     at::Tensor run(const Request& request) const;
 
     // Writes other weights over those in use; the names are those of the network's state_dict, some may be left out.
-    // All are checked before the first is written. Waits until no run is going on, and holds up those that follow.
+    // All are checked before the first is written. Waits for current runs, and blocks new ones meanwhile.
     void update_weights(const std::map<std::string, at::Tensor>& weights);
 
   private:
@@ -62,13 +62,13 @@ class Engine {
     std::shared_ptr<Impl> impl_;
 };
 
-// What a file says of itself, after all of it was verified; none of its code is loaded.
+// The description in a file, after verifying all of it; none of its code is loaded.
 Description describe(const std::string& path);
 
 // Each reason why an engine cannot run here, with what to do; none if it can.
 std::vector<std::string> mismatches(const Description& engine);
 
-// A generator of its own on the CPU: the same numbers as torch.Generator().manual_seed(seed).
+// A new generator on the CPU: the same numbers as torch.Generator().manual_seed(seed).
 at::Generator seeded(std::uint64_t seed);
 
 }  // namespace olss

@@ -1,4 +1,4 @@
-// What an engine file says of itself, and how anything here fails. Needs nothing but the standard library.
+// The description of an engine file, and the errors of this library. Needs only the standard library.
 #pragma once
 
 #include <cstdint>
@@ -53,13 +53,13 @@ struct Machine {
     std::vector<std::string> instructions;  // all of them must be there
 };
 
-// dtypes are named as torch names them: "float32", "int64". The first plan is the default one.
+// dtypes are named as in torch: "float32", "int64". The first plan is the default.
 struct Description {
     std::string notice, network, dtype;
     std::map<std::string, std::string> built_with;  // versions of olss_fast, torch, …; empty where there was none
     Machine machine;
     Profile profile;
-    bool doubled = false;  // the network is handed both halves of a guided pair
+    bool doubled = false;  // the network gets both halves of a guided pair
     double guidance_scale = 1.0;
     std::vector<Input> inputs;
     std::map<std::string, std::string> fixed;  // arguments that were baked in, for people

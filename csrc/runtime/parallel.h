@@ -11,7 +11,7 @@
 
 namespace olss {
 
-// work(i) for each i < count, in any order and several at a time. What one of them throws leaves when all have ended.
+// work(i) for each i < count, in any order and several at a time. An exception is rethrown when all have ended.
 template <typename Work>
 void in_parallel(std::size_t count, Work work) {
     std::atomic<std::size_t> next{0};
@@ -30,7 +30,7 @@ void in_parallel(std::size_t count, Work work) {
     const std::size_t most = std::min<std::size_t>(count, std::max(1u, std::thread::hardware_concurrency()));
     try {
         while (helpers.size() + 1 < most) helpers.emplace_back(some);
-    } catch (const std::system_error&) {  // no more threads to be had: those that are there do
+    } catch (const std::system_error&) {  // no more threads available: continue with fewer
     }
     some();
     for (std::thread& helper : helpers) helper.join();

@@ -1,4 +1,4 @@
-// A plan file (olss_fast/plan/file.py) as tables. What a plan must obey is what olss_fast/plan/plan.py says.
+// A plan file (olss_fast/plan/file.py) as tables. The rules of a plan are those of olss_fast/plan/plan.py.
 #pragma once
 
 #include <vector>

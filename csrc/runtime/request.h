@@ -1,4 +1,4 @@
-// What a run is asked for, against what the engine was built for. Compiled code checks nothing itself.
+// Checks of a run's inputs against those an engine was built for. Compiled code checks nothing itself.
 #pragma once
 
 #include <vector>
@@ -16,11 +16,11 @@ void check_noise(const Description& engine, const at::Tensor& noise);
 std::string text_of(const Profile& profile);
 void check_shape(const Profile& profile, at::IntArrayRef shape);
 
-// The number of the plan that is asked for.
+// The index of the requested plan.
 std::size_t chosen_plan(const Description& engine, const std::optional<std::int64_t>& steps,
                         const std::optional<std::string>& plan);
 
-// The guidance scale, which an engine without guidance has none but 1 of.
+// The guidance scale; only 1 for an engine without guidance.
 double chosen_guidance(const Description& engine, const std::optional<double>& guidance_scale);
 
 // The names are those of the engine's inputs: none is missing, none unknown. `what` names the map.

@@ -37,7 +37,7 @@ at::Tensor tensor_of(const std::vector<Number>& numbers, at::ScalarType dtype) {
     return tensor;
 }
 
-// Throws unless every value can be had in `dtype`.
+// Throws unless `dtype` can represent every value.
 at::Tensor cast(const at::Tensor& values, at::ScalarType dtype, const std::string& what) {
     const at::Tensor result = values.to(dtype);
     const bool same = at::isFloatingType(dtype) ? at::isfinite(result).all().item<bool>()

@@ -56,7 +56,7 @@ def load_original(path: str | os.PathLike[str], *, schedule: object = None) -> P
     try:
         return _plan(*_arrays(_unpickled(data)), noise_schedule)
     except (Refused, PlanError) as cause:
-        raise PlanFileError(f"{quoted(str(path), 200)} is no file of the original OLSS scheduler: {cause}") from cause
+        raise PlanFileError(f"{quoted(str(path), 200)} is not an original OLSS scheduler file: {cause}") from cause
 
 
 def _schedule(schedule: object) -> NoiseSchedule:
@@ -114,7 +114,7 @@ def _check_archive(data: bytes) -> None:
         entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
     except Exception as cause:  # as above
         raise Refused(
-            f"it is no zip archive as torch.save writes ({quoted(str(cause))}); copy the file again, or read it with"
+            f"it is not a zip archive of torch.save ({quoted(str(cause))}); copy the file again, or read it with"
             " the torch it was written by and save it with a newer one"
         ) from cause
     size = sum(entry.file_size for entry in entries)

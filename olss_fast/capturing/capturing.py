@@ -201,7 +201,7 @@ def _check_finite(driver: Driver, rows: Floats) -> None:
             f"{driver.name} computes coefficients that are not finite for {what}; {_division(driver, int(bad[0]))}"
         )
     if not rows[-1].any():
-        raise ScheduleError(f"{driver.name} makes a sample of zeros, whatever the network says; take more steps")
+        raise ScheduleError(f"{driver.name} returns a sample of zeros for any network output; take more steps")
 
 
 def _division(driver: Driver, row: int) -> str:

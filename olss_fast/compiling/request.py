@@ -91,7 +91,7 @@ def checked_request(
     flat, without = flatten(given), {} if unconditional is None else flatten(denoiser.without)
     for name in sorted(set(flat) & set(without)):
         if not isinstance(flat[name], Tensor) and flat[name] != without[name]:
-            raise InputError(f"conditioning and unconditional differ in {name!r}, which is no tensor: it is baked in")
+            raise InputError(f"conditioning and unconditional differ in {name!r}, not a tensor: it is baked in")
     tensors = {name: each for name, each in flat.items() if isinstance(each, Tensor)}
     request = Request(
         flat=FlatNetwork(_prepared(network, dtype, device), given),

@@ -148,7 +148,7 @@ def _request(
         if request.doubled and not own and not torch.equal(request.unconditional[name], given):
             raise InputError(
                 f"conditioning and unconditional differ in {name!r}, whose first size is not that of the samples, "
-                f"{sizes[0]}: one doubled batch cannot be handed both"
+                f"{sizes[0]}: one doubled batch cannot hold both"
             )
     return request
 

@@ -92,4 +92,4 @@ def _check(proto: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as cause:
-        raise BuildError(f"what the network became is no valid ONNX: {' '.join(str(cause).split())[:600]}") from cause
+        raise BuildError(f"the exported network is not valid ONNX: {' '.join(str(cause).split())[:600]}") from cause

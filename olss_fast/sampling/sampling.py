@@ -170,7 +170,7 @@ def check_plan_fits(plan: Plan, denoiser: Denoiser) -> None:
     if plan.branches == 2 and tuned is not None and float(tuned) != denoiser.guidance_scale:
         raise InputError(
             f"this plan has guidance_scale={tuned} folded into its coefficients, but {denoiser.guidance_scale} was "
-            "asked for: pass the tuned scale, or tune a plan without split guidance"
+            "given: pass the tuned scale, or tune a plan without split guidance"
         )
 
 

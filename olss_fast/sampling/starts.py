@@ -65,9 +65,9 @@ def later_start(plan: Plan, begin: int, schedule: NoiseSchedule | None = None) -
     if first == 0 and is_analytic(plan):
         return truncate(plan, schedule or schedule_of(plan), begin)
     raise InputError(
-        f"{name_of(plan)} was fitted for {_taken(count, first)}, and this run takes {_taken(count, begin)}, as its "
-        "strength asks for. Fit plans with olss_fast.tune_pipeline and calls of that strength, or take a captured or "
-        "analytic plan"
+        f"{name_of(plan)} was fitted for {_taken(count, first)}, but this run takes {_taken(count, begin)}, by its "
+        "strength. Fit plans with olss_fast.tune_pipeline and calls of that strength, or use a captured or analytic "
+        "plan"
     )
 
 

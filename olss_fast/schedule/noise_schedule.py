@@ -59,7 +59,7 @@ class NoiseSchedule:
             )
         if self.prediction_type == "epsilon" and self.alpha(self.first) == 0.0:
             raise ScheduleError(
-                "prediction_type 'epsilon' says nothing about the image where there is no signal, as at the first "
+                "prediction_type 'epsilon' does not determine the image where there is no signal, as at the first "
                 f"timestep of this schedule ({self.curve.describe()}); expected v_prediction, sample or flow"
             )
         if self.prediction_type == "edm" and not self.curve.variance_exploding:

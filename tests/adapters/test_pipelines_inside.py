@@ -46,7 +46,7 @@ def test_other_sigmas_without_the_shift() -> None:
 def test_what_a_plan_has_not_is_an_error_in_a_pipeline(name: str) -> None:
     pipe = asking(capture(DDIM, STEPS), DDIM)
     for look in (pipe.has, pipe.reads):
-        with pytest.raises(InputError, match=rf"Asking looks at scheduler\.{name}: DDIMScheduler has it"):
+        with pytest.raises(InputError, match=rf"Asking reads scheduler\.{name}: DDIMScheduler has it"):
             look(name)
     assert not hasattr(pipe.scheduler, name)
 

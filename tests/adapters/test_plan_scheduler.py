@@ -220,7 +220,7 @@ def test_custom_grids() -> None:
     torch.testing.assert_close(run(analytic, NOISE), reference(expected, NOISE), rtol=1e-10, atol=1e-10)
     fitted = PlanScheduler(learned(expected), DPM)
     fitted.set_timesteps(timesteps=times)  # its own
-    with pytest.raises(InputError, match=r"fitted to its times 900, 500, 300, 20, and 901"):
+    with pytest.raises(InputError, match=r"fitted to its timesteps 900, 500, 300, 20, but 901"):
         fitted.set_timesteps(timesteps=[901, 500, 300, 20])
     with pytest.raises(InputError, match="use_magic"):
         fitted.set_timesteps(4, use_magic=True)

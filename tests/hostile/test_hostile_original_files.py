@@ -76,12 +76,12 @@ def bomb_archive() -> bytes:
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
     # no archive, or not the usual one
-    "empty": (b"", "no zip archive as torch.save writes"),
-    "text": (b"timesteps, wx, we\n" * 20, "no zip archive as torch.save writes"),
-    "truncated": (GOOD[:-1], "no zip archive|cannot read"),
-    "half": (GOOD[: len(GOOD) // 2], "no zip archive"),
-    "plain pickle": (pickle.dumps([1, 2, 3]), "no zip archive"),
-    "pickled bomb": (pickle.dumps(Bomb()), "no zip archive"),
+    "empty": (b"", "not a zip archive of torch.save"),
+    "text": (b"timesteps, wx, we\n" * 20, "not a zip archive of torch.save"),
+    "truncated": (GOOD[:-1], "not a zip archive|cannot read"),
+    "half": (GOOD[: len(GOOD) // 2], "not a zip archive"),
+    "plain pickle": (pickle.dumps([1, 2, 3]), "not a zip archive"),
+    "pickled bomb": (pickle.dumps(Bomb()), "not a zip archive"),
     "before torch 1.6": (stored((TIMES, WX, WE), _use_new_zipfile_serialization=False), "save it with a newer one"),
     "another archive": (zipped({"a.txt": b"hello"}), "torch cannot read it"),
     "zip bomb": (bomb_archive(), "a compressed archive of 671[0-9]* bytes"),

@@ -113,7 +113,7 @@ class PlanBook:
         if unknown or not _is_plain(asked.get("sigmas"), steps):
             what = ", ".join(unknown) or "sigmas"
             raise InputError(
-                f"set_timesteps was asked for {what}, but {name_of(plan)} has times of its own; call the pipeline "
+                f"set_timesteps got {what}, but {name_of(plan)} has its own timesteps; call the pipeline "
                 f"without {what}, or capture a scheduler with them"
             )
         times = asked.get("timesteps")
@@ -123,7 +123,7 @@ class PlanBook:
 
         if not is_analytic(plan):
             raise InputError(
-                f"{name_of(plan)} is fitted to its times {_text(plan.timesteps)}, and {_text(times)} were asked for; "
+                f"{name_of(plan)} is fitted to its timesteps {_text(plan.timesteps)}, but {_text(times)} were given; "
                 "call the pipeline without timesteps"
             )
         schedule = self._known_schedule(plan)

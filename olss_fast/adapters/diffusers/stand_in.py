@@ -86,8 +86,8 @@ class StandIn:
             network = None if pipeline is None else self._stands_for()
             if network is not None and _has(network, name):
                 raise InputError(
-                    f"{pipeline} looks at scheduler.{name}: {network['_class_name']} has it, and a plan, which is only "
-                    "times and coefficients, has not. Run this pipeline with its own scheduler"
+                    f"{pipeline} reads scheduler.{name}: {network['_class_name']} has it, but a plan, which is only "
+                    "timesteps and coefficients, does not. Run this pipeline with its own scheduler"
                 ) from None
             raise
 
