@@ -1,7 +1,5 @@
 """`build`: an engine from a network and plans."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Timing an engine: its calls, and its network calls alone."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -3,8 +3,6 @@
 The C++ runtime (csrc/runtime/engine_file.cpp) has the same rules; tests/helpers/engine_mutants.py has cases for both.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Checks of the arguments of public calls, with one message each."""
 
-from __future__ import annotations
-
 import math
 import operator
 from typing import Any

@@ -3,8 +3,6 @@
 The C++ runtime's reader (csrc/runtime/json.h) accepts and refuses the same texts.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any, NoReturn
