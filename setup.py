@@ -25,5 +25,5 @@ setup(
             extra_compile_args=FLAGS,
             cxx_std=17,
         )
-    ],
+    ]
 )

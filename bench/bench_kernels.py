@@ -18,11 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from olss_fast.kernels import StepState, lincomb, start, step
 
 SHAPES = {"SD 1.5": (1, 4, 64, 64), "SDXL": (1, 4, 128, 128), "16 channels": (1, 16, 128, 128)}
-STEPS = [
-    ("SD 1.5", 3, torch.float32),
-    ("SD 1.5", 19, torch.bfloat16),
-    ("16 channels", 19, torch.float32),
-]
+STEPS = [("SD 1.5", 3, torch.float32), ("SD 1.5", 19, torch.bfloat16), ("16 channels", 19, torch.float32)]
 IN_TORCH = "torch operations one by one"
 
 

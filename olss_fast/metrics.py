@@ -175,11 +175,7 @@ def predict_classes(
 
 
 def class_agreement(
-    images: ArrayLike | torch.Tensor,
-    labels: ArrayLike | torch.Tensor,
-    classifier: Extractor,
-    *,
-    batch_size: int = 256,
+    images: ArrayLike | torch.Tensor, labels: ArrayLike | torch.Tensor, classifier: Extractor, *, batch_size: int = 256
 ) -> float:
     """Share of `images` (P, C, H, W) that the classifier assigns to their requested class, `labels` (P,)."""
     predicted = predict_classes(images, classifier, batch_size=batch_size)

@@ -245,8 +245,7 @@ def classifier(
 
 @app.command()
 def statistics(
-    data: Data,
-    model: Annotated[Path, typer.Option(help="Folder to write the statistics to.")] = demo.MODEL_FOLDER,
+    data: Data, model: Annotated[Path, typer.Option(help="Folder to write the statistics to.")] = demo.MODEL_FOLDER
 ) -> None:
     """Mean and covariance of the classifier's features on all test images, weighted so that classes count alike."""
     images, labels = load_images(data, "test")

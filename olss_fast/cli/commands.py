@@ -75,13 +75,7 @@ def demo(
     from olss_fast.cli.demo import SAMPLES, run_demo
 
     run_demo(
-        out,
-        device=device,
-        steps=wanted,
-        samples=samples or SAMPLES,
-        seed=seed,
-        progress=not quiet,
-        say=typer.echo,
+        out, device=device, steps=wanted, samples=samples or SAMPLES, seed=seed, progress=not quiet, say=typer.echo
     )
 
 

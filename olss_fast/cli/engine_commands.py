@@ -17,8 +17,7 @@ PROGRAM = (
     "you have from somebody you trust."
 )
 DigestOption = Annotated[
-    str | None,
-    typer.Option("--sha256", metavar="DIGITS", help="That the file ought to have, as sha256sum prints it."),
+    str | None, typer.Option("--sha256", metavar="DIGITS", help="That the file ought to have, as sha256sum prints it.")
 ]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="An engine file.")]
 PlaceOption = Annotated[

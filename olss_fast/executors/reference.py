@@ -123,12 +123,7 @@ class Loop:
 
 
 def run(
-    plan: Plan,
-    evaluate: Evaluate,
-    noise: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    step_noise: Tensor | None = None,
+    plan: Plan, evaluate: Evaluate, noise: Tensor, *, dtype: torch.dtype | None = None, step_noise: Tensor | None = None
 ) -> Tensor:
     """The sample (B, ...) in float64, from unit initial noise (B, ...).
 

@@ -45,12 +45,7 @@ class Argument:
 
 
 def loop_model(
-    network: ir.Model,
-    plan: Plan,
-    arguments: Sequence[Argument],
-    shape: Sequence[int],
-    *,
-    guidance_scale: float | None,
+    network: ir.Model, plan: Plan, arguments: Sequence[Argument], shape: Sequence[int], *, guidance_scale: float | None
 ) -> ir.Model:
     """The whole sampler as one model, built from the parts of `network`, which is consumed.
 

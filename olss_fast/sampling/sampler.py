@@ -35,14 +35,7 @@ from olss_fast.network import (
 )
 from olss_fast.plan.plan import Plan, checked_plan
 from olss_fast.sampling.old_forms import takes_old_forms
-from olss_fast.sampling.sampling import (
-    Callback,
-    asked,
-    check_plan_fits,
-    draw_step_noise,
-    sampled,
-    watching,
-)
+from olss_fast.sampling.sampling import Callback, asked, check_plan_fits, draw_step_noise, sampled, watching
 from olss_fast.support.device import pick_device
 
 BACKENDS = ("auto", "reference", "fused", "graph")

@@ -138,8 +138,5 @@ def _variance_preserving(config: Mapping[str, Any], prediction: str) -> NoiseSch
         alphas_cumprod = without_terminal_signal(alphas_cumprod)
         label += ", zero terminal SNR"
     return NoiseSchedule.from_alphas_cumprod(
-        alphas_cumprod,
-        prediction_type=prediction,
-        label=label,
-        leading_offset=int(config.get("steps_offset") or 0),
+        alphas_cumprod, prediction_type=prediction, label=label, leading_offset=int(config.get("steps_offset") or 0)
     )

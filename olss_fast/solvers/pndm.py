@@ -21,12 +21,7 @@ from olss_fast.solvers.level import CLEAN, Level, Output, Vector, levels_of
 from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
 from olss_fast.support.arguments import check_steps
 
-ADAMS_BASHFORTH = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 """Weights of the last 1, 2, 3 and 4 answers, newest first."""
 
 _RUNGE_KUTTA_NODES = 4  # three Runge-Kutta steps need four nodes

@@ -81,12 +81,7 @@ def test_the_images_are_those_of_the_loop(name: str, backend: str) -> None:
 def test_prompts_guidance_and_steps_change_without_a_capture(backend: str) -> None:
     pipe = tiny_pipelines.stable_diffusion()
     plans = [olss_fast.capture(pipe.scheduler, steps) for steps in (3, STEPS)]
-    variations: list[dict[str, Any]] = [
-        {},
-        {"prompt": ["x", "y"]},
-        {"guidance_scale": 3.0},
-        {"num_inference_steps": 3},
-    ]
+    variations: list[dict[str, Any]] = [{}, {"prompt": ["x", "y"]}, {"guidance_scale": 3.0}, {"num_inference_steps": 3}]
     expected = [images(pipe, **each) for each in variations]
     handle = olss_fast.accelerate(pipe, plans, backend=backend)
     for each, image in zip(variations, expected, strict=True):

@@ -125,10 +125,7 @@ def test_flow_beyond_sigma_1_is_variance_exploding() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [
-        (diffusers.FlowMatchLCMScheduler, {}),
-        (diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
-    ],
+    [(diffusers.FlowMatchLCMScheduler, {}), (diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True})],
 )
 def test_flow_beyond_sigma_1_that_noises_anew_is_refused(kind: Any, config: dict[str, Any]) -> None:
     with pytest.raises(ScheduleError, match="begins at sigma 80, where the signal 1 - sigma of a flow is negative"):

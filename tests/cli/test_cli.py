@@ -246,8 +246,7 @@ def test_tune_then_sample_then_compare(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["--steps", "5,x"], ["--steps", ""], ["--steps", "0"], ["--samples", "1"], ["--samples", "1000001"]],
+    "words", [["--steps", "5,x"], ["--steps", ""], ["--steps", "0"], ["--samples", "1"], ["--samples", "1000001"]]
 )
 def test_compare_refuses(words: list[str], folder: Path, tmp_path: Path) -> None:
     assert words[0] in refusal("compare", "--model", folder, "--out", tmp_path / "out", *words)

@@ -28,16 +28,8 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (
-            "version",
-            1,
-            "in version 1 of the format, by an older olss_fast; .* reads version 2: make",
-        ),
-        (
-            "version",
-            3,
-            "in version 3 of the format, by a newer olss_fast; .* reads version 2: make",
-        ),
+        ("version", 1, "in version 1 of the format, by an older olss_fast; .* reads version 2: make"),
+        ("version", 3, "in version 3 of the format, by a newer olss_fast; .* reads version 2: make"),
         ("version", True, "version is True; expected a positive integer"),
         ("version", "2", "version is '2'; expected a positive integer"),
         ("version", 2.0, "version is 2.0; expected a positive integer"),

@@ -120,19 +120,13 @@ def test_arguments_that_it_was_not_built_for(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {},
-            "conditioning: added.strength, added.table, added.text is missing; this engine takes the arg",
-        ),
+        ({}, "conditioning: added.strength, added.table, added.text is missing; this engine takes the arg"),
         ({"added": NESTED}, "conditioning: added.table is missing"),
         ({"added": {**NESTED, "table": TABLE, "more": 1}}, "'added.more' is unknown"),
         ({"added": {**NESTED, "table": TABLE}, "gain": 0.5}, "gain was baked in .*, as 0.5; leave it out"),
         ({"added": {**NESTED, "table": -TABLE}}, "differ in 'added.table', which belongs to no sample"),
         ({"added": {**NESTED, "table": TABLE[0]}}, r"conditioning\['added.table'\] has shape \(2, 1, 1\); expected"),
-        (
-            {"added": {**NESTED, "table": TABLE, "strength": 1e39}},
-            r"added.strength'\] is 1e\+39, which float32 does",
-        ),
+        ({"added": {**NESTED, "table": TABLE, "strength": 1e39}}, r"added.strength'\] is 1e\+39, which float32 does"),
     ],
 )
 def test_nested_arguments_that_it_was_not_built_for(

@@ -270,11 +270,7 @@ def test_bad_command_lines_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [
-        (np.array([0.0, 1.5]), "no int64"),
-        (np.array([0.0, 1e19]), "no int64"),
-        (np.array([0.0, np.nan]), "no int64"),
-    ],
+    [(np.array([0.0, 1.5]), "no int64"), (np.array([0.0, 1e19]), "no int64"), (np.array([0.0, np.nan]), "no int64")],
 )
 def test_values_are_cast_exactly_or_not_at_all(tmp_path: Path, values: np.ndarray[Any, Any], text: str) -> None:
     np.save(tmp_path / "x.npy", values)

@@ -182,10 +182,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     # tensors
     "unknown tensor": (with_tensors(weights=np.zeros(2)), "it holds the tensors .*'weights'"),
     "missing tensor": (with_tensors(models=None), "it holds the tensors"),
-    "single precision": (
-        with_tensors(rows=PLAN.rows.astype(np.float32)),
-        "'rows' has dtype 'F32' .*expected F64",
-    ),
+    "single precision": (with_tensors(rows=PLAN.rows.astype(np.float32)), "'rows' has dtype 'F32' .*expected F64"),
     "integers for floats": (with_tensors(alphas=np.zeros(3, np.int64)), "'alphas' has dtype 'I64'"),
     "floats for integers": (with_tensors(models=np.zeros(2)), "'models' has dtype 'F64' .* expected I64 in 1"),
     "flat rows": (with_tensors(rows=np.ones(9)), "'rows' has dtype 'F64' and shape .* expected F64 in 2"),

@@ -8,10 +8,7 @@ from kernel_checks import Guarded, check_lincomb, check_run, check_step_too_many
 
 from olss_fast.kernels import StepState, lincomb, start, step
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -112,11 +112,7 @@ def test_ddim(spacing: str, betas: dict[str, Any], prediction: str) -> None:
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_ddim_without_terminal_signal(prediction: str) -> None:
     scheduler = diffusers.DDIMScheduler(
-        **SD,
-        prediction_type=prediction,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        rescale_betas_zero_snr=True,
+        **SD, prediction_type=prediction, timestep_spacing="trailing", clip_sample=False, rescale_betas_zero_snr=True
     )
     schedule = NoiseSchedule.from_diffusers(scheduler)
     check(scheduler, solvers.ddim(schedule, 10), schedule)

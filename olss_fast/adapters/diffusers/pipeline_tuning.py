@@ -21,13 +21,7 @@ from diffusers.utils import logging
 from tqdm import tqdm
 
 from olss_fast import solvers
-from olss_fast.adapters.diffusers.pipeline_calls import (
-    Call,
-    argument,
-    check_calls,
-    guidance_scales_of,
-    with_guidance,
-)
+from olss_fast.adapters.diffusers.pipeline_calls import Call, argument, check_calls, guidance_scales_of, with_guidance
 from olss_fast.adapters.diffusers.pipeline_network import PipelineNetwork, open_pipeline
 from olss_fast.capturing.capturing import capture
 from olss_fast.methods import ANALYTIC

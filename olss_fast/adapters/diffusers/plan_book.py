@@ -14,14 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from olss_fast.capturing.facts import (
-    CapturedFacts,
-    begin_of,
-    captured_facts,
-    name_of,
-    scheduler_class,
-    steps_of,
-)
+from olss_fast.capturing.facts import CapturedFacts, begin_of, captured_facts, name_of, scheduler_class, steps_of
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.executors.stepwise import check_runnable
 from olss_fast.plan.plan import Floats, Plan
