@@ -20,7 +20,7 @@ setup(
         Pybind11Extension(
             "olss_fast._C",
             sources=sorted(glob("csrc/*.cpp")),
-            depends=[*sorted(glob("csrc/*.h")), "csrc/runtime/step.h"],
+            depends=[*sorted(glob("csrc/*.h")), "csrc/runtime/run/step.h"],
             include_dirs=["csrc"],
             extra_compile_args=FLAGS,
             cxx_std=17,

@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "improve.h"
-#include "runtime/step.h"
+#include "runtime/run/step.h"
 
 namespace py = pybind11;
 

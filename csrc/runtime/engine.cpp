@@ -7,14 +7,14 @@
 #include <ATen/ops/randn.h>
 #include <torch/headeronly/version.h>
 
-#include "engine_file.h"
-#include "loop.h"
-#include "machine.h"
-#include "network.h"
+#include "engine/engine_file.h"
+#include "run/loop.h"
+#include "engine/machine.h"
+#include "run/network.h"
 #include "olss.h"
-#include "request.h"
-#include "tensors.h"
-#include "text.h"
+#include "run/request.h"
+#include "run/tensors.h"
+#include "files/text.h"
 #include "translate.h"
 
 namespace olss {

@@ -10,15 +10,15 @@
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randn.h>
 
-#include "arguments.h"
-#include "description_text.h"
-#include "engine_file.h"
+#include "run/arguments.h"
+#include "engine/description_text.h"
+#include "engine/engine_file.h"
 #include "olss.h"
-#include "request.h"
-#include "tensors.h"
-#include "text.h"
+#include "run/request.h"
+#include "run/tensors.h"
+#include "files/text.h"
 #include "translate.h"
-#include "values.h"
+#include "run/values.h"
 
 namespace {
 

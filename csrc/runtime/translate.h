@@ -7,7 +7,7 @@
 
 #include <c10/util/Exception.h>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

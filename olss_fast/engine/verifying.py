@@ -1,6 +1,7 @@
 """The checks of an engine file before any of its code is run.
 
-The C++ runtime (csrc/runtime/engine_file.cpp) has the same rules; tests/helpers/engine_mutants.py has cases for both.
+The C++ runtime (csrc/runtime/engine/engine_file.cpp) has the same rules; tests/helpers/engine_mutants.py has cases for
+both.
 """
 
 import hashlib

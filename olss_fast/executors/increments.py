@@ -39,7 +39,7 @@ class Increments(NamedTuple):
 def increments(rows: Floats, first_noise: int) -> Increments:
     """Increments of a plan's rows or of a scheduler's unscaled states; fresh noises: the columns from `first_noise`.
 
-    `csrc/runtime/increments.h` does the same, operation by operation.
+    `csrc/runtime/run/increments.h` does the same, operation by operation.
     """
     before, after, each = rows[:-1], rows[1:], np.arange(len(rows) - 1)
     pivots = np.array([0, *range(first_noise, rows.shape[1])])

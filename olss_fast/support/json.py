@@ -1,6 +1,6 @@
 """Strict JSON for files of unknown origin: anything that two readers might read differently is refused.
 
-The C++ runtime's reader (csrc/runtime/json.h) accepts and refuses the same texts.
+The C++ runtime's reader (csrc/runtime/files/json.h) accepts and refuses the same texts.
 """
 
 import json

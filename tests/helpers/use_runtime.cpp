@@ -15,9 +15,9 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 
-#include "npy.h"
+#include "files/npy.h"
 #include "olss.h"
-#include "values.h"
+#include "run/values.h"
 
 namespace {
 

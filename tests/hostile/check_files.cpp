@@ -4,9 +4,9 @@
 // exception, and whatever a sanitizer finds, ends the program with another exit code than 0.
 #include <iostream>
 
-#include "engine_file.h"
-#include "machine.h"
-#include "npy.h"
+#include "engine/engine_file.h"
+#include "engine/machine.h"
+#include "files/npy.h"
 
 void check_engine(const olss::Description& engine, const char* torch) {
     const std::vector<std::string> reasons =

@@ -1,4 +1,4 @@
-#include "tensors.h"
+#include "run/tensors.h"
 
 #include <cstring>
 
@@ -6,7 +6,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/ScalarType.h>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

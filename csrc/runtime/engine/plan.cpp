@@ -1,11 +1,11 @@
-#include "plan.h"
+#include "engine/plan.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

@@ -8,7 +8,7 @@
 
 #include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 
-#include "engine_file.h"
+#include "engine/engine_file.h"
 
 namespace olss {
 

@@ -1,13 +1,13 @@
-#include "engine_file.h"
+#include "engine/engine_file.h"
 
 #include <algorithm>
 #include <cctype>
 
-#include "layout.h"
-#include "manifest.h"
-#include "parallel.h"
-#include "sha256.h"
-#include "text.h"
+#include "engine/layout.h"
+#include "engine/manifest.h"
+#include "files/parallel.h"
+#include "files/sha256.h"
+#include "files/text.h"
 
 namespace olss {
 

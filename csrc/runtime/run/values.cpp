@@ -1,4 +1,4 @@
-#include "values.h"
+#include "run/values.h"
 
 #include <cstring>
 
@@ -6,13 +6,13 @@
 #include <ATen/ops/eq.h>
 #include <ATen/ops/isfinite.h>
 
-#include "arguments.h"
-#include "files.h"
-#include "npy.h"
-#include "png.h"
-#include "request.h"
-#include "tensors.h"
-#include "text.h"
+#include "run/arguments.h"
+#include "files/files.h"
+#include "files/npy.h"
+#include "files/png.h"
+#include "run/request.h"
+#include "run/tensors.h"
+#include "files/text.h"
 
 namespace olss {
 

@@ -1,4 +1,4 @@
-#include "png.h"
+#include "files/png.h"
 
 #include <algorithm>
 #include <array>

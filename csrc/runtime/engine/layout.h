@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "container.h"
+#include "files/container.h"
 
 namespace olss {
 

@@ -1,4 +1,4 @@
-#include "files.h"
+#include "files/files.h"
 
 #include <cerrno>
 #include <cstdlib>
@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

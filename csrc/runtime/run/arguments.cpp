@@ -1,4 +1,4 @@
-#include "arguments.h"
+#include "run/arguments.h"
 
 #include <charconv>
 #include <cmath>
@@ -6,7 +6,7 @@
 #include <limits>
 #include <set>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

@@ -1,6 +1,6 @@
-#include "description_text.h"
+#include "engine/description_text.h"
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

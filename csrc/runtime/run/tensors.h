@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "container.h"
+#include "files/container.h"
 
 namespace olss {
 

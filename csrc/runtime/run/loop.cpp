@@ -1,4 +1,4 @@
-#include "loop.h"
+#include "run/loop.h"
 
 #include <algorithm>
 
@@ -11,10 +11,10 @@
 #include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
 
-#include "increments.h"
-#include "tensors.h"
-#include "step.h"
-#include "text.h"
+#include "run/increments.h"
+#include "run/tensors.h"
+#include "run/step.h"
+#include "files/text.h"
 
 namespace olss {
 

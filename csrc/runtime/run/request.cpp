@@ -1,4 +1,4 @@
-#include "request.h"
+#include "run/request.h"
 
 #include <cmath>
 #include <set>
@@ -7,8 +7,8 @@
 #include <ATen/ops/equal.h>
 #include <ATen/ops/isfinite.h>
 
-#include "tensors.h"
-#include "text.h"
+#include "run/tensors.h"
+#include "files/text.h"
 
 namespace olss {
 

@@ -1,9 +1,9 @@
-#include "layout.h"
+#include "engine/layout.h"
 
 #include <algorithm>
 #include <optional>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

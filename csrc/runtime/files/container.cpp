@@ -1,11 +1,11 @@
-#include "container.h"
+#include "files/container.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "parallel.h"
-#include "sha256.h"
-#include "text.h"
+#include "files/parallel.h"
+#include "files/sha256.h"
+#include "files/text.h"
 
 namespace olss {
 

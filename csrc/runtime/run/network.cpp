@@ -1,11 +1,11 @@
-#include "network.h"
+#include "run/network.h"
 
 #include <algorithm>
 #include <thread>
 #include <unordered_map>
 
-#include "tensors.h"
-#include "text.h"
+#include "run/tensors.h"
+#include "files/text.h"
 #include "translate.h"
 
 namespace olss {

@@ -1,11 +1,11 @@
-#include "manifest.h"
+#include "engine/manifest.h"
 
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <set>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

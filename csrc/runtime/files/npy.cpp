@@ -1,12 +1,12 @@
-#include "npy.h"
+#include "files/npy.h"
 
 #include <algorithm>
 #include <charconv>
 #include <cstring>
 #include <limits>
 
-#include "files.h"
-#include "text.h"
+#include "files/files.h"
+#include "files/text.h"
 
 namespace olss {
 

@@ -1,11 +1,11 @@
-#include "machine.h"
+#include "engine/machine.h"
 
 #include <fstream>
 #include <sstream>
 
 #include <sys/utsname.h>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

@@ -7,8 +7,8 @@
 #include <string_view>
 #include <vector>
 
-#include "files.h"
-#include "json.h"
+#include "files/files.h"
+#include "files/json.h"
 #include "olss_description.h"
 
 namespace olss {

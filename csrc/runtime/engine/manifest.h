@@ -1,7 +1,7 @@
 // The manifest of an engine file as a Description.
 #pragma once
 
-#include "json.h"
+#include "files/json.h"
 #include "olss_description.h"
 
 namespace olss {

@@ -1,4 +1,4 @@
-#include "json.h"
+#include "files/json.h"
 
 #include <algorithm>
 #include <limits>
@@ -7,7 +7,7 @@
 #define JSON_NO_IO
 #include <nlohmann/json.hpp>
 
-#include "text.h"
+#include "files/text.h"
 
 namespace olss {
 

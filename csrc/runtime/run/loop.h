@@ -7,7 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "plan.h"
+#include "engine/plan.h"
 
 namespace olss {
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "container.h"
-#include "plan.h"
+#include "files/container.h"
+#include "engine/plan.h"
 
 namespace olss {
 
