@@ -8,6 +8,8 @@ The folder is at the root of the repository. With that root on sys.path it would
 transformers and diffusers look for: under that name it gives way to that package, and is otherwise empty.
 """
 
+from __future__ import annotations
+
 if __name__ == "olss_fast.kernels":
     from olss_fast.kernels.lincomb import lincomb
     from olss_fast.kernels.step import StepState, start, step

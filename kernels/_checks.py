@@ -1,5 +1,7 @@
 """Registration and checks shared by the ops. InputError says what came, what was expected and what to do."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

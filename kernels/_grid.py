@@ -1,5 +1,7 @@
 """The grid of a GPU launch: a function of the sizes only, so equal calls run equal code, without autotuning."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 VECTOR_BYTES = 16  # the widest load or store of one thread

@@ -3,6 +3,8 @@
 Sums are formed in float32 (float64 for float64) from the given values and rounded once, for any dtype.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -20,6 +20,8 @@ one CUDA graph of network and step, replayed S times, is a sampler, and another 
 capture. Nothing is read back by the host.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +74,7 @@ class StepState(NamedTuple):
     @classmethod
     def empty(
         cls, x: Tensor, time: Tensor, *, steps: int, noises: int = 0, branches: int = 1, doubled: bool = False
-    ) -> "StepState":
+    ) -> StepState:
         """Buffers for plans of up to `steps` evaluations and `noises` noises, around a network's two inputs.
 
         Raises InputError for steps < 1 or noises < 0, else as `step` does.
@@ -160,6 +162,9 @@ def step(output: Tensor, state: StepState) -> None:
     torch.ops.olss_fast.step(output, *state)
 
 
+# --- reference, and CPU path -----------------------------------------------------------------------------------------
+
+
 def step_reference(output: Tensor, state: StepState) -> None:
     """The equations above in plain torch."""
     history, rows, programs = state.history, state.rows, state.programs
@@ -201,6 +206,9 @@ def _write_row(state: StepState, row: int, known: int) -> None:
     state.time.copy_(state.timesteps[row])
 
 
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
 def _run_start(*arguments: Any) -> None:
     state = StepState(*arguments)
     tensors = {name: each for name, each in state._asdict().items() if isinstance(each, Tensor)}
@@ -233,6 +241,9 @@ _STATE = (
 )
 define("start", f"(Tensor history, {_STATE}", _run_start, fake=lambda *arguments: None)
 define("step", f"(Tensor output, Tensor(h!) history, {_STATE}", _run_step, fake=lambda output, *arguments: None)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_state(state: StepState) -> None:

@@ -4,6 +4,8 @@
 Everything else goes to `olss_fast.cli.commands`, and so does a damaged file, for the error message.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Sequence

@@ -4,6 +4,8 @@ All derive from `OlssError`, and from the built-in error that a caller would exp
 A message says what came, what was expected and what to do.
 """
 
+from __future__ import annotations
+
 
 class OlssError(Exception):
     """Base of every error of this package."""

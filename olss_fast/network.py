@@ -4,6 +4,8 @@ Classifier-free guidance (Ho & Salimans 2022) lives inside the output: f = u + g
 c the conditional output. With two branches u and c are returned separately.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,7 @@
 """Networks whose exact answer is known, for tests and benchmarks of samplers."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

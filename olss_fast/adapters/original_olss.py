@@ -17,6 +17,8 @@ more than 1,000 evaluations; other types, dtypes or shapes; a non-finite value; 
 exist yet; timesteps that do not fall or are outside the schedule.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import pickle
@@ -90,6 +92,9 @@ def _note(time: float, first: float) -> dict[str, str]:
         return {}
     text = f"begins at timestep {time:g} with pure noise, as its teacher did; the network expects some signal there"
     return {"note": f"{text} (the noise end is {first:g}), so contrast is lost"}
+
+
+# --- from bytes to arrays ------------------------------------------------------------------------------------------
 
 
 def _unpickled(data: bytes) -> object:

@@ -4,6 +4,8 @@ A plan of S evaluations has S + 1 rows of at least S + 1 numbers, so S is bounde
 where the scheduler's noise levels are defined, because most schedulers accept others silently.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -9,6 +9,8 @@ Noise columns are in the order in which the scheduler draws. Draws after the las
 before it keep their column, so a generator's stream fills the same columns as in the original.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -151,6 +153,9 @@ def _captured_again(plan: Plan, scheduler: Any, facts: CapturedFacts, changes: d
     return capture(scheduler, step_arguments=facts.step_arguments, **{**stored, **changes})
 
 
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
 def _rows(driver: Driver) -> tuple[Floats, Trace]:
     """(S+1, columns) and the run they come from; the run on random tensors also counts the noises."""
     basis, found = _probe(driver)
@@ -225,6 +230,9 @@ def _check_linear(driver: Driver, rows: Floats, basis: Floats, found: Floats) ->
             f"{LINEARITY:g} was expected) from its combination of x_T, network outputs and noises. "
             + linear_advice(driver.scheduler)
         )
+
+
+# --- what a captured plan remembers -----------------------------------------------------------------------------------
 
 
 def _title(scheduler: Any) -> str:

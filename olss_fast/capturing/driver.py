@@ -10,6 +10,8 @@ and turns narrowing casts of float64 states into copies, so the coefficients are
 rounding. The scheduler's tables are unchanged.
 """
 
+from __future__ import annotations
+
 import copy
 import inspect
 from collections.abc import Callable, Mapping

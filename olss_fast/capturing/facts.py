@@ -1,5 +1,7 @@
 """The record of the scheduler in a captured plan: JSON in metadata["scheduler"]."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

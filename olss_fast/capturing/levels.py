@@ -10,6 +10,8 @@ point-mass data, whose exact network outputs are known (see `plan.point_mass`). 
 it is the only one under which every row has its levels, or left open.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Callable, Mapping
@@ -129,6 +131,9 @@ def _schedule(scheduler: Any) -> NoiseSchedule | None:
         return None
 
 
+# --- levels of the network inputs -------------------------------------------------------------------------------------
+
+
 def _input_levels(driver: Driver, schedule: NoiseSchedule | None, index: int, scale: float) -> Pair:
     timestep = float(driver.timesteps[index])
     if index % driver.order and schedule is not None:
@@ -226,6 +231,8 @@ _LEVELS_OF_CLASS: dict[str, Callable[[Any, int], Pair]] = {
     "SCMScheduler": _trigonometric,
     "ConsistencyDecoderScheduler": _consistency_decoder,
 }
+
+# --- prediction type --------------------------------------------------------------------------------------------------
 
 _PREDICTIONS = {
     "IPNDMScheduler": ("v_prediction", "diffusers' IPNDM: noise level sin^2"),

@@ -1,5 +1,7 @@
 """Schedulers that cannot be plans, and the options that keep others from being one."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping
 from typing import Any

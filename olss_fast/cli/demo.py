@@ -1,5 +1,7 @@
 """`olss-fast demo`, and the files that `tune` and `demo` write."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

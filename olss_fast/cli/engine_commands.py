@@ -1,5 +1,7 @@
 """The commands of engine files: `olss-fast build`, `validate` and `bench`."""
 
+from __future__ import annotations
+
 import json
 import time
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Options and error handling shared by the commands of `olss-fast`."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from pathlib import Path

@@ -4,6 +4,8 @@ Nested mappings and sequences are flattened to dotted names ("added_cond_kwargs.
 tensors are baked into the code.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

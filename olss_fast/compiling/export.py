@@ -1,5 +1,7 @@
 """A network's graph for all sizes of a profile, by torch.export."""
 
+from __future__ import annotations
+
 import re
 import traceback
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ def export(
     rest = tuple(batch if own else {} for own in per_sample)
     dynamic = (axes, batch, rest) if rest else (axes, batch)
 
-    def traced(questions: "_Questions") -> ExportedProgram:
+    def traced(questions: _Questions) -> ExportedProgram:
         with torch.no_grad(), quiet(), _CheckedIndices(), questions:
             return torch.export.export(flat, tuple(inputs), dynamic_shapes=dynamic, strict=False)
 
@@ -91,7 +93,7 @@ class _Questions(AbstractContextManager["_Questions"]):
         self.asked: set[str] = set()
         self._opposite = opposite
 
-    def __enter__(self) -> "_Questions":
+    def __enter__(self) -> _Questions:
         self._before = torch.SymBool.__bool__
         torch.SymBool.__bool__ = lambda question: self._answer(question)  # type: ignore[method-assign]
         return self

@@ -1,5 +1,7 @@
 """Torch's compiler without its warnings, and its errors in one line."""
 
+from __future__ import annotations
+
 import logging
 import warnings
 from collections.abc import Iterator

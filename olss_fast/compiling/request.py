@@ -1,5 +1,7 @@
 """The arguments of `build`, all checked before minutes are spent on compiling."""
 
+from __future__ import annotations
+
 import copy
 import re
 from collections.abc import Mapping, Sequence

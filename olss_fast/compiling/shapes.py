@@ -1,5 +1,7 @@
 """The shapes of noise that an engine is built for."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -51,7 +53,7 @@ class Profile:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, shapes: "Profile | Sequence[int]") -> "Profile":
+    def of(cls, shapes: Profile | Sequence[int]) -> Profile:
         """The profile itself, or that of one fixed shape."""
         return shapes if isinstance(shapes, Profile) else cls(shapes, shapes, shapes)
 

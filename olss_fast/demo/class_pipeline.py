@@ -1,5 +1,7 @@
 """A class-conditional diffusers pipeline for the embedded model."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """The small convolutional classifier that judges the demo model's images, and its features."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from itertools import pairwise
 

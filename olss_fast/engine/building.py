@@ -1,5 +1,7 @@
 """`build`: an engine from a network and plans."""
 
+from __future__ import annotations
+
 import os
 import statistics
 import time

@@ -4,6 +4,8 @@ The folder is `OLSS_FAST_CACHE`, else `olss_fast` in the user's cache folder. It
 nobody else may write there.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json

@@ -4,6 +4,8 @@ The code contains no weights. It reads them from the memory passed to it, so the
 once serves every network of the same structure.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -1,6 +1,8 @@
 """Text description of an engine file, from its header, with the SHA-256 of the whole file. For speed, only the standard
 library is used."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterable, Mapping

@@ -1,5 +1,7 @@
 """`Engine`: compiled code, weights and plans, ready to sample; `load_engine` reads one from a file."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 

@@ -1,5 +1,7 @@
 """Checks of a call's inputs against those an engine was built for. Compiled code checks nothing itself."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """This machine and its software, as relevant to compiled code. Imports nothing heavy."""
 
+from __future__ import annotations
+
 import platform
 import re
 import sys

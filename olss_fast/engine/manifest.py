@@ -3,6 +3,8 @@
 The names below are those in the file. Every member is required, and no others are allowed.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

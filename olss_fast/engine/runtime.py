@@ -1,5 +1,7 @@
 """Builds the C++ runtime of engine files (csrc/runtime): the library, its headers and the program `olss-run`."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import secrets

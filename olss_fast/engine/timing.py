@@ -1,5 +1,7 @@
 """Timing an engine: its calls, and its network calls alone."""
 
+from __future__ import annotations
+
 import csv
 import json
 import math

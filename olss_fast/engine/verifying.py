@@ -4,6 +4,8 @@ The C++ runtime (csrc/runtime/engine/engine_file.cpp) has the same rules; tests/
 both.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Mapping

@@ -10,6 +10,8 @@ So a file beside the code, `weights.json`, describes what the code was compiled 
 A manifest or weights that differ from it are refused.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -4,6 +4,8 @@ A stream is a torch.Generator. It gives the initial noise first, then all fresh 
 several streams each sample gets the noise of a batch of its own, reproducible from one generator with the same seed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

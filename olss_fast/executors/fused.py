@@ -4,6 +4,8 @@ Every table of the plan lies in device memory in the layout of `StepState`, whos
 plan, guidance scale or noise is written over the old one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -6,6 +6,8 @@ the old one, without a capture. In-place changes of weights take effect; if a pa
 replaced (as adapters do), the graph would read freed memory, so it is captured again.
 """
 
+from __future__ import annotations
+
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -4,6 +4,8 @@ On the CPU the operators of `olss_fast.kernels` are some twenty small operations
 microseconds; between two network calls, which evict them, ten times that.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch

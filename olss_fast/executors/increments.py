@@ -15,6 +15,8 @@ embedded model in bfloat16 both forms agree at 8 to 20 steps (2.7e-3 to 3.8e-3);
 precision: a sample changed between two steps is then used as it is.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np

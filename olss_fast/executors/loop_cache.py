@@ -1,5 +1,7 @@
 """Loops by shape: buffers and graphs are made once, kept while in use, and overwritten between runs."""
 
+from __future__ import annotations
+
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence

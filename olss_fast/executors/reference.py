@@ -5,6 +5,8 @@ outputs are kept exactly as the network returned them and each row is computed f
 is carried from step to step. This is the only loop over a plan in torch: sampling, recording, fitting, scoring run it.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -65,7 +67,7 @@ class Loop:
         self.follow(steps)
         self._pairs = _one_step(steps) if len(steps.timesteps) > LONG and not self._noises else None
 
-    def follow(self, steps: Steps) -> "Loop":
+    def follow(self, steps: Steps) -> Loop:
         """Continue with other steps, such as the same plus one more fitted row."""
         rows = steps.rows if isinstance(steps.rows, Tensor) else torch.tensor(steps.rows, device=self._basis.device)
         self.plan, self._x, self._pairs = steps, None, None
@@ -110,13 +112,13 @@ class Loop:
         self.push(outputs)
         return outputs
 
-    def finish(self, evaluate: Evaluate) -> "Loop":
+    def finish(self, evaluate: Evaluate) -> Loop:
         """Run the remaining evaluations; then `x` is the sample."""
         while not self.done:
             self.ask(evaluate)
         return self
 
-    def fork(self, steps: Steps) -> "Loop":
+    def fork(self, steps: Steps) -> Loop:
         """A loop of other steps, at most as many as memory was allocated for, from the columns so far. Both share
         memory: finish a fork before this loop, or another fork of it, continues."""
         return copy.copy(self).follow(steps)

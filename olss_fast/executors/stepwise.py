@@ -16,6 +16,8 @@ Noises are drawn in the order of their columns, each at the step that forms the 
 A sampler that draws in this order must have drawn it by then, so both use a generator's stream alike.
 """
 
+from __future__ import annotations
+
 import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,7 +207,7 @@ class Run:
         self.step, self.returned, self.version = k + 1, row, _version(row)
         return row
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         """An independent run from here on. Gradients flow back through the shared past to the same leaves."""
         again = copy.copy(self)
         again.history = self.history.clone()

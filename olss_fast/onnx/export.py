@@ -97,6 +97,9 @@ def export_onnx(
     save(loop_model(program, plan, arguments, request.profile.opt[1:], guidance_scale=scale), path)
 
 
+# --- checks, before any work -----------------------------------------------------------------------------------------
+
+
 def _check_plan(plan: Any) -> None:
     if checked_plan(plan).models.any():
         asked = sorted({*plan.models.tolist()})
@@ -148,6 +151,9 @@ def _request(
                 f"{sizes[0]}: one doubled batch cannot hold both"
             )
     return request
+
+
+# --- one call of the network as a graph ------------------------------------------------------------------------------
 
 
 def _one_call(request: Request) -> onnx_ir.Model:

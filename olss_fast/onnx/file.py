@@ -1,5 +1,7 @@
 """ONNX models as files: checked and written atomically, with weights too large for one file in a second one."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Iterator

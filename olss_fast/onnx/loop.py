@@ -14,6 +14,8 @@ holds values rounded to the network's dtype, in the dtype of the sums. If both d
 rows are increments (`olss_fast.executors.increments`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -16,6 +16,8 @@ Also forbidden, besides what the container forbids, each with its own message: a
 dtypes, dimensions or members; whatever `Plan` forbids (non-finite values, causality violations, inconsistent shapes).
 """
 
+from __future__ import annotations
+
 import io
 import os
 from typing import Any

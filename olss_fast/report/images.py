@@ -1,5 +1,7 @@
 """Samples as image files."""
 
+from __future__ import annotations
+
 import io
 import math
 from collections.abc import Sequence

@@ -5,6 +5,8 @@ The error of a candidate is the RMSE of each of its samples to the teacher's sam
 compared with each other, and `len(candidate.errors)` says on how many a candidate was scored.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping
@@ -99,7 +101,7 @@ class Candidate:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Candidate":
+    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
         """The candidate whose `to_dict` is `data`."""
         return cls(
             name=str(data["name"]),
@@ -257,7 +259,7 @@ class Report:
         return Path(path)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Report":
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Raises `InputError` for what is not a report, or one of a newer version."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise InputError(f"this is no {FORMAT} file: it does not begin with that format's name")
@@ -277,7 +279,7 @@ class Report:
             raise InputError(f"the report is damaged: {type(error).__name__}: {error}; tune again") from error
 
     @classmethod
-    def from_json(cls, path: PathLike) -> "Report":
+    def from_json(cls, path: PathLike) -> Report:
         """Raises `InputError` if the file is missing, too large or no report."""
         try:
             return cls.from_dict(json.loads(read_bounded(path, LARGEST_FILE, error=InputError)))

@@ -1,5 +1,7 @@
 """Calls written for older versions: (plan, network) where it is now (network, plan), `example=` for `conditioning=`."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 import warnings

@@ -9,6 +9,8 @@
 "auto" is graph on CUDA and fused elsewhere.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

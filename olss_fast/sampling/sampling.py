@@ -1,5 +1,7 @@
 """`olss_fast.sample`: run a Plan on a network."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,5 +1,7 @@
 """Runs that start from an image, noised to the level of one of the plan's rows."""
 
+from __future__ import annotations
+
 from functools import lru_cache
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Checks that a plan belongs to a model."""
 
+from __future__ import annotations
+
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule

@@ -1,5 +1,7 @@
 """Reading a `NoiseSchedule` from a diffusers scheduler or from its configuration. diffusers is not imported."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -71,6 +71,8 @@ class NoiseSchedule:
         if not 0.0 < number("sigma_data", self.sigma_data) < np.inf:
             raise ScheduleError(f"sigma_data is {self.sigma_data!r}; expected a positive number")
 
+    # --- constructors -------------------------------------------------------------------------------------------
+
     @classmethod
     def from_betas(
         cls, betas: npt.ArrayLike, *, prediction_type: str = "epsilon", label: str = "", leading_offset: int = 0
@@ -205,6 +207,8 @@ class NoiseSchedule:
             )
         return replace(self, curve=self.curve.begun_at(timestep), from_sample=True, leading_offset=0)
 
+    # --- functions of the timestep ------------------------------------------------------------------------------
+
     @property
     def first(self) -> float:
         """Timestep of the noise end."""
@@ -270,6 +274,8 @@ class NoiseSchedule:
     def timesteps(self, steps: int, spacing: str = "trailing") -> FloatArray:
         """(steps,) timesteps, noise falling; `spacing` is one of SPACINGS (see olss_fast.schedule.spacings)."""
         return space_timesteps(self.curve, check_steps(steps), spacing, self.leading_offset)
+
+    # --- for people and for files -------------------------------------------------------------------------------
 
     def describe(self) -> str:
         """One line: kind, range, prediction type."""

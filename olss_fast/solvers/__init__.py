@@ -11,6 +11,8 @@ sqrt(alpha^2 + sigma^2)). `timesteps` are the evaluation times; heun and pndm as
 All raise InputError for impossible arguments, and ScheduleError for times or spacings that the schedule lacks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 

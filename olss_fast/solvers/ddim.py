@@ -7,6 +7,8 @@ Song et al., "Denoising diffusion implicit models", 2021, eq. 12 and 16, written
 eta = 0 is the Euler step of d(x/alpha) = eps d(rho) and of the flow dx = (eps - x0) d(sigma), eta = 1 ancestral Euler.
 """
 
+from __future__ import annotations
+
 import math
 
 import numpy.typing as npt

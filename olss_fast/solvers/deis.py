@@ -6,6 +6,8 @@ p is the polynomial through the last `order` answers eps. As log rho = -lam, thi
 `exponential` with exact weights.
 """
 
+from __future__ import annotations
+
 import numpy.typing as npt
 
 from olss_fast.plan.plan import Plan

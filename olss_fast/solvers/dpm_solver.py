@@ -13,6 +13,8 @@ The last evaluation always stands alone (order 1, on to the clean sample), and w
 one shorter group precedes it; so every number of evaluations is possible. All times are evaluation times.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

@@ -13,6 +13,8 @@ I_n = int_0^h e^(v - h) (v / h)^n dv:
 The published third order counts the curvature half, which leaves it of order 2; "exact" is of order 3.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

@@ -9,6 +9,8 @@ Two evaluations a step, one in the last, which is Euler's: N times take S = 2 N 
 step, where the answer hardly changes, is Euler's too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy.typing as npt

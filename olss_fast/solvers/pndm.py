@@ -8,6 +8,8 @@ The transfer is exact for constant eps only, so the order of convergence is 2 at
 published, the last step, on to the clean sample, averages too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -5,6 +5,8 @@ has timesteps[b:] and the rows of the same solver begun there, without history, 
 stands for the first network input.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,7 +117,7 @@ class _PlanCurve(Unbent):
     def describe(self) -> str:
         return self.description
 
-    def begun_at(self, timestep: float) -> "_PlanCurve":
+    def begun_at(self, timestep: float) -> _PlanCurve:
         return self
 
 

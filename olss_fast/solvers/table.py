@@ -3,6 +3,8 @@
 A new solver is a file with its function, and a row here (docs/adding.md).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -5,6 +5,8 @@ vector of its coefficients. `Tape.evaluate` notes the network input and answers 
 vector; so the solver's own arithmetic, in float64, assembles the rows.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import numpy.typing as npt
 

@@ -9,6 +9,8 @@ The network is asked at predicted states; corrected ones are where the next step
 start and fall to 1 at the end.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,5 +1,7 @@
 """Checks of the arguments of public calls, with one message each."""
 
+from __future__ import annotations
+
 import math
 import operator
 from typing import Any

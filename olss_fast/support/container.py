@@ -22,6 +22,8 @@ expand beyond the file's size or write elsewhere. Nothing is ever unpickled or e
 The same content always gives the same bytes. Readers refuse unknown versions: any change of meaning gets a new number.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -74,7 +76,7 @@ class Blob:
     data: memoryview
 
     @classmethod
-    def of_bytes(cls, data: bytes | memoryview) -> "Blob":
+    def of_bytes(cls, data: bytes | memoryview) -> Blob:
         """Raw bytes as a U8 tensor."""
         return cls("U8", (len(data),), memoryview(data))
 
@@ -238,6 +240,9 @@ def _in_file(head: bytes, file: BinaryIO) -> Content:
     return content
 
 
+# --- the header ----------------------------------------------------------------------------------------------------
+
+
 def _header_length(first: bytes, size: int, format: Format) -> int:
     if size > format.most_bytes:
         refuse(f"it has {size} bytes; expected at most {format.most_bytes}")
@@ -292,6 +297,7 @@ def _check_version(version: object, format: Format) -> None:
         )
 
 
+# --- the tensors ---------------------------------------------------------------------------------------------------
 def _table(header: dict[str, Any], size: int) -> Iterator[Row]:
     """Name, dtype, shape, begin and end of each tensor. Together they fill the `size` bytes of data."""
     last = 0

@@ -1,5 +1,7 @@
 """Choosing a device by the user's name for it."""
 
+from __future__ import annotations
+
 import threading
 import time
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """Reading and writing whole files: a crash, a full disk or a hostile path ends in a named error."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import stat

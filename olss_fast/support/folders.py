@@ -1,5 +1,7 @@
 """Output folders, checked before the work starts."""
 
+from __future__ import annotations
+
 import tempfile
 from contextlib import suppress
 from pathlib import Path

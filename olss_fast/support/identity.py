@@ -18,6 +18,8 @@ libraries and opaque objects (written in C) are identified by name: only calling
 A call may change a network: a counter, a cache. `moving` names such places, and `differences` leaves them out.
 """
 
+from __future__ import annotations
+
 import collections
 import copyreg
 import dis
@@ -213,6 +215,9 @@ def _array(value: Any) -> bytes | None:
     return None if array.dtype.hasobject else f"{array.shape} {array.dtype}".encode() + array.tobytes()
 
 
+# --- what an object consists of ---------------------------------------------------------------------------------------
+
+
 def consists_of(value: Any) -> tuple[str | bytes, Children]:
     """The object's own description, and its parts by name: ".attribute" or "[item]"."""
     if hasattr(type(value), "what_is_asked"):  # it knows best
@@ -360,6 +365,8 @@ _KINDS: tuple[tuple[Any, Callable[[Any], tuple[str | bytes, Children]]], ...] = 
     (type, _class),
 )
 
+
+# --- the memory in which weights lie ----------------------------------------------------------------------------------
 
 Watched = tuple[Mapping[str, Any], str, str, object]
 """The holder of a parameter, buffer or module, its key there, its name, and a value that changes if it is replaced."""

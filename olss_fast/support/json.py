@@ -3,6 +3,8 @@
 The C++ runtime's reader (csrc/runtime/files/json.h) accepts and refuses the same texts.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from typing import Any, NoReturn

@@ -1,5 +1,7 @@
 """Errors that a network raises because of an argument, reworded to name the argument."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

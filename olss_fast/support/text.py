@@ -1,5 +1,7 @@
 """Showing text of unknown origin: metadata of a foreign file, a path, a value that was not expected."""
 
+from __future__ import annotations
+
 from typing import Any
 
 

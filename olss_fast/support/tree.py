@@ -4,6 +4,8 @@ Leaves are tensors, arrays, and objects that hold none. Dataclasses, and mapping
 if they hold tensors; such mappings come back as dicts.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import lru_cache

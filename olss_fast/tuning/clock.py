@@ -1,5 +1,7 @@
 """Progress bars, and what each stage of a tuning or a comparison cost."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """Score all analytic solvers, and given plans, against one teacher at several numbers of evaluations."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor

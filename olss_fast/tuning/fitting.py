@@ -10,6 +10,8 @@ an analytic solver at the same times (Duan et al. 2023, section 4, with the shri
 the student's own rollout, row after row, and so correct the drift of the earlier rows.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,11 +50,11 @@ class Task:
     def noise(self) -> Tensor:
         return self.denoiser.noise
 
-    def rollout(self, student: "Student", chunk: slice, known: Tensor | None = None) -> Loop:
+    def rollout(self, student: Student, chunk: slice, known: Tensor | None = None) -> Loop:
         """The student's run on the samples `chunk`, made to its end; `known`: the columns that it begins with."""
         return Loop(student, self.noise[chunk][None] if known is None else known).finish(self.denoiser.asking(chunk))
 
-    def with_branches(self, branches: int) -> "Task":
+    def with_branches(self, branches: int) -> Task:
         return replace(self, branches=branches)
 
 

@@ -1,5 +1,7 @@
 """Records a teacher, and scores plans by their distance to it: given ones, analytic solvers, and rivals."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

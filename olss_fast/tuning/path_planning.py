@@ -18,6 +18,8 @@ The work is done in C++ (`csrc/`), without the interpreter's lock. An error belo
 0, and a column of which less than 1e-10 is left beside the others as collinear with them: both are rounding.
 """
 
+from __future__ import annotations
+
 import itertools
 import operator
 from collections.abc import Sequence

@@ -5,6 +5,8 @@ counts: rows are fitted on-policy on some fit samples and the error of the sampl
 validation samples. A change of node k leaves the evaluations before it as they are, so a trial costs n - k.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """The checked inputs of a tuning: its teacher, its numbers of steps, and the split of the samples."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from typing import Any

@@ -6,6 +6,8 @@ triangle whatever the number of samples. R factors of several processes merge by
 again and again are the states that a student is to reach: they are kept in float32, the basis is not kept.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ class Split:
     held_out: range
 
     @staticmethod
-    def of(samples: int, *, validation: int, held_out: int) -> "Split":
+    def of(samples: int, *, validation: int, held_out: int) -> Split:
         """The last `held_out` samples, the `validation` before them, and the rest."""
         first, second = samples - validation - held_out, samples - held_out
         return Split(range(first), range(first, second), range(second, samples))

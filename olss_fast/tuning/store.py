@@ -9,6 +9,8 @@ A file says its own SHA-256: of its content with 64 zeros in the place of these 
 looked at once in every process, before anything of the file is used.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import shutil

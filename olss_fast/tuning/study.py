@@ -1,5 +1,7 @@
 """The work that methods share at one number of steps: paths, fits and their polish, each done when first needed."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +44,7 @@ class Effort:
     split_up_to: int = 4
 
     @staticmethod
-    def light() -> "Effort":
+    def light() -> Effort:
         """About a tenth of the default's polish, and a coarser search for paths."""
         return Effort(
             polish_iterations=2,

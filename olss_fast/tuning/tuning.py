@@ -5,6 +5,8 @@ every analytic solver at the same number of network evaluations. The winner's pl
 never worse than the best analytic one on held-out data.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Sequence

@@ -11,6 +11,8 @@ for anything that may matter between steps (a callback, `guidance_rescale`, `den
 if its plan draws fresh noise.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import warnings
@@ -59,7 +61,7 @@ class LoopScheduler(PlanScheduler):
     finished: Tensor | None = None
 
     @classmethod
-    def of(cls, scheduler: PlanScheduler) -> "LoopScheduler":
+    def of(cls, scheduler: PlanScheduler) -> LoopScheduler:
         """One with the plans of `scheduler` and a session of its own."""
         loop = cls.__new__(cls)
         vars(loop).update(vars(scheduler), _sessions=Sessions(Session(), torch.empty(0, device="cpu")))

@@ -7,6 +7,8 @@ Only safetensors weights are read, nothing is unpickled and nothing is downloade
 as clipping the predicted image, are not applied to a bare network: a Plan is linear.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The calls of a pipeline: its arguments, its guidance scales, and calls for the prompts of a text file."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -9,6 +9,8 @@ decoded: a call never ends, it is closed while it waits.
 Latents are network inputs here, as everywhere in a Plan: `scale_model_input` is the identity.
 """
 
+from __future__ import annotations
+
 import contextvars
 import copy
 import math

@@ -1,5 +1,7 @@
 """The stand-in for a pipeline's scheduler while it is evaluated from outside; see `pipeline_network`."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

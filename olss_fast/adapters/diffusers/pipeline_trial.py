@@ -5,6 +5,8 @@ then passed through the slot (`pipeline_network`): the output must be the same. 
 its scheduler's state (StableDiffusionLatentUpscalePipeline reads `sigmas`), also for unknown classes.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 from collections.abc import Callable, Mapping

@@ -9,6 +9,8 @@ The pipeline is evaluated through its scheduler slot (`pipeline_network`), so gu
 and video work as in normal use; the tuning itself is that of `tuning`.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -5,6 +5,8 @@ is fixed: its timesteps are absolute, so it accepts any `mu` and the plain grid 
 pass, and refuses everything else.
 """
 
+from __future__ import annotations
+
 import json
 import operator
 from collections.abc import Callable, Mapping

@@ -30,6 +30,8 @@ A NaN from the network: on the CPU the last step checks for it; on accelerators 
 `require_finite()`.
 """
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -94,7 +96,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
     @classmethod
     def from_pipe(
         cls, pipe: Any, plans: Plan | Mapping[Any, Plan] | Iterable[Plan], *, check: bool = True
-    ) -> "PlanScheduler":
+    ) -> PlanScheduler:
         """A PlanScheduler to replace `pipe.scheduler`; the pipeline is unchanged: assign it.
 
         InputError if the pipeline has no scheduler slot or does not use it, or (unless `check` is False) a plan was
@@ -161,6 +163,8 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         if schedule is None or schedule.first != count - 1:
             raise AttributeError("alphas_cumprod: the network's schedule is not known, or not one of betas")
         return torch.from_numpy(schedule.alpha(np.arange(count)) ** 2).float()
+
+    # --- before a run -------------------------------------------------------------------------------------------------
 
     def set_timesteps(
         self,
@@ -238,6 +242,8 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """`add_noise`, as pipelines of flow models call it."""
         return self.add_noise(sample, noise, timestep)
+
+    # --- a run --------------------------------------------------------------------------------------------------------
 
     def step(
         self,

@@ -5,6 +5,8 @@ level, where pipelines and other schedulers look for them. Names with an undersc
 silently from one scheduler's config to the next.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -9,6 +9,8 @@ because of the plan.
 `check_slot` finds what can be detected before a call.
 """
 
+from __future__ import annotations
+
 import inspect
 import sys
 from collections.abc import Mapping

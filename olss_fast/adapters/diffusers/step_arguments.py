@@ -6,6 +6,8 @@ A captured plan expects the value it was captured with: `step_arguments`, else t
 scheduler's own class. So pipe(eta=0.0) with a plan of a TCDScheduler, whose default is 0.3, does not go unnoticed.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Mapping, Sequence
