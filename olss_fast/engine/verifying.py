@@ -1,7 +1,7 @@
 """The checks of an engine file before any of its code is run.
 
-The C++ runtime (csrc/runtime/engine/engine_file.cpp) has the same rules; tests/helpers/engine_mutants.py has cases for
-both.
+The C++ runtime (csrc/runtime/engine/engine_file.cpp) has the same rules; both are tested by the cases of
+tests/helpers/engine_files/engine_mutants.py.
 """
 
 from __future__ import annotations

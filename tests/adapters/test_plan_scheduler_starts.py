@@ -103,7 +103,7 @@ def test_learned_plans_begin_where_they_were_fitted() -> None:
     torch.testing.assert_close(run(scheduler, NOISE, begin=5), reference(part, NOISE))
     scheduler.set_timesteps(8)
     for wrong in (0, 4):
-        with pytest.raises(InputError, match=r"fitted for the last 3 of 8 steps, and this run takes .*tune_pipeline"):
+        with pytest.raises(InputError, match=r"fitted for the last 3 of 8 steps, but this run takes .*tune_pipeline"):
             scheduler.set_begin_index(wrong)
     whole = PlanScheduler(learned(solvers.ddim(SCHEDULE, 8)))
     whole.set_timesteps(8)

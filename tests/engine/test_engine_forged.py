@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_bytes import EngineBytes, framed, signed
+from engines import GUIDED
 from hostile_engines import flipped, light, nothing_mapped, outcome, refuses
 
 from olss_fast.engine.describe import inspected
@@ -23,6 +24,11 @@ from olss_fast.plan.file import plan_to_bytes
 def hostile(tmp_path: Path) -> Iterator[Path]:
     with nothing_mapped(tmp_path) as path:
         yield path
+
+
+def put(tree: Any, where: str, value: Any) -> None:
+    *above, last = (int(each) if each.isdigit() else each for each in where.split("."))
+    functools.reduce(lambda part, key: part[key], above, tree)[last] = value
 
 
 @pytest.mark.parametrize(
@@ -103,9 +109,7 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
     ids=lambda each: repr(each)[:30],
 )
 def test_manifests_that_say_what_cannot_be(hostile: Path, where: str, value: Any, message: str) -> None:
-    parts = light()
-    *above, last = (int(each) if each.isdigit() else each for each in where.split("."))
-    functools.reduce(lambda tree, key: tree[key], above, parts.manifest)[last] = value
+    put((parts := light()).manifest, where, value)
     refuses(hostile, (parts.bound() if where.startswith(("inputs", "doubled")) else parts).file(), message)
 
 
@@ -124,9 +128,7 @@ def test_manifests_that_say_what_cannot_be(hostile: Path, where: str, value: Any
     ],
 )
 def test_manifests_that_the_code_was_not_compiled_for(hostile: Path, where: str, value: Any) -> None:
-    parts = light()
-    *above, last = (int(each) if each.isdigit() else each for each in where.split("."))
-    functools.reduce(lambda tree, key: tree[key], above, parts.manifest)[last] = value
+    put((parts := light()).manifest, where, value)
     name = where.removeprefix("machine.").partition(".")[0]
     refuses(hostile, parts.hashed().file(), f"its {name} is .* and its code was compiled for .*: build it again")
 
@@ -388,8 +390,6 @@ def test_plans_altered_inside(hostile: Path) -> None:
 
 def test_plans_altered_inside_with_a_right_checksum(hostile: Path) -> None:
     """They are plans, and may be other ones; a plan for two networks cannot be run."""
-    from engines import GUIDED
-
     two = GUIDED["three"].replace(models=[0, 1, 0])
     refuses(hostile, with_plan(plan_to_bytes(two)), "plan 'three' needs more than one network")
     refuses(hostile, with_plan(plan_to_bytes(GUIDED["two"])), "its manifest says of a plan")

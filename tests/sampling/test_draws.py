@@ -137,7 +137,7 @@ def test_a_captured_plan_starts_as_its_scheduler_does() -> None:
 
 def test_a_fitted_plan_starts_where_it_was_fitted() -> None:
     fitted = PLAN.replace(metadata={"method": "olss"})
-    with pytest.raises(InputError, match="was fitted for all 6 steps, and this run takes the last"):
+    with pytest.raises(InputError, match="was fitted for all 6 steps, but this run takes the last"):
         olss_fast.sample(network, fitted, NOISE, init_image=IMAGE, strength=0.5)
     later = truncate(PLAN, SCHEDULE, 3)
     metadata = {"method": "olss", "begin": "3", "num_inference_steps": "6"}

@@ -15,7 +15,7 @@ from olss_fast.engine import runtime
 from olss_fast.errors import BuildError
 
 FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-runtime-")  # gone when the interpreter ends
-CHECKER = Path(__file__).parents[1] / "hostile" / "check_files.cpp"
+CHECKER = Path(__file__).parents[2] / "hostile" / "check_files.cpp"
 READERS = ("files", "engine")  # these folders know nothing of torch
 SANITIZED = ["-std=c++20", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
