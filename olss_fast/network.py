@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from olss_fast.errors import InputError, NetworkError
 from olss_fast.support.network_failures import naming_arguments
 from olss_fast.support.text import quoted
 from olss_fast.support.tree import LEAVES, Flat, Path, as_tensor, flat, in_list, mapped, paired, spelled, with_paths
+
+if TYPE_CHECKING:
+    from olss_fast.plan.plan import Plan
 
 Network = Callable[..., Any]
 """`network(x, timestep, **conditioning) -> raw output`: x (B, ...), timestep (B,) float32, output of x's shape."""
@@ -57,6 +61,19 @@ def network_device(networks: Sequence[Network]) -> torch.device | None:
     """The device of the networks' parameters; None if none are found."""
     modules = [module for module in map(module_of, networks) if module is not None]
     return next((parameter.device for module in modules for parameter in module.parameters()), None)
+
+
+class OwnStart(ABC):
+    """A network whose runs begin in one way only, as when a pipeline hands its own latents over: row 0 and the first
+    timestep of a tuned plan are then the teacher's."""
+
+    @abstractmethod
+    def admits(self, plan: Plan) -> bool:
+        """True if a run can begin as the plan does."""
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As a `Network`."""
 
 
 class Denoiser:

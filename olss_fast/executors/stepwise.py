@@ -223,7 +223,7 @@ class Run:
     def _row(self, k: int) -> Tensor:
         """Row k+1, a new tensor of the sample's dtype and shape."""
         weights, begin = self.weights[k], self.layout.begins[k]
-        columns = self.history.as_strided((self.numel, len(weights)), (1, self.numel), begin * self.numel)
+        columns = self.history.as_strided((self.numel, weights.shape[0]), (1, self.numel), begin * self.numel)
         if torch.is_autocast_enabled(self.kind):
             with torch.autocast(self.kind, enabled=False):  # which would form the row in half precision
                 row = torch.mv(columns, weights)

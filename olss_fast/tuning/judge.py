@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from olss_fast.methods import ANALYTIC, kind_of, title_of
+from olss_fast.network import OwnStart
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Candidate
 from olss_fast.schedule.noise_schedule import NoiseSchedule
@@ -36,8 +37,8 @@ def recorded(
 ) -> Iterator[Task]:
     """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
 
-    The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`. A
-    network may say that runs begin in one way only, as `fixed_start` (see `Task`). Raises `NetworkError`, `StoreError`.
+    The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`.
+    Raises `NetworkError`, `StoreError`.
     """
     denoiser, samples = clock.denoiser, clock.denoiser.samples
     split = split or Split(range(0), range(0), range(samples))
@@ -47,8 +48,7 @@ def recorded(
             place = recording_store(store, teacher, denoiser, schedule=schedule, split=split, batch_size=size)
             opened = stack.enter_context(place)
             recording = record(teacher, denoiser, store=opened, split=split, batch_size=size, progress=tick)
-        fixed = getattr(denoiser.networks[0], "fixed_start", False)
-        yield Task(recording, denoiser, schedule, fixed_start=fixed)
+        yield Task(recording, denoiser, schedule, fixed_start=isinstance(denoiser.networks[0], OwnStart))
 
 
 def default_batch_size(teacher: Plan, noise: Tensor) -> int:
@@ -58,8 +58,7 @@ def default_batch_size(teacher: Plan, noise: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores plans on held-out noise, beside analytic solvers and `rivals`: those that the network `admits`, if it has
-    a say.
+    """Scores plans on held-out noise, beside analytic solvers and `rivals`, those that an `OwnStart` admits.
 
     stage  what the report calls the work
     first  how many samples every plan is scored on before hopeless ones are dropped
@@ -74,9 +73,11 @@ class Judge:
     def candidates(self, nfe: int, own: Sequence[Plan]) -> list[Candidate]:
         """All plans of `nfe` evaluations with their errors: first `own`, which are scored on all samples."""
         held_out, store = self.task.recording.split.held_out, self.task.recording.store
-        admits = getattr(self.task.denoiser.networks[0], "admits", lambda plan: True)
+        network = self.task.denoiser.networks[0]
         others = with_rivals(candidates(self.task.schedule, nfe), self.rivals)
-        plans = [*own, *(plan for plan in others if plan not in own and admits(plan))]
+        if isinstance(network, OwnStart):
+            others = list(filter(network.admits, others))
+        plans = [*own, *(plan for plan in others if plan not in own)]
         total = expected_evaluations(plans, len(held_out), self.first)
         with self.clock.stage(self.stage, f"{nfe:>2} steps, {len(plans)} samplers", total) as tick:
             keep = range(len(own))

@@ -10,6 +10,7 @@ import torch
 
 import olss_fast
 from olss_fast.errors import InputError, NetworkError
+from olss_fast.network import OwnStart
 from olss_fast.testing import NULL_CLASS, ExactMixture
 from olss_fast.tuning.compare import compare
 from olss_fast.tuning.preparation import split_samples
@@ -248,7 +249,12 @@ def test_rows_of_conditioning_for_other_noises_are_named_before_the_work() -> No
 
 
 def test_a_network_has_a_say_in_how_runs_begin() -> None:
-    class Picky(Counting):
+    class Other(Counting):  # whose attributes happen to have these names
+        admits, fixed_start = None, "yes"
+
+    class Picky(OwnStart, Counting):
+        __call__ = Counting.__call__
+
         def admits(self, plan: olss_fast.Plan) -> bool:
             return plan.timesteps[0] > 900.0
 
@@ -257,4 +263,6 @@ def test_a_network_has_a_say_in_how_runs_begin() -> None:
     plans = [each.plan for each in report.candidates]
     assert early in plans
     assert min(plan.timesteps[0] for plan in plans) == 950.0
-    assert len(plans) < len(olss_fast.solvers.candidates(SCHEDULE, 3))
+    every = len(olss_fast.solvers.candidates(SCHEDULE, 3))
+    assert len(plans) < every
+    assert len(compare(Other(mixture()), **problem(), steps=[3], teacher_steps=10).candidates) == every  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from torch import Tensor
 from olss_fast.adapters.diffusers.pipeline_slot import Slot
 from olss_fast.adapters.diffusers.pipeline_trial import check_answer, questions
 from olss_fast.errors import InputError, NetworkError, OlssError
+from olss_fast.network import OwnStart
 from olss_fast.plan.plan import Plan
 from olss_fast.support.tree import mapped
 
@@ -143,7 +144,7 @@ class Place(NamedTuple):
     row: int
 
 
-class PipelineNetwork:
+class PipelineNetwork(OwnStart):
     """`network(x, timestep, sample=...) -> output` over all calls of a pipeline; `sample` (B,) says which samples.
 
     Samples are numbered across calls; `start` (P, ...) are their initial latents, `schedule` the noise schedule from
@@ -153,8 +154,6 @@ class PipelineNetwork:
 
     Raises `InputError` for calls that cannot be run together: latents of other shapes, another start, another shift.
     """
-
-    fixed_start = True  # the network first gets the pipeline's own latents
 
     def __init__(self, sessions: Sequence[Session], progress: Callable[[int], object]) -> None:
         self.sessions = sessions
