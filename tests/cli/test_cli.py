@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands_run import refusal, run
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor
-from typer.testing import CliRunner
 
 from olss_fast import demo, solvers
-from olss_fast.cli.commands import app
 from olss_fast.cli.demo import duration, run_demo
 from olss_fast.cli.model import DEMO, arguments, load_model, pick_labels, tuned_guidance
 from olss_fast.cli.options import parse_numbers
@@ -55,20 +54,6 @@ def plan_file(tmp_path: Path) -> Path:
     path = tmp_path / "plan.safetensors"
     solvers.dpm_solver_pp(SCHEDULE, steps=3, order=2).save(path)
     return path
-
-
-def run(*words: object, code: int = 0) -> str:
-    """Output of the command, which must end with `code`."""
-    outcome = CliRunner().invoke(app, [str(word) for word in words])
-    assert outcome.exit_code == code, outcome.output
-    return outcome.output
-
-
-def refusal(*words: object) -> str:
-    """The one clear message of a refused command, as one line."""
-    output = run(*words, code=2)
-    assert "Traceback" not in output
-    return " ".join(output.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

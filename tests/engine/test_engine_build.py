@@ -8,31 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from engines import GUIDED, SCHEDULE, TinyNetwork, engine_file, noise_for, split, tiny, tiny_engine
+from engines import GUIDED, SCHEDULE, TinyNetwork, code_of, compiles, noise_for, split, tiny, tiny_engine
 from torch import Tensor
 
 from olss_fast import Profile, solvers
 from olss_fast.engine import building
-from olss_fast.engine.manifest import FORMAT
 from olss_fast.errors import BuildError, InputError, NetworkError, OlssError
-from olss_fast.support import container
 
 PLAN = GUIDED["two"]
 SHAPES = Profile((1, 2, 8, 8), (2, 2, 8, 8), (4, 2, 8, 8))
-
-
-class Compiled(Exception):
-    """The compiler was called."""
-
-
-def compiles(*arguments: Any) -> dict[str, bytes]:
-    raise Compiled
-
-
-def code_of(kind: str) -> dict[str, bytes]:
-    """Compiled once, to stand for what the compiler would give again."""
-    _, blobs = container.read(engine_file(kind), FORMAT)
-    return {"network.so": bytes(blobs["code/network.so"].data)}
 
 
 # --- what it refuses -----------------------------------------------------------------------------------------------

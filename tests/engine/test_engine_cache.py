@@ -12,32 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from engines import GUIDED, TinyNetwork, engine_file, noise_for, tiny, tiny_engine
+from engines import GUIDED, Compiled, TinyNetwork, code_of, compiles, engine_file, noise_for, tiny, tiny_engine
 from torch import Tensor, nn
 
 import olss_fast
 from olss_fast import Profile
 from olss_fast.engine import building
 from olss_fast.engine import cache as code_cache
-from olss_fast.engine.manifest import FORMAT
 from olss_fast.support import container
 
 PLAN = GUIDED["two"]
 SHAPES = Profile((1, 2, 8, 8), (2, 2, 8, 8), (4, 2, 8, 8))
-
-
-class Compiled(Exception):
-    """The compiler was called."""
-
-
-def compiles(*arguments: Any) -> dict[str, bytes]:
-    raise Compiled
-
-
-def code_of(kind: str) -> dict[str, bytes]:
-    """Compiled once, to stand for what the compiler would give again."""
-    _, blobs = container.read(engine_file(kind), FORMAT)
-    return {"network.so": bytes(blobs["code/network.so"].data)}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands_run import refusal, run
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from engines import CACHE, engine_file, tiny_engine
 from typer.testing import CliRunner
@@ -25,20 +26,6 @@ from olss_fast.engine import describe, machine, timing
 from olss_fast.engine.timing import Timing
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
-
-
-def run(*words: object, code: int = 0) -> str:
-    """Output of the command, which must end with `code`."""
-    outcome = CliRunner().invoke(app, [str(word) for word in words])
-    assert outcome.exit_code == code, outcome.output
-    return outcome.output
-
-
-def refusal(*words: object) -> str:
-    """The messages of a refused command, as one line."""
-    output = run(*words, code=2)
-    assert "Traceback" not in output
-    return " ".join(output.split())
 
 
 @pytest.fixture

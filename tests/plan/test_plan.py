@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from small_plans import small_plan
 
 from olss_fast.errors import PlanError
 from olss_fast.plan.plan import LARGEST_TIME, Plan
@@ -41,18 +42,6 @@ def plans(draw: st.DrawFn) -> Plan:
         branches=branches,
         metadata=draw(st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)),
     )
-
-
-def small_plan(**changes: object) -> Plan:
-    """Two evaluations, one noise: rows over [x_T, f_0, f_1, z_1]."""
-    values = {
-        "timesteps": [900.0, 400.0],
-        "rows": [[1, 0, 0, 0], [2, -1.5, 0, 0], [3, -2, -0.25, 0.5]],
-        "alphas": [0.1, 0.5, 1],
-        "sigmas": [0.9, 0.5, 0],
-        "metadata": {"method": "test"},
-    }
-    return Plan(**{**values, **changes})  # type: ignore[arg-type]
 
 
 # --- making one ----------------------------------------------------------------------------------------------------

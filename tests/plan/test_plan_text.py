@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from small_plans import small_plan
 
 from olss_fast.plan.plan import Plan
-
-
-def small_plan(**changes: object) -> Plan:
-    """Two evaluations, one noise: rows over [x_T, f_0, f_1, z_1]."""
-    values = {
-        "timesteps": [900.0, 400.0],
-        "rows": [[1, 0, 0, 0], [2, -1.5, 0, 0], [3, -2, -0.25, 0.5]],
-        "alphas": [0.1, 0.5, 1],
-        "sigmas": [0.9, 0.5, 0],
-        "metadata": {"method": "test"},
-    }
-    return Plan(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_describe() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -176,3 +177,9 @@ class EngineBytes:
 
 
 MANIFEST["hashes"] = EngineBytes().hashed().manifest["hashes"]  # type: ignore[index]
+
+
+def put(tree: Any, where: str, value: Any) -> None:
+    """Sets the place "a.0.b" of nested dicts and lists."""
+    *above, last = (int(each) if each.isdigit() else each for each in where.split("."))
+    functools.reduce(lambda part, key: part[key], above, tree)[last] = value

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import olss_fast
 from olss_fast import Engine, NoiseSchedule, Plan, Profile, solvers
+from olss_fast.engine.manifest import FORMAT
+from olss_fast.support import container
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-engines-")  # gone when the interpreter ends
@@ -159,3 +161,17 @@ def noise_for(kind: str, samples: int | None = None, *size: int) -> Tensor:
     batch, channels, *own = Profile.of(parts.shapes).opt
     shape = (samples or batch, channels, *(size or own))
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(parts.network.into.weight.dtype)
+
+
+class Compiled(Exception):
+    """The compiler was called."""
+
+
+def compiles(*arguments: Any) -> dict[str, bytes]:
+    raise Compiled
+
+
+def code_of(kind: str) -> dict[str, bytes]:
+    """Compiled once, to stand for what the compiler would give again."""
+    _, blobs = container.read(engine_file(kind), FORMAT)
+    return {"network.so": bytes(blobs["code/network.so"].data)}

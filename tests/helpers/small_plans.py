@@ -1,0 +1,17 @@
+"""A plan small enough to be written out."""
+
+from __future__ import annotations
+
+from olss_fast import Plan
+
+
+def small_plan(**changes: object) -> Plan:
+    """Two evaluations, one noise: rows over [x_T, f_0, f_1, z_1]."""
+    values = {
+        "timesteps": [900.0, 400.0],
+        "rows": [[1, 0, 0, 0], [2, -1.5, 0, 0], [3, -2, -0.25, 0.5]],
+        "alphas": [0.1, 0.5, 1],
+        "sigmas": [0.9, 0.5, 0],
+        "metadata": {"method": "test"},
+    }
+    return Plan(**{**values, **changes})  # type: ignore[arg-type]
