@@ -248,7 +248,7 @@ def test_a_file_that_is_none_of_results_is_refused(
 def test_two_rows_of_one_name_and_no_file_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="same name"):
         read(run_file(tmp_path / "twice.json", benchmark(), benchmark()))
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file"):
         read(tmp_path / "nowhere.json")
 
 

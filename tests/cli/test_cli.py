@@ -194,7 +194,7 @@ def test_out_of_memory_is_one_message(error: Exception, plan_file: Path, monkeyp
 
 def test_missing_plan_is_not_asked_to_be_created(tmp_path: Path) -> None:
     message = refusal("inspect", tmp_path / "none.safetensors")
-    assert "No such file" in message
+    assert "check the path" in message
     assert "create" not in message
 
 

@@ -87,7 +87,7 @@ def test_a_full_folder_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPa
     size = sum(map(len, tiny_engine("plain")._code.values()))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("zipfile.ZipFile.writestr", full)
-    message = f"cannot write {size} bytes to the folder for temporary files, '{tmp_path}': No space left.*TMPDIR"
+    message = f"cannot write {size} bytes to the folder for temporary files, '{tmp_path}': the disk is full.*TMPDIR"
     with pytest.raises(EngineFileError, match=message):
         olss_fast.load_engine(engine_file("plain"))
     assert list(tmp_path.iterdir()) == []
@@ -96,7 +96,9 @@ def test_a_full_folder_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPa
 def test_no_folder_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = engine_file("plain")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(EngineFileError, match=r"the folder for temporary files, .*none': No such file.*TMPDIR"):
+    with pytest.raises(
+        EngineFileError, match=r"the folder for temporary files, .*none': no such file or folder.*TMPDIR"
+    ):
         olss_fast.load_engine(path)
 
 

@@ -252,7 +252,7 @@ def test_bad_command_lines_are_named(tmp_path: Path) -> None:
         ([file, *GOOD[2:], "--set", "labels=99999999999999999999"], "expected whole numbers"),
         ([file, *GOOD[2:], "--set", "labels=1,2,3"], "has 3 numbers; expected one number, or (1)"),
         ([file, *GOOD[2:], "--set", "labels=@three.npy"], "has the shape (3)"),
-        ([file, *GOOD[2:], "--set", "labels=@missing.npy"], "No such file"),
+        ([file, *GOOD[2:], "--set", "labels=@missing.npy"], "no such file"),
         ([file, *GOOD[2:], "--set", "labels=77"], "is an index, such as a class, beyond its table?"),
         ([file, *GOOD[:-1], "folder.npy"], "it is a folder"),
         ([file, *GOOD[:-1], "link.npy"], "it is a symbolic link"),
@@ -261,7 +261,7 @@ def test_bad_command_lines_are_named(tmp_path: Path) -> None:
         ([file, *GOOD[:-1], "x.png"], "this engine's samples are 1…4 × 2 × "),
         ([engine_file("plain"), "--count", 2, "--out", "x.npy", "--guidance-scale", 2], "without guidance: expected 1"),
         ([engine_file("plain"), "--count", 2, "--out", "x.npy", "--set", "a=1"], "takes the arguments: none"),
-        (["missing.olss", *GOOD], "No such file"),
+        (["missing.olss", *GOOD], "no such file"),
     ]  # fmt: skip
     said = [refusal(*words, cwd=tmp_path) for words, _ in cases]
     assert [(words, line) for (words, text), line in zip(cases, said, strict=True) if text not in line] == []

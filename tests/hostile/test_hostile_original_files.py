@@ -144,7 +144,7 @@ def test_the_good_one_is_good(tmp_path: Path) -> None:
 
 
 def test_no_file_and_too_large_a_file(tmp_path: Path) -> None:
-    with pytest.raises(PlanFileError, match="No such file"):
+    with pytest.raises(PlanFileError, match="no such file"):
         load_original(tmp_path / "none.bin")
     with pytest.raises(PlanFileError, match="a folder"):
         load_original(tmp_path)

@@ -15,6 +15,20 @@ namespace olss {
 
 namespace {
 
+std::string advice(int number) {
+    switch (number) {
+        case ENOSPC:
+        case EDQUOT: return "the disk is full; free some space or choose another folder";
+        case EACCES:
+        case EPERM: return "permission denied; choose a place you may use, or change its permissions";
+        case EROFS: return "the file system is read-only; choose another folder";
+        case ENOENT: return "no such file or folder; check the path";
+        case ENOTDIR: return "a part of the path is a file, not a folder; check the path";
+        case ENAMETOOLONG: return "the name is too long; choose a shorter one";
+        default: return std::strerror(number);
+    }
+}
+
 constexpr auto kind = Error::Kind::file;
 
 const char* kind_of(mode_t mode) {
@@ -68,7 +82,7 @@ void write_new(const std::string& temporary, const std::string& path, std::strin
 InputFile::InputFile(const std::string& path) : path_(path) {
     // Opening a pipe would wait for ever without O_NONBLOCK, which means nothing to a regular file.
     descriptor_ = ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (descriptor_ < 0) fail(kind, "cannot read ", quote(path, 200), ": ", std::strerror(errno));
+    if (descriptor_ < 0) fail(kind, "cannot read ", quote(path, 200), ": ", advice(errno));
     struct stat status;
     const int result = ::fstat(descriptor_, &status);
     if (result == 0 && S_ISREG(status.st_mode)) {
@@ -76,7 +90,7 @@ InputFile::InputFile(const std::string& path) : path_(path) {
         return;
     }
     const std::string reason =
-        result != 0 ? std::string(std::strerror(errno)) : concat("it is ", kind_of(status.st_mode), "; give the path of a file");
+        result != 0 ? advice(errno) : concat("it is ", kind_of(status.st_mode), "; give the path of a file");
     ::close(descriptor_);
     fail(kind, "cannot read ", quote(path, 200), ": ", reason);
 }
@@ -88,7 +102,7 @@ void InputFile::read(std::size_t offset, void* into, std::size_t count) const {
     while (count > 0) {
         const ssize_t done = ::pread(descriptor_, next, count, static_cast<off_t>(offset));
         if (done < 0 && errno == EINTR) continue;
-        if (done < 0) fail(kind, "cannot read ", quote(path_, 200), ": ", std::strerror(errno));
+        if (done < 0) fail(kind, "cannot read ", quote(path_, 200), ": ", advice(errno));
         if (done == 0) fail(kind, "cannot read ", quote(path_, 200), ": it shrank while it was read; try again");
         next += done, offset += static_cast<std::size_t>(done), count -= static_cast<std::size_t>(done);
     }
@@ -103,7 +117,7 @@ void check_writable(const std::string& path) {
     if (::lstat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))
         fail(kind, "cannot write to ", quote(path, 200), ": it is ", kind_of(status.st_mode),
              "; give the path of a file, or of one to be created");
-    if (::access(folder.c_str(), W_OK) != 0) fail(kind, "cannot write to ", quote(path, 200), ": ", std::strerror(errno));
+    if (::access(folder.c_str(), W_OK) != 0) fail(kind, "cannot write to ", quote(path, 200), ": ", advice(errno));
 }
 
 void write_atomically(const std::string& path, std::string_view data) {
@@ -114,7 +128,7 @@ void write_atomically(const std::string& path, std::string_view data) {
     try {
         write_new(temporary, path, data);
     } catch (int number) {
-        fail(kind, "cannot write ", data.size(), " bytes to ", quote(path, 200), ": ", std::strerror(number));
+        fail(kind, "cannot write ", data.size(), " bytes to ", quote(path, 200), ": ", advice(number));
     }
     flush_folder(folder_of(path));
 }
@@ -123,7 +137,7 @@ PrivateFolder::PrivateFolder() {
     const char* root = std::getenv("TMPDIR");
     path_ = concat(root && *root ? root : "/tmp", "/olss-XXXXXX");
     if (!::mkdtemp(path_.data()))  // which makes it with mode 0700
-        fail(kind, "cannot make a temporary folder ", quote(path_, 200), ": ", std::strerror(errno),
+        fail(kind, "cannot make a temporary folder ", quote(path_, 200), ": ", advice(errno),
              "; TMPDIR chooses another place");
 }
 
@@ -141,7 +155,7 @@ std::string PrivateFolder::write(const std::string& name, const unsigned char* d
         names_ += name + "/";
         write_all(open.number, reinterpret_cast<const char*>(data), size);
     } catch (int number) {
-        fail(kind, "cannot write ", size, " bytes to ", quote(path, 200), ": ", std::strerror(number),
+        fail(kind, "cannot write ", size, " bytes to ", quote(path, 200), ": ", advice(number),
              "; TMPDIR chooses another place");
     }
     return path;
