@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.support.text import quoted
@@ -93,7 +90,7 @@ def _read(text: str) -> CapturedFacts:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+    if hasattr(value, "tolist"):  # tensors, and numpy's arrays and numbers
         return value.tolist()
     raise TypeError(f"there is a {type(value).__name__} among config and arguments")
 

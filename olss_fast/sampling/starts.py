@@ -27,6 +27,8 @@ def begun(plan: Plan, noise: Tensor, image: Any, strength: Any) -> tuple[Plan | 
     rest = _rest(plan, strength, tuple(plan.metadata.items()))
     if rest is None:
         return None, image.clone()
+    if rest.rows[0, 0] == 0.0:
+        raise InputError(f"{name_of(plan)} takes nothing of x_T into its first row, so no image can be put there")
     start = image.double() * rest.alphas[0] + noise.double() * rest.sigmas[0]
     return rest, (start / rest.rows[0, 0]).to(noise.dtype)
 
@@ -56,6 +58,13 @@ def later_start(plan: Plan, begin: int, schedule: NoiseSchedule | None = None) -
         raise InputError(problem)
     if begin == first:
         return plan
+    if plan.branches != 1 or plan.models.any():
+        what = (
+            "keeps the unconditional and the conditional output apart"
+            if plan.branches != 1
+            else "asks several networks"
+        )
+        raise InputError(f"{name_of(plan)} {what}, and begins only where it was made to: at {_taken(count, first)}")
     if facts:
         from olss_fast.capturing.capturing import recapture
 

@@ -70,6 +70,15 @@ def test_a_call_of_several_images_is_so_many_samples(pipe: Any) -> None:
         torch.testing.assert_close(answer[row : row + 1], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_generators_of_one_call_may_come_as_a_tuple(pipe: Any) -> None:
+    starts = []
+    for kind in (list, tuple):
+        generators = kind(torch.Generator().manual_seed(i) for i in range(2))
+        with open_pipeline(pipe, [{"prompt": ["a", "b"], "generator": generators}], teacher_steps=STEPS) as network:
+            starts.append(network.start)
+    assert torch.equal(*starts)
+
+
 def test_the_first_question_is_answered_from_the_opening(pipe: Any) -> None:
     with open_pipeline(pipe, [{"prompt": "a"}], teacher_steps=STEPS) as network:
         before = network.evaluations

@@ -117,7 +117,7 @@ def started(steps: int = 4, taken: int = 1) -> tuple[PlanScheduler, Tensor]:
 
 
 def test_steps_that_are_not_planned() -> None:
-    with pytest.raises(InputError, match="set_timesteps"):
+    with pytest.raises(InputError, match="before set_timesteps"):
         PlanScheduler(solvers.ddim(SCHEDULE, 4)).step(NOISE, 999, NOISE)
     scheduler, sample = started(4, 4)
     with pytest.raises(InputError, match="all 4 of this run"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,14 @@ def test_the_clean_image_of_a_plan_that_says_not_what_its_network_predicts() -> 
     output = scheduler.step(NOISE, scheduler.timesteps[0], NOISE)
     assert not hasattr(output, "pred_original_sample")
     assert [*output] == ["prev_sample"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output))])
+def test_outputs_of_steps_can_be_copied(copied: Any) -> None:
+    scheduler = PlanScheduler(solvers.ddim(SCHEDULE, 3))
+    scheduler.set_timesteps(3)
+    output = scheduler.step(NOISE, scheduler.timesteps[0], NOISE)
+    assert torch.equal(copied(output).prev_sample, output.prev_sample)
 
 
 @pytest.mark.parametrize("kind", [diffusers.EulerDiscreteScheduler, diffusers.HeunDiscreteScheduler])

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from small_plans import small_plan
+from made_plans import small_plan
 
 from olss_fast.errors import PlanError
 from olss_fast.plan.plan import LARGEST_TIME, Plan

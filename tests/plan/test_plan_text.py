@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_plans import small_plan
+from made_plans import small_plan
 
 from olss_fast.plan.plan import Plan
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_graphs import use_fake_graphs
+from made_plans import split
 from torch import Tensor
 
 import olss_fast
@@ -143,6 +144,27 @@ def test_a_fitted_plan_starts_where_it_was_fitted() -> None:
     metadata = {"method": "olss", "begin": "3", "num_inference_steps": "6"}
     found = olss_fast.sample(network, later.replace(metadata=metadata), NOISE, init_image=IMAGE, strength=0.5)
     assert torch.equal(found, olss_fast.sample(network, PLAN, NOISE, init_image=IMAGE, strength=0.5))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (PLAN.replace(models=[0, 0, 0, 1, 1, 1]), "asks several networks, and begins only where it was made"),
+        (split(PLAN, 2.0), "keeps the unconditional and the conditional output apart, and begins only where"),
+    ],
+)
+def test_what_a_later_start_would_lose_is_refused(plan: Plan, message: str) -> None:
+    how = {"unconditional": {}, "init_image": IMAGE}
+    with pytest.raises(InputError, match=message):
+        olss_fast.sample([network, network], plan, NOISE, strength=0.5, **how)
+    assert olss_fast.sample([network, network], plan, NOISE, strength=1.0, **how).shape == NOISE.shape  # all its steps
+
+
+def test_a_plan_that_takes_no_noise_has_no_place_for_an_image() -> None:
+    rows = PLAN.rows.copy()
+    rows[0, 0] = 0.0
+    with pytest.raises(InputError, match="takes nothing of x_T into its first row"):
+        olss_fast.sample(network, PLAN.replace(rows=rows), NOISE, init_image=IMAGE, strength=1.0)
 
 
 SCHEDULES = {

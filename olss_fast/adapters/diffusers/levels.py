@@ -91,15 +91,19 @@ def untimed_amplitude(plan: Plan) -> float | None:
 class StepOutput(SchedulerOutput):
     """The output of a step. `pred_original_sample` is computed when read."""
 
-    def __init__(self, prev_sample: Tensor, loaded: Any, row: int, sample: Tensor, output: Tensor) -> None:
+    def __init__(self, prev_sample: Tensor, of_step: tuple[Any, int, Tensor, Tensor] | None = None) -> None:
         super().__init__(prev_sample=prev_sample)
-        self.of_step = loaded, row, sample, output
+        self.of_step = (
+            of_step  # loaded plan, row, sample, model output; None in copies, which diffusers makes of fields
+        )
 
     @property
     def pred_original_sample(self) -> Tensor:
         """The clean image m that the output predicts: with x = alpha m + sigma eps and f = a m + b eps,
         m = (sigma f - b x) / (sigma a - b alpha). AttributeError if the prediction type is unknown or there is no
         signal."""
+        if self.of_step is None:
+            raise AttributeError("pred_original_sample: a copy of a step's output does not have it")
         loaded, row, sample, output = self.of_step
         plan, scale = loaded.layout.plan, float(loaded.latents.scales[row])
         alpha, sigma = float(plan.alphas[row]), float(plan.sigmas[row])

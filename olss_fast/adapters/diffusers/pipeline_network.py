@@ -27,7 +27,6 @@ from olss_fast.adapters.diffusers.pipeline_trial import check_answer, questions
 from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.network import OwnStart
 from olss_fast.plan.plan import Plan
-from olss_fast.support.tree import mapped
 
 SAME_ANSWER = 1e-3  # of the norm: above the difference of two runs of the same kernels
 OWN = ("num_inference_steps", "timesteps", "sigmas")  # arguments of a call that are ours to choose
@@ -73,7 +72,8 @@ class Session:
     def _arguments(self, steps: int) -> dict[str, Any]:
         arguments = {**self.call, "num_inference_steps": steps}
         if "generator" in arguments:
-            arguments["generator"] = mapped(_copied, arguments["generator"])
+            given = arguments["generator"]
+            arguments["generator"] = [*map(_copied, given)] if isinstance(given, (list, tuple)) else _copied(given)
         return arguments
 
     def check(self) -> None:

@@ -103,7 +103,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         made for another prediction type or training schedule than that of the pipeline's scheduler.
         """
         slot = check_slot(pipe)
-        return cls(plans, slot if check else {**slot.config, "_class_name": type(slot).__name__})
+        return cls(plans, slot if check else network_config(slot, ()))
 
     def _check_fit(self, network: str) -> None:
         """InputError for a plan made for another network than that of the scheduler `network`."""
@@ -297,7 +297,8 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
             self.require_finite()
         if not return_dict:
             return row, row
-        return SchedulerOutput(row) if compiled else StepOutput(row, session.loaded, run.step - 1, sample, model_output)
+        at = session.loaded, run.step - 1, sample, model_output
+        return SchedulerOutput(row) if compiled else StepOutput(row, at)
 
     def require_finite(self) -> None:
         """NetworkError naming the first output of this run with NaN or infinity. Synchronises with the device."""

@@ -201,7 +201,7 @@ class OwnSession:
         """The index of a run's first timestep in `timesteps`, or in others; of equal ones the second, as in diffusers.
         InputError if it is not there."""
         grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        return first_index(timestep, grid, grid.detach().double().cpu().numpy())
+        return first_index(timestep, grid, grid.detach().cpu().double().numpy())
 
     @property
     def sigmas(self) -> Tensor:
@@ -223,7 +223,7 @@ class OwnSession:
 
     def _chosen(self) -> Entry:
         if (entry := self._session.entry) is None:
-            raise InputError("set_timesteps was not called yet, which chooses the plan; call that first")
+            raise InputError("no plan is chosen before set_timesteps; call that first")
         return entry
 
     def _step_arguments(self) -> StepArguments:
