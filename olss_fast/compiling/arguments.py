@@ -6,6 +6,7 @@ tensors are baked into the code.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,15 @@ def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def fixed_value(value: Any) -> str:
     """The text of a baked-in value in a manifest."""
     return repr(value)[:200]
+
+
+def is_fixed_as(text: str, value: Any) -> bool:
+    """True if `text` is the whole of `value`, a plain one: of a longer or another value it does not tell enough."""
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return repr(value) == text
 
 
 def _stays_whole(value: Any) -> bool:

@@ -12,7 +12,7 @@ from olss_fast.errors import InputError
 Shape = tuple[int, ...]
 MULTIPLE = 8  # most networks halve their images three times
 LARGEST = 2**31 - 1
-DTYPES = ("float16", "bfloat16", "float32", "float64")  # axes of noise
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # of noise
 
 
 @dataclass(frozen=True, init=False)

@@ -5,10 +5,11 @@ Python code nor diffusers to run, from Python or from a C++ program.
 |---|---|
 | `manifest` | the description in a file; its bytes are handled by `container`, as in plan files |
 | `machine` | description of this machine, and reasons why an engine may not fit it |
-| `shapes`, `arguments`, `inputs` | shapes and conditioning: what is built for, and whether a call keeps to it |
-| `compiled`, `weights` | export, compilation, and loading of compiled code |
+| `inputs` | a call's noise and conditioning, checked against what the engine was built for |
+| `compiled`, `weights` | compilation, and loading of compiled code |
+| `verifying` | the checks of a file before any of its code is run |
 | `cache` | compiled code, keyed by its sources |
-| `request`, `building` | `build`: its checked arguments, and its steps |
+| `building` | `build`: its steps; `olss_fast.compiling` has its arguments, shapes and the export |
 | `engine` | `Engine` and `load_engine` |
 | `describe`, `timing` | `olss-fast inspect` and `olss-fast bench` |
 | `runtime` | builds the C++ program `olss-run` |

@@ -103,7 +103,9 @@ def build(
         bound = TOLERANCE[str(request.dtype).removeprefix("torch.")]
         engine = _checked(_engine(request, plans, facts, code, constants, seconds), request, bound)
         measured = engine.manifest.facts["measured"]
-        for each in {name, _structure(request, facts, settings)}:  # a call may change the network's structure
+        for each in (
+            {name, _structure(request, facts, settings)} if folder is not None else ()
+        ):  # a call may change the network's structure
             code_cache.point(folder, each, key, measured["largest_difference"] / max(measured["largest_output"], TINY))
         return engine
 

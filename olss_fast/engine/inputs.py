@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olss_fast.compiling.arguments import fixed_value, flatten
+from olss_fast.compiling.arguments import flatten, is_fixed_as
 from olss_fast.engine.manifest import Input, Manifest
 from olss_fast.errors import InputError
 from olss_fast.executors.draws import initial_noise, unit_noise
@@ -62,7 +62,7 @@ def network_inputs(
     for name, value in sorted(manifest.facts["fixed"].items()):
         if name not in flat:
             continue
-        if "." in name and fixed_value(flat[name]) == value:  # comes along with what it lies in
+        if "." in name and is_fixed_as(value, flat[name]):  # comes along with what it lies in
             del flat[name]
             continue
         raise InputError(f"conditioning: {name} was baked in when this engine was built, as {value}; leave it out")

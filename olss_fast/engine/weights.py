@@ -105,8 +105,10 @@ def _is_entry(each: object) -> bool:
 
 def check_compiled_for(compiled_for: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises `Refused` unless the manifest's members `found` equal those that the code was compiled for."""
-    for name in sorted({*compiled_for, *found}):
-        here, there = found.get(name), compiled_for.get(name)
+    if more := compiled_for.keys() - found.keys():
+        refuse(f"{LAYOUT} also has {quoted(sorted(more))}; expected {', '.join(sorted(found))} and weights")
+    for name in sorted(found):
+        here, there = found[name], compiled_for.get(name)
         if json.dumps(here, sort_keys=True) != json.dumps(there, sort_keys=True):  # `==` would take 1 for true
             refuse(
                 f"its {printable(name)} is {quoted(here, 200)} and its code was compiled for {quoted(there, 200)}: "

@@ -102,7 +102,8 @@ def naming(source: object, format: Format) -> Iterator[None]:
 
 
 def encode(format: Format, entry: Mapping[str, object], blobs: Mapping[str, Blob]) -> list[memoryview]:
-    """The file's content as consecutive buffers. Raises the format's error for content that could not be read back."""
+    """The file's content as consecutive buffers. Raises the format's error for content
+    beyond its bounds."""
     members = sorted({**entry, "format": format.name, "version": format.version}.items())
     text = _json({"sha256": _BLANK, **dict(members)})
     header: dict[str, object] = {"__metadata__": {format.name: text}}
@@ -290,10 +291,10 @@ def _check_version(version: object, format: Format) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         refuse(f"its version is {quoted(version)}; expected a positive integer")
     if version != format.version:
-        other = "a newer" if version > format.version else "an older"
+        other, use = ("a newer", "upgrade olss_fast to") if version > format.version else ("an older", "use")
         refuse(
             f"it was written in version {quoted(version)} of the format, by {other} olss_fast; this release reads "
-            f"version {format.version}: make the file again with this release, or use the release that made it"
+            f"version {format.version}: make the file again with this release, or {use} the release that made it"
         )
 
 

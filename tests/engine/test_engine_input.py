@@ -11,6 +11,7 @@ from torch import Tensor
 
 import olss_fast
 from olss_fast import solvers
+from olss_fast.compiling.arguments import fixed_value, is_fixed_as
 from olss_fast.compiling.request import checked_request
 from olss_fast.errors import InputError, NetworkError
 
@@ -133,6 +134,23 @@ def test_nested_arguments_that_it_was_not_built_for(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
 ) -> None:
     refuses(monkeypatch, "nested", message, noise_for("nested"), given)
+
+
+@pytest.mark.parametrize(
+    ("value", "same", "other"),
+    [
+        (0.5, 0.5, 1.0),
+        ([0.125] * 60 + [1.0], None, [0.125] * 60 + [2.0]),
+        ("a" * 300, None, "a" * 301),
+        ({1: "b"}, {1: "b"}, {1: "c"}),
+    ],
+)
+def test_baked_in_values_that_come_along_are_compared_whole(value: Any, same: Any, other: Any) -> None:
+    """None: what a manifest holds of it is not all of it, so it counts as another one."""
+    text = fixed_value(value)
+    assert is_fixed_as(text, value) is (same is not None)
+    assert not is_fixed_as(text, other)
+    assert not is_fixed_as(fixed_value(pytest), pytest)  # the same object, whose content nobody can see
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "other format": (with_entry(format="report"), "its format is 'report'; expected 'olss_fast.plan'"),
     "no format": (with_entry(format=None), "its format is None"),
     "newer": (with_entry(version=2), "in version 2 of the format, by a newer olss_fast; this release reads version 1"),
-    "newer, with more": (with_entry(version=7, extra=[1]), "by a newer olss_fast"),
+    "newer, with more": (with_entry(version=7, extra=[1]), "by a newer olss_fast.*upgrade olss_fast"),
     "far newer": (with_entry_text('"version": 1', '"version": 1' + "0" * 15), "in version 1000000"),
     "astronomic version": (with_entry_text('"version": 1', '"version": 1' + "0" * 4000), "the number '1000"),
     "version zero": (with_entry(version=0), "its version is 0; expected a positive integer"),

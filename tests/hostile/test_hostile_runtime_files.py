@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,22 @@ def test_a_sound_file_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_file_of_several_pieces_is_taken(tmp_path: Path) -> None:
-    """The checksum is over pieces of 16 MiB: one that is whole, a last one of one byte, and an altered one."""
-    files = []
-    for size in (0, 1):
-        engine = EngineBytes()
-        rest = PIECE - 8 - HEADER - len(engine.data)
+    """The checksum is over pieces of 16 MiB: one, two and three that are whole, a last one of one byte, an altered one
+    in the middle."""
+    files, noise = [], random.Random(0).randbytes(3 * PIECE)  # no two pieces are alike
+    for pieces, size in ((1, 0), (1, 1), (2, 1), (3, 0)):
+        engine, whole = EngineBytes(), pieces * PIECE
+        rest = whole - 8 - HEADER - len(engine.data)
         for _ in range(2):  # the header's own length depends on the size written into it
-            engine.tensors["code/more"] = ("U8", [rest + size], bytes(rest + size))
-            rest = PIECE - len(engine.hashed().file()) + rest + size
+            engine.tensors["code/more"] = ("U8", [rest + size], noise[: rest + size])
+            rest = whole - len(engine.hashed().file()) + rest + size
         files.append(engine.file())
-        assert len(files[-1]) == PIECE + size
-    said = answers(tmp_path, [*files, flipped(files[1], PIECE // 2)])
-    assert said[:2] == ["ok", "ok"]
-    assert "damaged or altered" in said[2]
+        assert len(files[-1]) == whole + size
+    altered = [flipped(files[1], PIECE // 2), flipped(files[3], PIECE + PIECE // 2)]
+    swapped = files[3][:PIECE] + files[3][2 * PIECE :] + files[3][PIECE : 2 * PIECE]
+    said = answers(tmp_path, [*files, *altered, swapped])
+    assert said[:4] == ["ok"] * 4
+    assert all("damaged or altered" in each for each in said[4:])
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
@@ -181,7 +185,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
         os.mkfifo(path)
     (said,) = check_files([path])
     assert said.startswith(FILE)
-    assert {"folder": "it is a folder", "pipe": "pipe", "nothing": "No such file"}[kind] in said
+    assert {"folder": "it is a folder", "pipe": "pipe", "nothing": "no such file"}[kind] in said
 
 
 def test_a_plan_that_python_writes_is_taken(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ namespace olss {
 namespace {
 
 constexpr auto kind = Error::Kind::file;
-constexpr Format format{"olss_fast.engine", 2, "engine file", std::size_t{16} << 20, std::size_t{1} << 40};
+constexpr Format format{"olss_fast.engine", 2, std::size_t{16} << 20, std::size_t{1} << 40};
 
 std::string lower(std::string digits) {
     if (digits.size() != 64 || digits.find_first_not_of("0123456789abcdefABCDEF") != std::string::npos)

@@ -55,7 +55,7 @@ void check_manifest(const Json& compiled_for, const Json& manifest) {
             fail(kind, "its ", name, " is ", here->summary(), " and its code was compiled for ",
                  there ? there->summary() : "none", ": build it again");
     }
-    if (members->size() != 6) fail(kind, "weights.json is ", compiled_for.summary(), "; expected one of 6 members");
+    if (members->size() != 6) fail(kind, "weights.json is ", compiled_for.summary(), "; expected device, doubled, dtype, inputs, profile and weights");
 }
 
 Layout expected_of(const Json& compiled_for) {

@@ -12,7 +12,7 @@ namespace olss {
 namespace {
 
 constexpr auto kind = Error::Kind::file;
-constexpr Format format{"olss_fast.plan", 1, "plan file", std::size_t{1} << 20, std::size_t{16} << 20};
+constexpr Format format{"olss_fast.plan", 1, std::size_t{1} << 20, std::size_t{16} << 20};
 constexpr std::int64_t most_steps = 4096, most_columns = 16384;
 
 const TensorView& described(const Container& file, const std::string& name, const char* dtype, std::size_t dimensions) {

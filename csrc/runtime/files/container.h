@@ -13,11 +13,10 @@
 
 namespace olss {
 
-// One kind of file: the name of its entry, the version that is read, what messages call it, and the bounds on its bytes.
+// One kind of file: the name of its entry, the version that is read, and the bounds on its bytes.
 struct Format {
     const char* name;
     std::int64_t version;
-    const char* title;
     std::size_t most_header, most_bytes;
 };
 
