@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from olss_fast.plan.plan import Plan
     from olss_fast.tuning.study import Study
 
-ANALYTIC = "analytic"  # the kind of what no method made
+ANALYTIC = "analytic"  # plans that no method made
 OLSS = "olss"
 
 

@@ -19,6 +19,7 @@ import memcheck
 import numpy as np
 import torch
 from kernel_checks import Guarded, check_lincomb, check_run, check_step_too_many, eager_sum, guarded_state
+from made_plans import split
 from results import Bench
 from step_kernel import CHECKED, excess
 from torch import Tensor
@@ -51,13 +52,6 @@ FAR = (40, (1 << 26) + 3)  # more elements than a 32-bit offset reaches
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 SCALE, BUDGET = 2.5, 2.0
-
-
-def split(plan: Plan, scale: float) -> Plan:
-    """The same sampler with the unconditional and the conditional output as columns of their own."""
-    outputs = plan.rows[:, 1:]
-    pairs = np.stack([(1 - scale) * outputs, scale * outputs], axis=2).reshape(len(plan.rows), -1)
-    return plan.replace(rows=np.concatenate([plan.rows[:, :1], pairs], axis=1), branches=2)
 
 
 PLANS = {

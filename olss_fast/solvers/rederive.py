@@ -64,7 +64,7 @@ def truncate(plan: Plan, schedule: NoiseSchedule, begin: int) -> Plan:
 def schedule_of(plan: Plan) -> NoiseSchedule:
     """The schedule that an analytic plan was made on, as far as the plan tells: at its own timesteps.
 
-    InputError where its metadata do not say what its network predicts.
+    InputError if the metadata does not name the prediction type.
     """
     told = plan.metadata.get("prediction_type", "")
     description = plan.metadata.get("schedule", "").removesuffix(f", {told}")

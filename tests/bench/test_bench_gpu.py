@@ -107,19 +107,22 @@ def test_correctness_covers_kernels_and_executors(whole: Result) -> None:
         assert [row["value"] for row in whole.rows(name=f"executor {backend}", unit="differing elements")] == [0] * 15
 
 
-def test_a_wrong_kernel_is_found(tmp_path: Path) -> None:
-    """Twenty per cent too much in every sum: no check of a kernel or of an executor that uses it may pass."""
+@pytest.mark.parametrize(("factor", "hidden"), [(1.1, {("DPM++ 2M 20", "bfloat16")}), (1.2, set())])
+def test_a_wrong_kernel_is_found(factor: float, hidden: set[tuple[str, str]], tmp_path: Path) -> None:
+    """Ten per cent too much in every sum: no check of a kernel or of an executor that uses it may pass, but for the
+    case whose own rounding is nearly as large; twenty per cent: none at all."""
     wrong = """
 import importlib, sys
 sys.modules["olss_fast._C"] = None  # whose step would not be wrong
 for name in ("step", "lincomb"):
     module = importlib.import_module(f"olss_fast.kernels.{name}")
-    module.weighted_sum = lambda columns, weights, right=module.weighted_sum: 1.2 * right(columns, weights)
-"""
+    module.weighted_sum = lambda columns, weights, right=module.weighted_sum: FACTOR * right(columns, weights)
+""".replace("FACTOR", str(factor))
     result = run(tmp_path, "--only", "correctness", before=wrong)
     assert result.code == 1
     for row in result.rows(unit="of eager's error"):
-        assert row["ok"] is (row["name"] == "executor reference"), row
+        if (row["case"], row["dtype"]) not in hidden:
+            assert row["ok"] is (row["name"] == "executor reference"), row
     failed = {row["name"].split()[0] for row in result.data["rows"] if row["ok"] is False}
     assert {"step", "lincomb", "64-bit"} <= failed
     assert not any(row["ok"] for row in result.rows(name="step") if row["shape"] != [1, 0])

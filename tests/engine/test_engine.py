@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import GUIDED, SCHEDULE, UNGUIDED, engine_file, noise_for, split, tiny, tiny_engine
+from engines import GUIDED, SCHEDULE, UNGUIDED, engine_file, folded, noise_for, tiny, tiny_engine
 from torch import Tensor, nn
 
 import olss_fast
@@ -63,7 +63,7 @@ def test_plans_by_their_steps_and_others_than_its_own() -> None:
     two, three = (engine(noise, labels=LABELS, plan=name) for name in ("two", "three"))
     assert torch.equal(engine(noise, labels=LABELS), two)
     assert torch.equal(engine(noise, labels=LABELS, steps=3), three)
-    for plan in (solvers.heun(SCHEDULE, 6), split(GUIDED["three"], 3.0)):
+    for plan in (solvers.heun(SCHEDULE, 6), folded(GUIDED["three"], 3.0)):
         found = engine(noise, labels=LABELS, plan=plan, guidance_scale=3.0)
         assert_near(found, sampled("guided", plan, noise, LABELS, guidance_scale=3.0))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import GUIDED, SCHEDULE, TinyNetwork, code_of, compiles, noise_for, split, tiny, tiny_engine
+from engines import GUIDED, SCHEDULE, TinyNetwork, code_of, compiles, folded, noise_for, tiny, tiny_engine
 from torch import Tensor
 
 from olss_fast import Profile, solvers
@@ -35,7 +35,7 @@ SHAPES = Profile((1, 2, 8, 8), (2, 2, 8, 8), (4, 2, 8, 8))
         ({"plan": {"a/b": PLAN}}, "plans are named .*'a/b'.*; expected letters"),
         ({"plan": {3: PLAN}}, r"plans are named \[3\]; expected letters"),
         ({"plan": {"": PLAN}}, "plans are named"),
-        ({"plan": split(PLAN, 1.0)}, "keeps the unconditional and the conditional output apart: pass unconditional"),
+        ({"plan": folded(PLAN, 1.0)}, "keeps the unconditional and the conditional output apart: pass unconditional"),
         ({"plan": PLAN.replace(models=[0, 1])}, "uses network 1, but 1 came"),
         ({"shapes": (2,)}, r"min is \(2,\); expected a shape"),
         ({"shapes": None}, "min is None; expected a shape"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from made_plans import split
 from torch import Tensor
 
 import olss_fast
@@ -22,13 +23,6 @@ NOISE = torch.randn((6, *SHAPE), generator=torch.Generator().manual_seed(0), dty
 TWO_STEP = solvers.dpm_solver_pp(SCHEDULE, 4, order=2)
 ANCESTRAL = solvers.euler_ancestral(SCHEDULE, 4)
 GUIDED = {"conditioning": {"y": torch.arange(6) % 4}, "unconditional": {"y": NULL_CLASS}, "guidance_scale": 2.5}
-
-
-def split(plan: olss_fast.Plan, guidance_scale: float) -> olss_fast.Plan:
-    """The same sampler with the two halves of the guided pair in columns of their own."""
-    halves = np.stack([(1 - guidance_scale) * plan.rows[:, 1:], guidance_scale * plan.rows[:, 1:]], 2)
-    rows = np.concatenate([plan.rows[:, :1], halves.reshape(len(plan.rows), -1)], 1)
-    return plan.replace(rows=rows, branches=2)
 
 
 SPLIT = split(TWO_STEP, 2.5)

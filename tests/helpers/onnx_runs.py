@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from olss_fast import NoiseSchedule, Plan, solvers
+from olss_fast import NoiseSchedule, solvers
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -66,12 +66,6 @@ class Wide(torch.nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         return self.second(torch.tanh(self.first(x + shift))) + (timestep / 1000).to(x.dtype)[:, None]
-
-
-def split(plan: Plan, weight: float) -> Plan:
-    """The plan with u and c apart, each output f = (1 - weight) u + weight c."""
-    rows = plan.rows[:, 1:, None] * np.array([1 - weight, weight])
-    return plan.replace(rows=np.concatenate([plan.rows[:, :1], rows.reshape(len(rows), -1)], axis=1), branches=2)
 
 
 def noise_of(batch: int, shape: tuple[int, ...] = SHAPE[1:], seed: int = 0) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from made_plans import split
 from torch import Tensor
 
-from olss_fast import NoiseSchedule, Plan, sample, solvers
+from olss_fast import NoiseSchedule, sample, solvers
 from olss_fast.executors.reference import run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding.md").read_text(encoding="utf-8")
@@ -57,18 +58,9 @@ def test_the_executor_of_the_page(name: str) -> None:
 
 
 def test_the_executor_of_the_page_keeps_both_halves_apart() -> None:
-    plan = Plan(**{**vars_of(PLANS["ddim"]), "rows": doubled(PLANS["ddim"]), "branches": 2})
+    plan = split(PLANS["ddim"], 2.0)
     expected = run(plan, evaluate, NOISE)
     assert far(defined("offloaded")(plan, evaluate, NOISE), expected) < ROUNDING
-
-
-def vars_of(plan: Plan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in ("timesteps", "alphas", "sigmas", "models", "metadata")}
-
-
-def doubled(plan: Plan) -> Any:
-    rows = torch.as_tensor(plan.rows.copy())
-    return torch.cat([rows[:, :1], torch.stack([-rows[:, 1:], 2 * rows[:, 1:]], 2).flatten(1)], 1).numpy()
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if name != "two networks"])

@@ -18,6 +18,7 @@ import numpy as np
 import plan_runs
 import pytest
 import torch
+from made_plans import split
 from safetensors.numpy import load_file, save_file
 
 import olss_fast
@@ -119,13 +120,6 @@ def tune_a_pipeline() -> tuple[Facts, Arrays]:
     return pinned_report(result.report)
 
 
-def apart(plan: Plan, scale: float) -> Plan:
-    """The same sampler with the unconditional and the conditional output as columns of their own."""
-    outputs = plan.rows[:, 1:]
-    pairs = np.stack([(1 - scale) * outputs, scale * outputs], axis=2).reshape(len(plan.rows), -1)
-    return plan.replace(rows=np.concatenate([plan.rows[:, :1], pairs], axis=1), branches=2)
-
-
 def samples() -> tuple[Facts, Arrays]:
     """Of the torch loop in float64, of the fused executor in float32, of a scheduler in a pipeline's slot."""
     unipc = solvers.unipc(EPSILON, 5, order=3)
@@ -134,7 +128,7 @@ def samples() -> tuple[Facts, Arrays]:
     plans = {
         "heun": solvers.heun(EPSILON, 5),
         "ancestral": solvers.euler_ancestral(EPSILON, 4),
-        "apart": apart(unipc, 2.0),
+        "apart": split(unipc, 2.0),
         "tuned": tuned().plans[3],
     }
     arrays = {}

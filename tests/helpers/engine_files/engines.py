@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from made_plans import split
 from torch import Tensor, nn
 
 import olss_fast
@@ -23,19 +23,16 @@ FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-engines-")  # gone when t
 CACHE = Path(FOLDER.name, "cache")
 
 
-def split(plan: Plan, scale: float) -> Plan:
-    """The same sampler with unconditional and conditional outputs in columns of their own, guidance folded in."""
-    rows = np.zeros((plan.nfe + 1, 1 + 2 * plan.nfe))
-    rows[:, 0] = plan.rows[:, 0]
-    rows[:, 1::2], rows[:, 2::2] = (1 - scale) * plan.rows[:, 1:], scale * plan.rows[:, 1:]
-    return plan.replace(rows=rows, branches=2, metadata={**plan.metadata, "guidance_scale": str(scale)})
+def folded(plan: Plan, scale: float) -> Plan:
+    """`split`, with the guidance scale written down."""
+    return split(plan, scale).replace(metadata={**plan.metadata, "guidance_scale": str(scale)})
 
 
 GUIDED = {
     "two": solvers.ddim(SCHEDULE, 2),
     "three": solvers.unipc(SCHEDULE, 3),
     "stochastic": solvers.ddim(SCHEDULE, 4, eta=1.0),
-    "split": split(solvers.ddim(SCHEDULE, 5), 1.5),  # the default scale of the guided engine
+    "split": folded(solvers.ddim(SCHEDULE, 5), 1.5),  # the default scale of the guided engine
 }
 UNGUIDED = {name: plan for name, plan in GUIDED.items() if plan.branches == 1}
 
