@@ -133,8 +133,12 @@ def parse(facts: Mapping[str, Any]) -> Manifest:
 
 def _check(value: Any, expected: Any, where: str) -> None:
     if isinstance(expected, dict):
-        if not isinstance(value, dict) or set(value) != set(expected):
-            refuse(f"{where} has the members {quoted(value, 200)}; expected {', '.join(expected)}")
+        if not isinstance(value, dict):
+            refuse(f"{where} is {quoted(value)}; expected an object")
+        if differs := set(value) ^ set(expected):
+            name = min(differs)
+            how = "no member" if name in expected else "the unknown member"
+            refuse(f"{where} has {how} {quoted(name)}; expected exactly the members {', '.join(sorted(expected))}")
         for name, each in expected.items():
             _check(value[name], each, name if where == "the manifest" else f"{where}.{name}")
     elif isinstance(expected, list):

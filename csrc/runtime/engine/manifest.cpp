@@ -55,7 +55,14 @@ void expect_members(const Item& item, std::initializer_list<const char*> expecte
     const std::set<std::string> wanted(expected.begin(), expected.end());
     std::set<std::string> found;
     for (const auto& [name, value] : item.as<Json::Object>("an object")) found.insert(name);
-    if (found != wanted) item.refuse("an object with exactly the members " + listed(wanted));
+    const auto differs = [&](const char* how, const std::string& name) {
+        fail(kind, item.name.empty() ? "the manifest" : "the manifest's " + item.name, how, quote(name),
+             "; expected exactly the members ", listed(wanted));
+    };
+    for (const std::string& name : wanted)
+        if (!found.count(name)) differs(" has no member ", name);
+    for (const std::string& name : found)
+        if (!wanted.count(name)) differs(" has the unknown member ", name);
 }
 
 template <typename Read>
