@@ -86,7 +86,7 @@ class Denoiser:
         streams: of the fresh noises of a stochastic plan. doubled: both halves of a guided pair in one call, if they
             differ only in per-sample tensors. waits: check the values of noise on a GPU too, which synchronises.
 
-    `evaluations` counts samples x network evaluations; a guided pair counts once.
+    `evaluations` counts samples x network evaluations; a guided pair counts once. `tick` is called with each addition.
 
     Raises `InputError` for unusable noise or conditioning, for guidance without `unconditional`, if the two have
     different keys, and for lists in which some tensors have P rows and others do not.
@@ -111,6 +111,7 @@ class Denoiser:
         self.conditioning = checked_arguments(conditioning, "conditioning")
         self.unconditional = None if unconditional is None else checked_arguments(unconditional, "unconditional")
         self.evaluations = 0
+        self.tick: Callable[[int], object] = lambda evaluations: None
         self._given = flat(self.conditioning)
         self._check()
 
@@ -155,6 +156,7 @@ class Denoiser:
         """Raw outputs of shape (branches, B, ...) for x (B, ...), the network inputs of `samples`. Gradients go through
         it, to a timestep too that is a tensor ()."""
         self.evaluations += x.shape[0]
+        self.tick(x.shape[0])
         time = torch.ones(x.shape[0], dtype=torch.float32, device=x.device) * timestep
         doubled = branches == 2 or self.guided
         with self.naming_arguments():

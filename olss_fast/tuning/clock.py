@@ -22,9 +22,10 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, title: str, total: int) -> Iterator[Callable[[int], object]]:
-        """A bar of `total` sample evaluations; yields the function that advances it."""
+        """A bar of `total` sample evaluations, which the denoiser's advance; yields what advances it by others."""
         start, before = time.perf_counter(), self.denoiser.evaluations
         with evaluation_bar(title, total, self.visible) as bar:
+            self.denoiser.tick = bar.update
             yield bar.update
             bar.total = bar.n  # early stopping leaves some of the estimate unused
             bar.refresh()

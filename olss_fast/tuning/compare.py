@@ -14,7 +14,7 @@ from olss_fast.sampling.sampling import check_plan_fits
 from olss_fast.schedule.fits import check_prediction
 from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
 from olss_fast.solvers.table import display_name
-from olss_fast.support.arguments import check_count, checked_count
+from olss_fast.support.arguments import check_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, recorded
 from olss_fast.tuning.preparation import checked_teacher, whole_steps
@@ -49,8 +49,6 @@ def compare(
     wanted = sorted({*whole_steps(steps), *(plan.nfe for plan in plans)})
     _check(wanted, plans, checked_schedule(schedule))
     teacher = checked_teacher(teacher, teacher_steps, schedule)
-    if batch_size is not None:
-        checked_count("batch_size", batch_size)
     denoiser = Denoiser(
         network, noise, conditioning=conditioning, unconditional=unconditional, guidance_scale=guidance_scale
     )

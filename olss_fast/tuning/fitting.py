@@ -12,12 +12,11 @@ the student's own rollout, row after row, and so correct the drift of the earlie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,9 +26,7 @@ from olss_fast.network import Denoiser, require_finite
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.dpm_solver_pp import dpm_solver_pp
-from olss_fast.tuning.recording import Recording, merge_triangles, triangle
-
-Float64 = npt.NDArray[np.float64]
+from olss_fast.tuning.recording import Float64, Recording, merge_triangles, triangle
 
 
 @dataclass(frozen=True)
@@ -146,23 +143,16 @@ def teacher_forced(task: Task, path: Sequence[int], ridge: float) -> Student:
     return student
 
 
-def on_policy(
-    task: Task,
-    path: Sequence[int],
-    ridge: float,
-    *,
-    samples: range | None = None,
-    progress: Callable[[int], object] = lambda samples: None,
-) -> Student:
-    """Rows fitted one after the other on the student's own rollout over the fit samples (or `samples` of them).
+def on_policy(task: Task, path: Sequence[int], ridge: float) -> Student:
+    """Rows fitted one after the other on the student's own rollout over the fit samples.
 
     Costs len(path) evaluations a sample. The rollout's history lives on disk, so memory does not grow with samples.
     """
     recording = task.recording
-    chunks = recording.chunks(samples or recording.split.fit)
+    chunks = recording.chunks(recording.split.fit)
     prior, student = begun_student(task, path)
     with recording.store.scratch() as folder:
-        history = History(folder, task, chunks, progress)
+        history = History(folder, task, chunks)
         for k, target in enumerate([*path[1:], recording.teacher.nfe], start=1):
             columns = (history.advance(chunk, student) for chunk in chunks)
             known = student.known(k)
@@ -173,8 +163,8 @@ def on_policy(
 class History:
     """The columns [x_T | f_0 ..] of a student's rollout, one file per chunk: only one chunk is in memory."""
 
-    def __init__(self, folder: Path, task: Task, chunks: Sequence[slice], progress: Callable[[int], object]) -> None:
-        self.folder, self.task, self.progress = folder, task, progress
+    def __init__(self, folder: Path, task: Task, chunks: Sequence[slice]) -> None:
+        self.folder, self.task = folder, task
         for chunk in chunks:
             self._append(chunk, task.noise[chunk][None])
 
@@ -202,5 +192,4 @@ class History:
         outputs = loop.ask(self.task.denoiser.asking(chunk))
         require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
         self._append(chunk, outputs)
-        self.progress(chunk.stop - chunk.start)
         return loop.columns

@@ -7,7 +7,6 @@ last row is solved exactly for any weighting of the samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,8 @@ import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
-    from olss_fast.tuning.fitting import Float64, Student, Task
-
-
-Progress = Callable[[int], object]
+    from olss_fast.tuning.fitting import Student, Task
+    from olss_fast.tuning.recording import Float64
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Rollout:
         return prior + correction
 
 
-def roll(task: Task, student: Student, samples: range, progress: Progress = lambda samples: None) -> Rollout:
+def roll(task: Task, student: Student, samples: range) -> Rollout:
     """Run the student on `samples` (n evaluations each)."""
     grams = []
     for chunk in task.recording.chunks(samples):
@@ -51,7 +48,6 @@ def roll(task: Task, student: Student, samples: range, progress: Progress = lamb
         target = task.recording.result(chunk).to(columns)
         both = torch.cat([columns, target[None]]).flatten(2).transpose(0, 1)
         grams.append((both @ both.transpose(1, 2)).cpu().numpy())
-        progress(student.nfe * (chunk.stop - chunk.start))
     return Rollout(np.concatenate(grams), task.noise[0].numel())
 
 

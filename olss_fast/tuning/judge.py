@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from olss_fast.methods import ANALYTIC, kind_of, title_of
 from olss_fast.network import OwnStart
@@ -17,12 +16,14 @@ from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Candidate
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.table import candidates, display_name
+from olss_fast.support.arguments import checked_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.fitting import Task
-from olss_fast.tuning.recording import Split, record, recording_store
+from olss_fast.tuning.recording import Split, probe, record
 from olss_fast.tuning.scoring import expected_evaluations, kept_scores, tournament
+from olss_fast.tuning.store import open_store
 
-LARGEST_CHUNK = 2**28  # bytes of basis in memory at once
+LARGEST_CHUNK = 2**28  # bytes of basis, in float64 and float32, in memory at once by default
 
 
 @contextmanager
@@ -38,22 +39,23 @@ def recorded(
     """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
 
     The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`.
-    Raises `NetworkError`, `StoreError`.
+    Raises `InputError` for an unusable `batch_size`, `NetworkError`, `StoreError`.
     """
     denoiser, samples = clock.denoiser, clock.denoiser.samples
     split = split or Split(range(0), range(0), range(samples))
-    size = batch_size or default_batch_size(teacher, denoiser.noise)
+    most = min(64, max(1, LARGEST_CHUNK // (12 * teacher.columns * denoiser.noise[0].numel())))
+    size = most if batch_size is None else checked_count("batch_size", batch_size)
+    question = {
+        "teacher": (teacher.rows, teacher.timesteps),
+        "schedule": schedule,
+        "split": (split.fit, split.validation, split.held_out, size),
+        **denoiser.what_is_asked(),
+    }
     with torch.no_grad(), ExitStack() as stack:
         with clock.stage("record", f"Teacher, {teacher.nfe} steps", samples * teacher.nfe) as tick:
-            place = recording_store(store, teacher, denoiser, schedule=schedule, split=split, batch_size=size)
-            opened = stack.enter_context(place)
+            opened = stack.enter_context(open_store(store, question, lambda: probe(teacher, denoiser)))
             recording = record(teacher, denoiser, store=opened, split=split, batch_size=size, progress=tick)
         yield Task(recording, denoiser, schedule, fixed_start=isinstance(denoiser.networks[0], OwnStart))
-
-
-def default_batch_size(teacher: Plan, noise: Tensor) -> int:
-    """The most samples, up to 64, whose float64 and float32 basis stays below `LARGEST_CHUNK`."""
-    return int(min(64, max(1, LARGEST_CHUNK // (12 * teacher.columns * noise[0].numel()))))
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ class Judge:
             others = list(filter(network.admits, others))
         plans = [*own, *(plan for plan in others if plan not in own)]
         total = expected_evaluations(plans, len(held_out), self.first)
-        with self.clock.stage(self.stage, f"{nfe:>2} steps, {len(plans)} samplers", total) as tick:
+        with self.clock.stage(self.stage, f"{nfe:>2} steps, {len(plans)} samplers", total):
             keep = range(len(own))
             errors = kept_scores(
                 store,
                 plans,
                 f"tournament {len(own)} {self.first}",
-                lambda: tournament(plans, self.task, held_out, keep=keep, first=self.first, progress=tick),
+                lambda: tournament(plans, self.task, held_out, keep=keep, first=self.first),
             )
         return [_candidate(plan, tuple(error)) for plan, error in zip(plans, errors, strict=True)]
 

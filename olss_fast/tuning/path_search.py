@@ -7,7 +7,7 @@ validation samples. A change of node k leaves the evaluations before it as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from olss_fast.errors import NetworkError
 from olss_fast.executors.reference import Loop
-from olss_fast.tuning.fitting import Float64, Task, begun_student, fitted_row
-from olss_fast.tuning.recording import distance
+from olss_fast.tuning.fitting import Task, begun_student, fitted_row
+from olss_fast.tuning.recording import Float64, distance
 
 Path = tuple[int, ...]
 RIDGE = 1e-5
@@ -52,9 +52,8 @@ class Trial:
 class PathSearch:
     """Compares paths of one length on `samples` fit samples and as many validation samples."""
 
-    def __init__(self, task: Task, samples: int, progress: Callable[[int], object] = lambda samples: None) -> None:
-        split = task.recording.split
-        self.task, self.progress = task, progress
+    def __init__(self, task: Task, samples: int) -> None:
+        self.task, split = task, task.recording.split
         self.fit_chunks = task.recording.chunks(split.fit[:samples])
         self.chunks = self.fit_chunks + task.recording.chunks(split.validation[:samples])
 
@@ -76,7 +75,6 @@ class PathSearch:
                 loop.follow(student)
                 if k < n:
                     loop.ask(task.denoiser.asking(chunk))
-                    self.progress(chunk.stop - chunk.start)
             if k < n and not all(bool(torch.isfinite(loop.columns[-1]).all()) for loop in loops):
                 return Trial(path, student.rows, (), float("inf"))
         results = map(task.recording.result, self.chunks)

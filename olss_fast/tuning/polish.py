@@ -13,7 +13,7 @@ validation samples say when to stop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,10 @@ from torch import Tensor
 from olss_fast.errors import NetworkError
 from olss_fast.executors.reference import Loop
 from olss_fast.tuning.gram import huber, roll
-from olss_fast.tuning.recording import triangle
+from olss_fast.tuning.recording import Float64, triangle
 
 if TYPE_CHECKING:
-    from olss_fast.tuning.fitting import Float64, Student, Task
+    from olss_fast.tuning.fitting import Student, Task
 
 EXACT = 1e-7  # root mean square errors below this are rounding of the float32 teacher
 STATE_STEP = 1e-2  # forward-difference step, root mean square of the change of a network input
@@ -35,7 +35,6 @@ LOG_SNR_STEP = 1e-2
 COLLINEAR = 1e-4  # directions that need coefficients larger than 1/COLLINEAR per unit of change are left alone
 DAMPING_FACTORS = (0.1, 1.0, 10.0)
 PATIENCE = 3  # iterations without a better validation loss that end the polish
-Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,6 @@ def shift_log_snr(task: Task, timestep: float, amount: float) -> float:
     return float(schedule.timestep_of_lam(np.clip(schedule.lam(timestep) + amount, lowest, highest)))
 
 
-@dataclass(frozen=True)
-class Polished:
-    """A student with its error on the validation samples, and what each iteration reached (fit, validation)."""
-
-    student: Student
-    validation: float
-    history: tuple[tuple[float, float], ...]
-
-
 def evaluations_of_jacobian(nfe: int, branches: int = 1) -> int:
     """Network evaluations a sample for one Jacobian, base rollout included."""
     return nfe + sum((2 + k * branches) * (nfe - k) for k in range(nfe))
@@ -80,14 +70,14 @@ def evaluations_of_jacobian(nfe: int, branches: int = 1) -> int:
 class Objective:
     """Errors of a student on the fit and the validation samples, its last row solved exactly on the former."""
 
-    def __init__(self, task: Task, *, ridge: float, robust: bool, progress: Progress) -> None:
-        self.task, self.ridge, self.robust, self.progress = task, ridge, robust, progress
+    def __init__(self, task: Task, *, ridge: float, robust: bool) -> None:
+        self.task, self.ridge, self.robust = task, ridge, robust
         self.threshold = 0.0
 
     def solve(self, student: Student) -> tuple[Student, float, float]:
         """The student with its best last row, its loss on the fit samples and on the validation samples."""
         split = self.task.recording.split
-        fit = roll(self.task, student, split.fit, self.progress)
+        fit = roll(self.task, student, split.fit)
         prior = student.rows[-1]
         row, errors = prior, fit.errors(prior)
         if not np.isfinite(fit.gram).all():
@@ -97,12 +87,12 @@ class Objective:
             row = fit.best_row(self.weights(errors), ridge=self.ridge, prior=prior)
             errors = fit.errors(row)
         solved = replace(student, rows=np.concatenate([student.rows[:-1], row[None]]))
-        validation = roll(self.task, solved, split.validation, self.progress).errors(row)
+        validation = roll(self.task, solved, split.validation).errors(row)
         return solved, self.loss(errors), self.loss(validation)
 
     def loss_on(self, student: Student, samples: range) -> float:
         """Loss on some fit samples, with the last row that is best for them."""
-        some, row = roll(self.task, student, samples, self.progress), student.rows[-1]
+        some, row = roll(self.task, student, samples), student.rows[-1]
         if not np.isfinite(some.gram).all():
             return float("inf")
         row = some.best_row(self.weights(some.errors(row)), ridge=self.ridge, prior=row)
@@ -126,12 +116,11 @@ def polish(
     ridge: float,
     robust: bool,
     rng: np.random.Generator,
-    progress: Progress = lambda samples: None,
-) -> Polished:
-    """Improve `student` until `PATIENCE` iterations brought no better validation loss, or `iterations` are done."""
-    objective = Objective(task, ridge=ridge, robust=robust, progress=progress)
+) -> Student:
+    """`student`, improved until `PATIENCE` iterations brought no better validation loss, or `iterations` are done."""
+    objective = Objective(task, ridge=ridge, robust=robust)
     student, loss, best_loss = objective.solve(student)
-    best, history, damping, failures = student, [(loss, best_loss)], 1e-2, 0
+    best, damping, failures = student, 1e-2, 0
     for _ in range(iterations if best_loss > 0.0 else 0):
         subsets = [_subset(task, jacobian_samples, rng) for _ in range(2)]
         try:
@@ -139,7 +128,6 @@ def polish(
             tried, tried_loss, validation = objective.solve(step)
         except NetworkError:  # a step to where the network is not finite: what was reached before stands
             break
-        history.append((tried_loss, validation))
         failures = 0 if tried_loss < loss and validation < best_loss else failures + 1
         if tried_loss < loss:
             student, loss = tried, tried_loss
@@ -149,7 +137,7 @@ def polish(
             best, best_loss = tried, validation
         if failures == PATIENCE:
             break
-    return Polished(best, best_loss, tuple(history))
+    return best
 
 
 def _best_step(
@@ -200,7 +188,6 @@ def _normal_equations(task: Task, student: Student, samples: range, objective: O
         errors = residual.square().mean(1).sqrt().cpu().numpy()
         weights = torch.as_tensor(objective.weights(errors), device=residual.device)
         moved = [_difference(task, student, each, run, chunk) for each in directions]
-        objective.progress(evaluations_of_jacobian(student.nfe, task.branches) * (chunk.stop - chunk.start))
         jacobian = torch.cat([torch.stack(moved), run.columns]).flatten(2)
         weighted = (jacobian * weights[:, None]).flatten(1)
         hessian += (weighted @ jacobian.flatten(1).T).cpu().numpy()

@@ -9,23 +9,18 @@ again and again are the states that a student is to reach: they are kept in floa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from olss_fast.errors import StoreError
 from olss_fast.executors.reference import Loop
 from olss_fast.network import Denoiser, batches, require_finite
 from olss_fast.plan.plan import Plan
-from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.support.identity import identity
-from olss_fast.tuning.store import Store, open_store
+from olss_fast.tuning.store import Store
 
 PROBED = 4  # samples, to check that a network is the one that a store belongs to
 Float64 = npt.NDArray[np.float64]
@@ -74,17 +69,8 @@ class Recording:
     @cached_property
     def r(self) -> Float64:
         """The triangle (T+1, T+1) of the fit samples' basis."""
-        return merge_triangles([self._triangle(chunk) for chunk in batches(self.split.fit, self.batch_size)])
-
-    def _triangle(self, chunk: slice) -> Float64:
-        r: Float64 = self.store.read(chunk_name(chunk), "r").numpy()
-        columns = self.teacher.columns
-        if r.shape != (columns, columns) or not np.isfinite(r).all():
-            raise StoreError(
-                f"{self.store.path(chunk_name(chunk))} holds no finite triangle of shape ({columns}, {columns}) but "
-                f"{r.shape}. Delete this file and resume"
-            )
-        return r
+        chunks = batches(self.split.fit, self.batch_size)
+        return merge_triangles([self.store.read(chunk_name(chunk), "r").numpy() for chunk in chunks])
 
     def recorded(self) -> list[slice]:
         """The chunks as they lie in the store."""
@@ -130,26 +116,24 @@ def record(
     store: Store,
     split: Split,
     batch_size: int,
-    progress: Callable[[int], object] = lambda samples: None,
+    progress: Callable[[int], object] = lambda evaluations: None,
 ) -> Recording:
     """Run `teacher` on all noise, chunk by chunk; finished chunks in the store are not run again.
 
-    `progress(samples)` is called after every evaluation with the number of samples evaluated (or skipped).
+    `progress` is told how many evaluations of a sample that skips.
     Raises `NetworkError` (evaluation and sample named) and `StoreError`.
     """
     recording = Recording(teacher, store, split, batch_size, len(split.fit) * denoiser.noise[0].numel())
     for chunk in recording.recorded():
         if store.has(chunk_name(chunk)):
-            store.check(chunk_name(chunk))
+            store.entry(chunk_name(chunk))
             progress((chunk.stop - chunk.start) * teacher.nfe)
         else:
-            store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, chunk, chunk.start in split.fit, progress))
+            store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, chunk, chunk.start in split.fit))
     return recording
 
 
-def _run_chunk(
-    teacher: Plan, denoiser: Denoiser, chunk: slice, fits: bool, progress: Callable[[int], object]
-) -> dict[str, Tensor]:
+def _run_chunk(teacher: Plan, denoiser: Denoiser, chunk: slice, fits: bool) -> dict[str, Tensor]:
     """The teacher's samples; of those to fit on also its states and their triangle, which nobody asks of the others."""
     noise, evaluate = denoiser.noise[chunk], denoiser.asking(chunk)
     loop, states = Loop(teacher, noise[None]), noise.new_empty((fits * teacher.nfe, *noise.shape), dtype=torch.float32)
@@ -158,7 +142,6 @@ def _run_chunk(
             states[loop.evaluation] = loop.x
         outputs = loop.ask(evaluate)
         require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
-        progress(chunk.stop - chunk.start)
     tensors = {"result": loop.x.to(torch.float32)}
     if fits:
         tensors |= {"states": states, "r": torch.from_numpy(triangle(loop.columns))}
@@ -179,22 +162,3 @@ def probe(teacher: Plan, denoiser: Denoiser) -> Tensor:
         state = mixed if i else float(teacher.rows[0, 0]) * x
         answers.append(ask(state, float(teacher.timesteps[i]))[0])
     return torch.stack(answers, 1)
-
-
-def recording_store(
-    folder: str | Path | None,
-    teacher: Plan,
-    denoiser: Denoiser,
-    *,
-    schedule: NoiseSchedule,
-    split: Split,
-    batch_size: int,
-) -> AbstractContextManager[Store]:
-    """The store in `folder` of a recording and the fits on it, or one for the time being. Raises `StoreError`."""
-    question = {
-        "teacher": (teacher.rows, teacher.timesteps),
-        "schedule": schedule,
-        "split": (split.fit, split.validation, split.held_out, batch_size),
-        **denoiser.what_is_asked(),
-    }
-    return open_store(folder, lambda before: identity(question, before), lambda: probe(teacher, denoiser))

@@ -17,25 +17,23 @@ from torch import Tensor
 from olss_fast.executors.reference import Evaluate, Loop
 from olss_fast.plan.plan import Plan
 from olss_fast.support.identity import digest
-from olss_fast.tuning.recording import distance
+from olss_fast.tuning.recording import Float64, distance
 from olss_fast.tuning.store import Store
 
 if TYPE_CHECKING:
-    from olss_fast.tuning.fitting import Float64, Task
+    from olss_fast.tuning.fitting import Task
 
-Progress = Callable[[int], object]
 HOPELESS = 1.2  # a mean error this many times the best one's, on the same samples, ends a candidate
 
 
-def score(
-    plans: Sequence[Plan], task: Task, samples: range, progress: Progress = lambda evaluations: None
-) -> list[Float64]:
+def score(plans: Sequence[Plan], task: Task, samples: range) -> list[Float64]:
     """Per-sample root mean square error (P,) of each plan to the teacher's samples, inf where a plan diverges."""
     errors = np.empty((len(plans), len(samples)))
     for chunk in task.recording.chunks(samples):
         target = task.recording.result(chunk).to(task.noise.device)
         place = slice(chunk.start - samples.start, chunk.stop - samples.start)
-        for index, result in final_samples(plans, task, chunk, progress):
+        begun = Loop(max(plans, key=lambda plan: plan.columns), task.noise[chunk][None])
+        for index, result in _descend(plans, range(len(plans)), begun, task.denoiser.asking(chunk)):
             errors[index, place] = distance(result, target).cpu().numpy()
     return list(np.nan_to_num(errors, nan=np.inf))
 
@@ -53,25 +51,18 @@ def content(plan: Plan) -> tuple[str, bytes, bytes]:
     return f"{plan.branches} {plan.models.tolist()}", plan.timesteps.tobytes(), plan.rows.tobytes()
 
 
-def final_samples(
-    plans: Sequence[Plan], task: Task, chunk: slice, progress: Progress = lambda evaluations: None
-) -> Iterator[tuple[int, Tensor]]:
-    """(index of the plan, its samples (B, ...) in float64), shared evaluations made once, in no particular order."""
-    begun = Loop(max(plans, key=lambda plan: plan.columns), task.noise[chunk][None])
-    yield from _descend(plans, range(len(plans)), begun, task.denoiser.asking(chunk), progress)
-
-
 def _descend(
-    plans: Sequence[Plan], group: Sequence[int], loop: Loop, evaluate: Evaluate, progress: Progress
+    plans: Sequence[Plan], group: Sequence[int], loop: Loop, evaluate: Evaluate
 ) -> Iterator[tuple[int, Tensor]]:
-    """All plans of `group` asked the same questions so far; `loop` holds the answers."""
+    """(index of the plan, its samples (B, ...) in float64) of a `group` of plans that asked the same questions so far,
+    in no particular order; `loop` holds the answers."""
     for members in _same_question(plans, group, loop.evaluation):
         branch = loop.fork(plans[members[0]])
         if branch.done:
             yield from ((i, branch.x) for i in members)
         else:
-            progress(branch.ask(evaluate).shape[1])
-            yield from _descend(plans, members, branch, evaluate, progress)
+            branch.ask(evaluate)
+            yield from _descend(plans, members, branch, evaluate)
 
 
 def _same_question(plans: Sequence[Plan], group: Sequence[int], depth: int) -> Iterable[list[int]]:
@@ -91,13 +82,7 @@ def expected_evaluations(plans: Sequence[Plan], samples: int, first: int) -> int
 
 
 def tournament(
-    plans: Sequence[Plan],
-    task: Task,
-    samples: range,
-    *,
-    keep: Sequence[int] = (),
-    first: int = 8,
-    progress: Progress = lambda evaluations: None,
+    plans: Sequence[Plan], task: Task, samples: range, *, keep: Sequence[int] = (), first: int = 8
 ) -> list[Float64]:
     """Errors of each plan on the samples it got to see: the first `first` for all, then 4 x as many for those whose
     mean is within `HOPELESS` of the best, and so on to all. Plans of `keep` are scored on all samples in any case.
@@ -106,7 +91,7 @@ def tournament(
     alive = list(range(len(plans)))
     start, stop = samples.start, min(samples.start + first, samples.stop)
     while start < samples.stop:
-        scores = score([plans[i] for i in alive], task, range(start, stop), progress)
+        scores = score([plans[i] for i in alive], task, range(start, stop))
         for i, more in zip(alive, scores, strict=True):
             errors[i] = np.append(errors[i], more)
         limit = HOPELESS * min(float(errors[i].mean()) for i in alive if i not in keep or len(alive) == len(keep))

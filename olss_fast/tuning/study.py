@@ -105,10 +105,10 @@ class Study:
         few, some = max(2, effort.path_samples // 4), effort.path_samples
         trials = SHORTLIST + len(scales) * (steps - 1)  # two moves a node, each half a rollout on average
         total = 2 * steps * (few * len(paths) + some * trials)
-        with self.clock.stage("path", f"{steps:>2} steps, path", total) as tick:
-            coarse = PathSearch(self.task, few, tick)
+        with self.clock.stage("path", f"{steps:>2} steps, path", total):
+            coarse = PathSearch(self.task, few)
             ranked = sorted(paths, key=lambda path: coarse.trial(path).error)
-            return PathSearch(self.task, some, tick).best(ranked[:SHORTLIST], scales)
+            return PathSearch(self.task, some).best(ranked[:SHORTLIST], scales)
 
     @cached_property
     def fitted(self) -> Fit:
@@ -123,11 +123,11 @@ class Study:
         """On-policy rows, of several `ridges` with the one that does best on the validation samples."""
         task, split = self.task.with_branches(branches), self.task.recording.split
         total = len(ridges) * self.steps * (len(split.fit) + len(split.validation))
-        with self.clock.stage("fit", f"{self.steps:>2} steps, fit", total) as tick:
-            fits = [Fit(fitting.on_policy(task, path, ridge, progress=tick), path, ridge) for ridge in ridges]
+        with self.clock.stage("fit", f"{self.steps:>2} steps, fit", total):
+            fits = [Fit(fitting.on_policy(task, path, ridge), path, ridge) for ridge in ridges]
             if len(fits) == 1:
                 return fits[0]
-            rolls = [roll(task, fit.student, split.validation, tick) for fit in fits]
+            rolls = [roll(task, fit.student, split.validation) for fit in fits]
         losses = [float(each.errors(fit.student.rows[-1]).mean()) for each, fit in zip(rolls, fits, strict=True)]
         return fits[int(np.argmin(losses))]
 
@@ -139,8 +139,8 @@ class Study:
         samples = min(samples, effort.jacobian_samples)
         rolls = student.nfe * (len(split.fit) + len(split.validation) + 3 * samples)
         total = (jacobian * samples + rolls) * effort.polish_iterations
-        with self.clock.stage("polish", f"{student.nfe:>2} steps, polish", total) as tick:
-            result = polish(
+        with self.clock.stage("polish", f"{student.nfe:>2} steps, polish", total):
+            student = polish(
                 self.task.with_branches(student.branches),
                 student,
                 iterations=effort.polish_iterations,
@@ -148,9 +148,8 @@ class Study:
                 ridge=fit.ridge,
                 robust=effort.robust,
                 rng=np.random.default_rng([self.seed, student.nfe, student.branches]),
-                progress=tick,
             )
-        return Fit(result.student, fit.path, fit.ridge)
+        return Fit(student, fit.path, fit.ridge)
 
     def plan(self, fit: Fit) -> Plan:
         """The plan of a fit; its metadata hold the path."""

@@ -7,7 +7,6 @@ never worse than the best analytic one on held-out data.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import Candidate, Report
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.arguments import checked_count
+from olss_fast.support.identity import digest
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, recorded
 from olss_fast.tuning.preparation import checked_teacher, split_samples, steps_to_teach
@@ -88,9 +88,8 @@ def tune(
         raise InputError(f"effort is {effort!r}; expected an Effort, such as Effort.light(), or None")
     if store is not None and not isinstance(store, (str, Path)):
         raise InputError(f"store is {store!r}; expected a folder")
-    for name, value in (("batch_size", batch_size), ("held_out", held_out)):
-        if value is not None:
-            checked_count(name, value)
+    if held_out is not None:
+        checked_count("held_out", held_out)
     teacher = checked_teacher(teacher, teacher_steps, schedule)
     wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
     split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
@@ -127,7 +126,7 @@ def _candidates(study: Study, judge: Judge) -> list[Candidate]:
 def _made(study: Study, kind: str, method: Method) -> Plan:
     """The method's plan: of an earlier run with the same store, effort and seed, or made now and kept there."""
     task, store = study.task, study.task.recording.store
-    key = hashlib.sha256(repr((VERSION, study.effort, study.seed, task.fixed_start)).encode()).hexdigest()[:16]
+    key = digest(repr((VERSION, study.effort, study.seed, task.fixed_start)))[:16]
     file = store.path(f"fit-{study.steps:03d}-{kind}-{key}")
     if file.exists():
         with suppress(PlanFileError):  # damaged: making it again is cheaper than asking what to do

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ from torch import Tensor, nn
 
 import olss_fast
 from olss_fast.errors import StoreError
+from olss_fast.support import container
+from olss_fast.support.progress import evaluation_bar
+from olss_fast.tuning import clock
 from olss_fast.tuning import store as stores
 from olss_fast.tuning.compare import compare
 from olss_fast.tuning.tuning import Effort
@@ -137,6 +139,16 @@ def test_a_finished_run_is_kept_with_its_report(tmp_path: Path) -> None:
     assert network.calls > 3  # another table of candidates is another judgement
 
 
+def test_bars_count_what_the_network_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+    monkeypatch.setattr(clock, "evaluation_bar", lambda *how: bars.append(evaluation_bar(*how)) or bars[-1])
+    for kept in (0, SAMPLES * 10):  # the teacher's evaluations that an earlier run made
+        evaluations = tune(Net(), tmp_path, progress=True).report.evaluations
+        assert sum(bar.n for bar in bars) == sum(evaluations.values()) + kept
+        bars.clear()
+    assert sum(evaluations.values()) == 3 * 4  # the probe's questions about four samples
+
+
 def damaged(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
 
@@ -157,7 +169,7 @@ def test_an_altered_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
 def test_a_damaged_store_is_refused_or_mended(tmp_path: Path) -> None:
     expected = tune(Net(), tmp_path)
     kinds = {path.name.split("-")[0]: path for path in sorted(tmp_path.iterdir()) if path.is_file()}
-    assert kinds.keys() == {"manifest.json", "chunk", "fit", "probe", "scores"}
+    assert kinds.keys() == {"manifest.safetensors", "chunk", "fit", "scores"}
     for kind, path in kinds.items():
         sound = path.read_bytes()
         for place in (9, len(sound) // 2, len(sound) - 1):
@@ -173,13 +185,13 @@ def test_a_damaged_store_is_refused_or_mended(tmp_path: Path) -> None:
 
 def test_chunks_without_their_manifest_belong_to_nobody(tmp_path: Path) -> None:
     tune(Net(), tmp_path)
-    (tmp_path / stores.MANIFEST).unlink()
+    (tmp_path / "manifest.safetensors").unlink()
     other = Net(late=0.5)
     assert tune(other, tmp_path).plans == tune(Net(late=0.5)).plans
     assert other.calls > 30
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "chunk", "scores", "probe"])
+@pytest.mark.parametrize("name", ["manifest", "chunk", "scores"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "truncated", "empty"])
 def test_files_of_another_kind_are_named(tmp_path: Path, name: str, kind: str) -> None:
     tune(Net(), tmp_path)
@@ -192,15 +204,13 @@ def test_files_of_another_kind_are_named(tmp_path: Path, name: str, kind: str) -
         path.mkdir()
     else:
         path.write_bytes(content[: len(content) // 2 if kind == "truncated" else 0])
-    with pytest.raises(StoreError, match=path.name if name != "manifest.json" else "manifest"):
+    with pytest.raises(StoreError, match=path.name):
         tune(Net(), tmp_path)
 
 
 def test_a_store_of_an_older_version_is_named(tmp_path: Path) -> None:
-    (tmp_path / stores.MANIFEST).write_text(
-        json.dumps({"format": "olss-fast-recording", "version": 1, "fingerprint": "0" * 64})
-    )
-    with pytest.raises(StoreError, match=r"version .*1\); expected .*2\)\. Give another folder"):
+    (tmp_path / "manifest.json").write_text('{"format": "olss-fast-recording", "version": 2}')
+    with pytest.raises(StoreError, match=r"of an older olss_fast, with a manifest\.json\. Give another folder"):
         tune(Net(), tmp_path)
 
 
@@ -209,13 +219,13 @@ def full(*_: Any, **__: Any) -> None:
 
 
 def test_a_full_disk_ends_in_advice_that_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "write_atomically", full)
+    monkeypatch.setattr(container, "write_atomically", full)
     with pytest.raises(StoreError, match=r"disk is full.*\. Or give store=, a folder on another disk"):
         tune(Net())
     monkeypatch.undo()
     tune(Net(), tmp_path)
     sorted(tmp_path.glob("chunk-*"))[0].unlink()
-    monkeypatch.setattr(stores, "write_atomically", full)
+    monkeypatch.setattr(container, "write_atomically", full)
     with pytest.raises(StoreError, match=r"disk is full.*\. Then start again with the same store"):
         tune(Net(), tmp_path)
 

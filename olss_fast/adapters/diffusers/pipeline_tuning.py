@@ -34,9 +34,9 @@ from olss_fast.support.arguments import check_steps, checked_count
 from olss_fast.support.progress import bar_options, evaluation_bar
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.compare import compare
-from olss_fast.tuning.fitting import Float64
 from olss_fast.tuning.judge import recorded
 from olss_fast.tuning.preparation import steps_to_teach
+from olss_fast.tuning.recording import Float64
 from olss_fast.tuning.scoring import kept_scores, score
 from olss_fast.tuning.tuning import Effort, TuneResult, tune
 
