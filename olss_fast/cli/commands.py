@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from olss_fast import __version__
+import olss_fast
 from olss_fast.cli import engine_commands, options
 from olss_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from olss_fast.plan.plan import Plan
 
 app = typer.Typer(
     name="olss-fast",
@@ -34,7 +31,7 @@ app = typer.Typer(
 def show_version(wanted: bool) -> None:
     """Print the version and exit, if wanted."""
     if wanted:
-        typer.echo(f"olss-fast {__version__}")
+        typer.echo(f"olss-fast {olss_fast.__version__}")
         raise typer.Exit
 
 
@@ -50,9 +47,7 @@ def main_options(
 @app.command()
 @options.named_errors
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, report and pictures.")] = Path(
-        "olss-demo"
-    ),
+    out: options.OutOption = Path("olss-demo"),
     steps: Annotated[str, typer.Option("--steps", "-s", metavar="LIST", help="NFE to tune for.")] = "4,5,6,8,10",
     samples: Annotated[
         int | None, typer.Option("--samples", min=4, max=options.MOST_SAMPLES, help="Noises to fit and judge on.")
@@ -84,9 +79,7 @@ def demo(
 def tune(
     model: options.ModelOption,
     steps: Annotated[str, typer.Option("--steps", "-s", metavar="LIST", help="NFE to tune for.")] = "5,8",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, report and pictures.")] = Path(
-        "olss-tuned"
-    ),
+    out: options.OutOption = Path("olss-tuned"),
     prompts: options.PromptsOption = None,
     samples: Annotated[
         int | None,
@@ -184,7 +177,7 @@ def sample(
     given = {name: value for name, value in settings.items() if value is not None}
     if plan is not None and given:
         raise InputError(f"--{next(iter(given))} belongs to --solver: a plan has its own")
-    chosen = None if plan is None else load_plan(plan)
+    chosen = None if plan is None else olss_fast.Plan.load(plan)
     from olss_fast.cli import jobs
     from olss_fast.report.images import save_images
     from olss_fast.support.folders import try_folder
@@ -194,13 +187,6 @@ def sample(
     images, nfe, names = subject.sample(chosen, given, count, labels)
     written = save_images(images, folder, names)
     typer.echo(f"{count} images at {nfe} NFE are in {folder}, all of them in {written[-1]}")
-
-
-def load_plan(path: Path) -> Plan:
-    """`Plan.load`, imported when needed."""
-    from olss_fast.plan.plan import Plan
-
-    return Plan.load(path)
 
 
 @app.command()
@@ -242,18 +228,17 @@ def compare(
     - `olss-fast compare --model path/to/stable-diffusion --prompts prompts.txt --steps 5,8,20 --samples 16`
     """
     wanted = options.parse_steps(steps)
-    loaded_plans = [load_plan(path) for path in plans or []]
+    loaded_plans = [olss_fast.Plan.load(path) for path in plans or []]
     from olss_fast.cli import jobs
-    from olss_fast.support.folders import make_folder, try_folder
+    from olss_fast.support.folders import try_folder
 
     try_folder(out)
     subject = jobs.subject(model, prompts, dtype, null_class, device, guidance_scale, batch_size, seed, not quiet)
     report = subject.compare(samples, loaded_plans, steps=wanted, teacher_steps=teacher_steps)
-    folder = make_folder(out)
-    report.to_json(folder / "report.json")
-    report.plot(folder)
+    report.plot(out)
+    report.to_json(out / "report.json")
     typer.echo(report.solver_table())
-    typer.echo(f"Report and plots are in {folder}")
+    typer.echo(f"Report and plots are in {out}")
 
 
 @app.command()
@@ -275,7 +260,7 @@ def inspect(
     if describe.is_engine_file(file):
         typer.echo(describe.inspected(file, as_json=as_json))
         return
-    loaded = load_plan(file)
+    loaded = olss_fast.Plan.load(file)
     if not as_json:
         typer.echo(loaded.describe())
         return
@@ -304,7 +289,7 @@ def export_onnx(
     """
     if (plan is None) == (steps is None):
         raise InputError("give either --plan FILE, or --steps N of an analytic solver")
-    chosen = None if plan is None else load_plan(plan)
+    chosen = None if plan is None else olss_fast.Plan.load(plan)
     from olss_fast.cli import jobs
 
     subject = jobs.NetworkSubject(model=model, device=device, null_class=null_class, guidance_scale=guidance_scale)

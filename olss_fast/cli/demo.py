@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 import olss_fast
 from olss_fast import demo, metrics
-from olss_fast.cli.model import arguments, counted, draw_noise, pick_labels
+from olss_fast.cli.jobs import NetworkSubject
+from olss_fast.cli.model import DEMO, Model, arguments, device_of, draw_noise, pick_labels
 from olss_fast.methods import ANALYTIC
 from olss_fast.plan.plan import Plan
 from olss_fast.report.plots import plot_grid
@@ -20,10 +21,10 @@ from olss_fast.report.report import Candidate, Report
 from olss_fast.report.tables import families
 from olss_fast.sampling.sampling import sample
 from olss_fast.support.folders import make_folder, try_folder
+from olss_fast.support.progress import bar_options
 from olss_fast.tuning.study import Effort
 
 STEPS = (4, 5, 6, 8, 10)
-TEACHER_STEPS = 100
 PLANS = "plans"  # folder within the output folder
 SAMPLES = 80  # a quarter are held out
 GRID_STEPS = 5
@@ -50,23 +51,13 @@ def run_demo(
     """
     start = time.perf_counter()
     out = try_folders(out)
-    model = demo.load(device)
-    where = next(model.network.parameters()).device if isinstance(model.network, torch.nn.Module) else "cpu"
+    subject = NetworkSubject(DEMO, device, seed=seed, progress=progress)
+    model = subject.loaded
     say(
-        f"Tuning the embedded model on {where}: {samples} samples, light polish. `olss-fast tune --model demo` takes "
-        "more of both, and finds better plans."
+        f"Tuning the embedded model on {device_of(model)}: {samples} samples, light polish. `olss-fast tune --model "
+        "demo` takes more of both, and finds better plans."
     )
-    result = olss_fast.tune(
-        model.network,
-        noise=draw_noise(model, samples, seed),
-        schedule=model.schedule,
-        steps=list(steps),
-        teacher_steps=TEACHER_STEPS,
-        effort=Effort.light(),
-        seed=seed,
-        progress=progress,
-        **arguments(model, pick_labels(model, samples)),
-    )
+    result = subject.tune(samples, None, steps=list(steps), effort=Effort.light())
     written = write_result(result, out)
     written.append(draw_grid(result.report, model, out / "grid.png", seed=seed + GRID_SEED, progress=progress))
     say(result.report.table())
@@ -106,7 +97,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def draw_grid(report: Report, model: demo.DemoModel, path: Path, *, seed: int, progress: bool = True) -> Path:
+def draw_grid(report: Report, model: Model, path: Path, *, seed: int, progress: bool = True) -> Path:
     """Samples of the teacher, OLSS and the best others from the same noise at `GRID_STEPS` NFE (else the fewest)."""
     nfe = GRID_STEPS if GRID_STEPS in report.nfes else report.nfes[0]
     rows = {"teacher\n" + f"{report.teacher.nfe} NFE": report.teacher}
@@ -120,7 +111,7 @@ def draw_grid(report: Report, model: demo.DemoModel, path: Path, *, seed: int, p
         images,
         path,
         errors={name: list(metrics.rmse(each, reference)) for name, each in others},
-        titles=[model.class_names[label] for label in GRID_CLASSES],
+        titles=[demo.CLASS_NAMES[label] for label in GRID_CLASSES],
         heading=f"The same noises at {nfe} network evaluations; below each image its RMSE to the teacher",
         accent=f"OLSS\n{nfe} NFE",
     )
@@ -132,12 +123,9 @@ def peers(report: Report, nfe: int, count: int) -> list[Candidate]:
     return sorted(found, key=lambda candidate: candidate.mean)[:count]
 
 
-def _sample_rows(
-    plans: Mapping[str, Plan], model: demo.DemoModel, seed: int, progress: bool
-) -> dict[str, NDArray[np.float64]]:
+def _sample_rows(plans: Mapping[str, Plan], model: Model, seed: int, progress: bool) -> dict[str, NDArray[np.float64]]:
     """Samples (K, C, H, W) of each plan from the same K noises, one per class of `GRID_CLASSES`."""
     noise = draw_noise(model, len(GRID_CLASSES), seed)
     how = arguments(model, pick_labels(model, len(GRID_CLASSES), GRID_CLASSES))
-    total = 2 * len(GRID_CLASSES) * sum(plan.nfe for plan in plans.values())  # a guided pair is two
-    with counted(model.network, "Pictures", total, progress=progress) as network:
-        return {name: sample(network, plan, noise, **how).cpu().double().numpy() for name, plan in plans.items()}
+    rows = tqdm(plans.items(), desc="Pictures", unit="row", **bar_options(progress))
+    return {name: sample(model.network, plan, noise, **how).cpu().double().numpy() for name, plan in rows}

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+import olss_fast
 from olss_fast.cli import options
 from olss_fast.errors import EngineFileError, InputError, OlssError
 
@@ -76,10 +77,9 @@ def build(
     begin = time.perf_counter()
     from olss_fast.cli import jobs
     from olss_fast.engine import describe
-    from olss_fast.plan.plan import Plan
     from olss_fast.support.folders import make_folder
 
-    loaded = [Plan.load(path) for path in plans or []]
+    loaded = [olss_fast.Plan.load(path) for path in plans or []]
     _check_target(out)
     subject = jobs.NetworkSubject(
         model=model, device=device, null_class=null_class, guidance_scale=guidance_scale, progress=not quiet

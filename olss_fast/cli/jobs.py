@@ -14,17 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 import olss_fast
-from olss_fast.cli.model import (
-    DEMO,
-    Model,
-    arguments,
-    counted,
-    draw_noise,
-    load_model,
-    pick_labels,
-    solver_plan,
-    tuned_guidance,
-)
+from olss_fast.cli.model import DEMO, Model, arguments, draw_noise, load_model, pick_labels, solver_plan, tuned_guidance
 from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Report
@@ -107,9 +97,8 @@ class NetworkSubject(Subject):
         chosen = self.plan(plan, solver)
         how = self.conditioning(count, [chosen], classes)
         noise, generator = draw_noise(self.loaded, count, self.seed), torch.Generator().manual_seed(self.seed + 1)
-        total = count * chosen.nfe * (2 if "unconditional" in how else 1)
-        with counted(self.loaded.network, "Sampling", total, progress=self.progress) as network:
-            images = sample(network, chosen, noise, generator=generator, batch_size=self.batch_size or BATCH, **how)
+        how |= {"generator": generator, "batch_size": self.batch_size or BATCH, "progress": self.progress}
+        images = sample(self.loaded.network, chosen, noise, **how)
         names = getattr(self.loaded, "class_names", ())
         asked = pick_labels(self.loaded, count, classes) or range(count)
         return images.float().cpu().numpy(), chosen.nfe, [names[each] if names else f"{each}" for each in asked]

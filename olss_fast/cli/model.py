@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from olss_fast.errors import InputError
 from olss_fast.executors.draws import unit_noise
-from olss_fast.network import Network, network_device
+from olss_fast.network import network_device
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.support.progress import evaluation_bar
 
 if TYPE_CHECKING:
     from olss_fast.adapters.diffusers import DiffusersModel
@@ -79,19 +77,6 @@ def arguments(model: Model, labels: Sequence[int], guidance_scale: float | None 
     if scale == 1.0:
         return given
     return {**given, "unconditional": {"class_labels": torch.full_like(asked, model.null_class or 0)}}
-
-
-@contextmanager
-def counted(network: Network, title: str, total: int, *, progress: bool = True) -> Iterator[Network]:
-    """`network` with a progress bar that counts evaluated samples, `total` at the end."""
-    with evaluation_bar(title, total, progress) as bar:
-
-        def ask(x: Tensor, timestep: Tensor, **conditioning: Any) -> Any:
-            output = network(x, timestep, **conditioning)
-            bar.update(x.shape[0])
-            return output
-
-        yield ask
 
 
 def tuned_guidance(plans: Iterable[Plan], guidance_scale: float | None = None) -> float | None:

@@ -43,6 +43,7 @@ GuidanceOption = Annotated[
 NullClassOption = Annotated[
     int | None, typer.Option("--null-class", help="The label for 'no class' that a model was trained with.")
 ]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, report and pictures.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the noise.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples at once.")]
 TeacherOption = Annotated[

@@ -18,15 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file
+
+from olss_fast.adapters.diffusers.folders import UNetNetwork, read_unet
+from olss_fast.demo.convnet import Classifier
 from olss_fast.errors import ModelError
 from olss_fast.metrics import FeatureStatistics
+from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.support.device import pick_device, plain_defaults
 
 if TYPE_CHECKING:
-    import torch
-
     from olss_fast.demo.class_pipeline import ClassPipeline
-    from olss_fast.demo.convnet import Classifier
-    from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -66,14 +70,8 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
 
     Raises `ModelError` if a file of the model is missing or unreadable, `InputError` for an unavailable device.
     """
-    from olss_fast.schedule.noise_schedule import NoiseSchedule
-
-    place = _device(device)
+    place = pick_device(device)
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
-        import torch
-
-        from olss_fast.adapters.diffusers.folders import UNetNetwork, read_unet
-
         network = UNetNetwork(read_unet(path.parent, device=place, dtype=dtype or torch.float32))
     with _naming(MODEL_FOLDER / "scheduler" / "scheduler_config.json") as path:
         schedule = NoiseSchedule.from_diffusers(json.loads(path.read_text()))
@@ -86,11 +84,10 @@ def pipeline(device: torch.device | str | None = None) -> ClassPipeline:
     Once saved, load it with `ClassPipeline.from_pretrained(folder)`; `DiffusionPipeline.from_pretrained` needs
     custom_pipeline=olss_fast.demo.class_pipeline.__file__ and trust_remote_code=True.
     """
-    place = _device(device)
+    place = pick_device(device)
     with _naming(MODEL_FOLDER / UNET_FILE) as path:
         from diffusers import DDIMScheduler
 
-        from olss_fast.adapters.diffusers.folders import read_unet
         from olss_fast.demo.class_pipeline import ClassPipeline
 
         scheduler: Any = DDIMScheduler
@@ -100,16 +97,10 @@ def pipeline(device: torch.device | str | None = None) -> ClassPipeline:
 
 def classifier(device: torch.device | str | None = None) -> Classifier:
     """The classifier: images (B, 1, 32, 32) in [-1, 1] -> (logits (B, 20), features (B, 64)). Errors as in `load`."""
-    place = _device(device)
-    with _naming(MODEL_FOLDER / CLASSIFIER_FILE) as path:
-        from safetensors.torch import load_file
-
-        from olss_fast.demo.convnet import Classifier
-        from olss_fast.support.device import plain_defaults
-
-        with plain_defaults():
-            module = Classifier()
-            module.load_state_dict(load_file(path))
+    place = pick_device(device)
+    with _naming(MODEL_FOLDER / CLASSIFIER_FILE) as path, plain_defaults():
+        module = Classifier()
+        module.load_state_dict(load_file(path))
     return module.eval().requires_grad_(False).to(place)
 
 
@@ -119,16 +110,8 @@ def reference_statistics() -> FeatureStatistics:
     For `metrics.frechet_distance`. Raises `ModelError` if the file is missing or unreadable.
     """
     with _naming(MODEL_FOLDER / STATISTICS_FILE) as path:
-        from safetensors.numpy import load_file
-
-        arrays = load_file(path)
+        arrays = load_arrays(path)
         return FeatureStatistics(arrays["mean"], arrays["covariance"])
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    from olss_fast.support.device import pick_device
-
-    return pick_device(device)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from olss_fast.errors import InputError
-from olss_fast.methods import ANALYTIC, with_lines
+from olss_fast.methods import ANALYTIC, OLSS, with_lines
 from olss_fast.report.images import to_uint8
 from olss_fast.report.tables import families
 from olss_fast.support.files import write_atomically
@@ -129,7 +129,9 @@ def _lines(report: Report) -> Iterator[Line]:
             colour, dashes = method.line
             yield Line(method.title, _best(report, kind), colour, {"linestyle": dashes, "linewidth": 1.6, "zorder": 2})
     edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
-    yield Line("OLSS", _fits(report), ACCENT, thick | {"linewidth": 3, "markersize": 8, "zorder": 4, **edge}, main=True)
+    yield Line(
+        "OLSS", _best(report, OLSS), ACCENT, thick | {"linewidth": 3, "markersize": 8, "zorder": 4, **edge}, main=True
+    )
 
 
 def _draw(axes: Axes, line: Line) -> None:
@@ -155,12 +157,10 @@ def _name_best(axes: Axes, report: Report) -> None:
 
 
 def _best(report: Report, kind: str) -> list[Candidate]:
-    """The best of `kind` at each NFE that has one, with all samples scored and none diverged."""
-    return [best for nfe in report.nfes if (best := report.find(nfe, kind)) and math.isfinite(best.mean)]
-
-
-def _fits(report: Report) -> list[Candidate]:
-    return [best for nfe in report.nfes if (best := report.olss(nfe)) and math.isfinite(best.mean)]
+    """The best of `kind`, and of `OLSS` its best variant, at each NFE that has one, with all samples scored and none
+    diverged."""
+    found = (report.olss(nfe) if kind == OLSS else report.find(nfe, kind) for nfe in report.nfes)
+    return [best for best in found if best and math.isfinite(best.mean)]
 
 
 def _error_axes(axes: Axes, report: Report) -> None:
@@ -170,7 +170,7 @@ def _error_axes(axes: Axes, report: Report) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     low, high = axes.get_ylim()
-    best = [each.mean for each in (*_best(report, ANALYTIC), *_fits(report))]
+    best = [each.mean for each in (*_best(report, ANALYTIC), *_best(report, OLSS))]
     high = min(high, HEADROOM * max(best, default=high))  # solvers that diverge must not flatten all others
     axes.set_ylim(low, high)
     ticks = [m * 10.0**e for e in range(-8, 9) for m in (1, 2, 3, 5) if low <= m * 10.0**e <= high]
@@ -243,7 +243,7 @@ def log_snr(plan: Plan) -> NDArray[np.float64]:
 
 def plot_path(report: Report, path: PathLike) -> Path:
     """When each fitted sampler asks the network, on the log-SNR axis, above the same number of uniform times."""
-    fits = _fits(report)
+    fits = _best(report, OLSS)
     if not fits:
         raise InputError("the report has no fitted sampler whose path could be drawn")
     with picture(path, (8.2, 1.9 + 0.52 * len(fits) + 1.1)) as figure:
