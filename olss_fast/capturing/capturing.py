@@ -108,6 +108,7 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
     Raises:
         InputError: the plan was not captured, diffusers has no such class, or the class gives another plan for the
             stored config, because the scheduler was modified or the version of diffusers differs.
+        ScheduleError: the stored config holds values that no schedule can be made of.
     """
     facts = captured_facts(plan)
     if facts is None:
@@ -124,11 +125,11 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
             f"this plan was captured from {facts.class_name}, and only classes of diffusers can be derived again "
             f"(diffusers has no scheduler {facts.class_name}); for this run capture the scheduler itself{what}"
         )
+    check_config(facts.config)
     for name, value in {**facts.config, **facts.arguments}.items():
         if isinstance(value, int) and abs(value) > MOST_TIMESTEPS:  # lists that long would be made
             raise InputError(f"{name} of this captured plan is {quoted(value)}; expected at most {MOST_TIMESTEPS}")
     try:
-        check_config(facts.config)
         return _captured_again(plan, kind.from_config(facts.config), facts, changes)
     except InputError:
         raise

@@ -245,8 +245,9 @@ def test_a_build_killed_at_any_time_leaves_no_half_file(tmp_path: Path) -> None:
     place, scratch = tmp_path / "place", tmp_path / "scratch"
     for each in (place, scratch, place / "warm"):
         each.mkdir()
-    helpers = str(Path(__file__).parents[1] / "helpers" / "engine_files")
-    environment = os.environ | {"PYTHONPATH": helpers, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    helpers = Path(__file__).parents[1] / "helpers"
+    path = os.pathsep.join(map(str, (helpers, helpers / "engine_files")))
+    environment = os.environ | {"PYTHONPATH": path, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(engine_file("plain")), str(place)]
     subprocess.run(command, check=True, env=environment)
     noise, expected = noise_for("plain"), tiny_engine("plain")(noise_for("plain"))

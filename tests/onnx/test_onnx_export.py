@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from made_plans import split
 from onnx_runs import (
     HALF_TOLERANCE,
     PLAN,
@@ -23,7 +24,6 @@ from onnx_runs import (
     noise_of,
     run,
     session_of,
-    split,
     table_of,
 )
 from torch import Tensor

@@ -10,7 +10,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from onnx_runs import PLAN, SHAPE, Net, Wide, Y, assert_close, noise_of, run, split
+from made_plans import split
+from onnx_runs import PLAN, SHAPE, Net, Wide, Y, assert_close, noise_of, run
 from torch import Tensor
 from typer.testing import CliRunner
 
