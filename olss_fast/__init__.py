@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from olss_fast.sampling.sampler import Sampler
     from olss_fast.sampling.sampling import sample
     from olss_fast.schedule.noise_schedule import NoiseSchedule
+    from olss_fast.tuning.study import Effort
     from olss_fast.tuning.tuning import TuneResult, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Candidate",
+    "Effort",
     "Engine",
     "NoiseSchedule",
     "OlssError",
@@ -61,6 +63,7 @@ __all__ = [
 _SUBMODULES = {"demo", "errors", "metrics", "solvers"}
 _HOME = {
     "Candidate": "report.report",
+    "Effort": "tuning.study",
     "Engine": "engine.engine",
     "NoiseSchedule": "schedule.noise_schedule",
     "OlssError": "errors",

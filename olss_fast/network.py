@@ -83,6 +83,7 @@ class Denoiser:
         network: one, or several for a model schedule. noise: (P, …), unit Gaussian.
         conditioning, unconditional: the networks' other arguments. Tensors whose first dimension is P, however deep
             they lie in dicts, lists, tuples and dataclasses, are sliced with the samples; all else is passed whole.
+            An unconditional argument may be None, where this is the network's own "no condition".
         streams: of the fresh noises of a stochastic plan. doubled: both halves of a guided pair in one call, if they
             differ only in per-sample tensors. waits: check the values of noise on a GPU too, which synchronises.
 
@@ -294,18 +295,16 @@ def _matched(without: Any, given: Any, name: str) -> Any:
     if form != flat(given)[1]:
         return without  # the halves are separate calls
     pairs = zip(leaves, with_paths(given), strict=True)
-    return form.unflatten(
-        [leaf if leaf is None else _expanded(leaf, like, f"[{name!r}]{spelled(path)}") for leaf, (path, like) in pairs]
-    )
+    return form.unflatten([_expanded(leaf, like, f"[{name!r}]{spelled(path)}") for leaf, (path, like) in pairs])
 
 
 def _expanded(without: Any, given: Any, place: str) -> Any:
-    if not isinstance(given, Tensor):
+    if without is None or not isinstance(given, Tensor):
         return without
     if not isinstance(without, (Tensor, bool, int, float)):
         raise InputError(
             f"unconditional{place} is {quoted(without)}, but conditioning{place} is a tensor of shape "
-            f"{tuple(given.shape)}: give a tensor that broadcasts to it, or a number"
+            f"{tuple(given.shape)}: give a tensor that broadcasts to it, a number, or None"
         )
     exact = torch.float64 if isinstance(without, float) else None
     value = without if isinstance(without, Tensor) else torch.as_tensor(without, dtype=exact, device=given.device)

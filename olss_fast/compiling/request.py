@@ -90,7 +90,8 @@ def checked_request(
         check_plan_fits(each, denoiser)
     flat, without = flatten(given), {} if unconditional is None else flatten(denoiser.without)
     for name in sorted(set(flat) & set(without)):
-        if not isinstance(flat[name], Tensor) and flat[name] != without[name]:
+        kinds = {isinstance(value, Tensor) for value in (flat[name], without[name])}
+        if kinds != {True} and (True in kinds or flat[name] != without[name]):
             raise InputError(f"conditioning and unconditional differ in {name!r}, not a tensor: it is baked in")
     tensors = {name: each for name, each in flat.items() if isinstance(each, Tensor)}
     request = Request(

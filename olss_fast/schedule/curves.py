@@ -32,6 +32,9 @@ FLOW_ALPHA_FLOOR = 1e-6
 _SLACK = 1e-9  # relative tolerance at the ends of a range, for rounded timesteps
 
 
+BETA_SCHEDULES: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+
 class Curve(Protocol):
     """The interface of a `NoiseSchedule`'s curve; the module's docstring defines its members."""
 
@@ -108,16 +111,23 @@ class TableCurve(Unbent):
 
     @classmethod
     def make(cls, lams: FloatArray, label: str, *, variance_exploding: bool = False) -> TableCurve:
-        """Checks the table: at least 2 finite entries, strictly falling with the timestep; the last may be -inf."""
+        """Checks the table: at least 2 entries, never rising with the timestep, finite; the last may be -inf.
+
+        Equal entries: the table ends with the first of those of most noise; others are on the line between neighbours.
+        """
         table = np.array(lams, dtype=np.float64)
-        zero_terminal = bool(table.ndim == 1 and table.size > 1 and np.isneginf(table[-1]))
+        rises = bool(np.any(table[1:] > table[:-1]))
+        table = table[: 1 + int(np.argmin(table))]
+        zero_terminal = bool(table.size > 1 and np.isneginf(table[-1]))
         if zero_terminal:
             table[-1] = min(ZERO_SNR_LAM, table[-2] - 1.0)
-        if table.ndim != 1 or table.size < 2 or not np.all(np.isfinite(table)) or np.any(np.diff(table) >= 0):
+        if rises or table.size < 2 or not np.all(np.isfinite(table)):
             raise ScheduleError(
-                f"{label}: noise levels of shape {table.shape} must be one row of at least 2 that strictly increases "
-                "with the timestep, with some signal left (the last may have none)"
+                f"{label}: {len(lams)} noise levels must increase with the timestep, with some signal left (the last "
+                "may have none)"
             )
+        falls = np.append(True, np.diff(table) < 0)
+        table = np.interp(np.arange(table.size), np.flatnonzero(falls), table[falls])
         table.flags.writeable = False
         return cls(table, label, variance_exploding, zero_terminal)
 
@@ -286,3 +296,36 @@ class FlowCurve:
     def begun_at(self, timestep: float) -> FlowCurve:
         self.levels(np.asarray(timestep))  # refuses what is out of range
         return replace(self, noisiest=None if timestep == self.num_train_timesteps else float(timestep))
+
+
+def beta_schedule(
+    name: str, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> FloatArray:
+    """(N,) betas. linear: Ho et al. 2020; scaled_linear: linear in sqrt(beta), Rombach et al. 2022;
+    squaredcos_cap_v2: Nichol & Dhariwal 2021, eq. 17, capped at 0.999; sigmoid: logistic over [-6, 6], Xu et al. 2022.
+    """
+    count = num_train_timesteps
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+        raise ScheduleError(f"num_train_timesteps is {count!r}; expected a whole number of at least 2")
+    beta_start, beta_end = number("beta_start", beta_start), number("beta_end", beta_end)
+    if count < 2 or not 0.0 < beta_start <= beta_end < 1.0:
+        raise ScheduleError(
+            f"num_train_timesteps {count!r}, betas {beta_start!r} to {beta_end!r}: expected at least 2 timesteps and "
+            "0 < beta_start <= beta_end < 1"
+        )
+    if name == "linear":
+        return np.linspace(beta_start, beta_end, count)
+    if name == "scaled_linear":
+        return np.linspace(beta_start**0.5, beta_end**0.5, count) ** 2
+    if name == "squaredcos_cap_v2":
+        alpha_bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.asarray(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999))
+    if name == "sigmoid":
+        return beta_start + (beta_end - beta_start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, count)))
+    raise ScheduleError(f"beta schedule {name!r} is unknown; choose one of {', '.join(BETA_SCHEDULES)}")
+
+
+def without_terminal_signal(alphas_cumprod: FloatArray) -> FloatArray:
+    """Shifts and scales sqrt(alphas_cumprod) to end at 0, with its first value unchanged (Lin et al. 2024)."""
+    root = np.sqrt(alphas_cumprod)
+    return np.asarray(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from olss_fast.errors import ScheduleError
-from olss_fast.schedule.curves import FloatArray
-from olss_fast.schedule.noise_schedule import NoiseSchedule, beta_schedule, without_terminal_signal
+from olss_fast.schedule.curves import FloatArray, beta_schedule, without_terminal_signal
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow_prediction": "flow"}

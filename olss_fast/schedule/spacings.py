@@ -31,12 +31,18 @@ LOWEST_LAM = -5.1
 step from the noise end to here. Just below the noise end of Ho et al.'s linear schedule (-5.06)."""
 
 
-def space_timesteps(curve: Curve, steps: int, spacing: str, leading_offset: int = 0) -> FloatArray:
-    """(steps,) timesteps, noise falling. ScheduleError for an unknown spacing."""
+def space_timesteps(
+    curve: Curve, steps: int, spacing: str, leading_offset: int = 0, *, whole: bool = False
+) -> FloatArray:
+    """(steps,) times of the curve, noise falling; `whole`: the nearest whole ones, each once. ScheduleError for an
+    unknown spacing."""
     if not isinstance(spacing, str) or spacing not in _RULES:
         raise ScheduleError(f"spacing {spacing!r} is unknown; choose one of {', '.join(_RULES)}")
     times = _RULES[spacing](curve, steps, leading_offset)
-    if np.any(np.diff(times) >= 0):
+    if whole:  # of equal ones the noisier move up
+        ranks = np.arange(steps)[::-1]
+        times = np.maximum.accumulate((np.round(times) - ranks)[::-1])[::-1] + ranks
+    if np.any(np.diff(times) >= 0) or (whole and times[0] > curve.first):
         raise ScheduleError(f"{steps} steps are more than {spacing} spacing can tell apart on {curve.describe()}")
     return times
 

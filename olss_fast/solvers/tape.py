@@ -103,7 +103,15 @@ def _checked_times(schedule: NoiseSchedule, timesteps: npt.ArrayLike | None) -> 
         raise InputError(
             f"timesteps {i} and {i + 1} are {float(times[i])!r} and {float(times[i + 1])!r}; expected falling noise"
         )
+    check_whole(schedule, times)
     return times
+
+
+def check_whole(schedule: NoiseSchedule, times: Vector, what: str = "timesteps") -> None:
+    """InputError if the schedule wants whole timesteps and these are not."""
+    odd = times[times != np.round(times)]
+    if schedule.whole_times and odd.size:
+        raise InputError(f"{what} hold {odd[0]:g}, but the schedule has whole_times: give whole timesteps")
 
 
 def check_choice(what: str, value: object, choices: tuple[object, ...]) -> None:

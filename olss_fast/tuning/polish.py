@@ -211,7 +211,8 @@ def _directions(task: Task, student: Student, samples: range) -> Iterator[Direct
             row = np.zeros(known)
             row[kept] = coefficients
             yield Direction(k, row)
-        yield Direction(k, None)
+        if not task.schedule.whole_times:
+            yield Direction(k, None)
 
 
 def _difference(task: Task, student: Student, direction: Direction, run: Loop, chunk: slice) -> Tensor:

@@ -14,6 +14,7 @@ from olss_fast.plan.plan import Plan, checked_plan
 from olss_fast.schedule.fits import check_prediction
 from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
 from olss_fast.solvers.ddim import ddim
+from olss_fast.solvers.tape import check_whole
 from olss_fast.support.arguments import check_steps
 from olss_fast.support.text import quoted
 from olss_fast.tuning.recording import Split
@@ -28,6 +29,7 @@ def checked_teacher(teacher: Plan | None, steps: int, schedule: NoiseSchedule) -
     if checked_plan(teacher, "teacher").noises or teacher.branches != 1 or teacher.models.any():
         raise InputError("a teacher must be a deterministic plan of one network with guidance inside its outputs")
     check_prediction(teacher, checked_schedule(schedule))
+    check_whole(schedule, teacher.timesteps, "the teacher's timesteps")
     return teacher
 
 

@@ -325,8 +325,10 @@ def test_from_diffusers_refuses_what_it_does_not_know(config: object) -> None:
         lambda: NoiseSchedule.from_betas([0.1, np.nan]),
         lambda: NoiseSchedule.from_betas("linear"),
         lambda: NoiseSchedule.from_betas([0.1, 1.0]),  # no signal at the start, with epsilon prediction
-        lambda: NoiseSchedule.from_alphas_cumprod([0.9, 0.9, 0.5]),
-        lambda: NoiseSchedule.from_alphas_cumprod([1.0, 0.5]),
+        lambda: NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.6]),
+        lambda: NoiseSchedule.from_alphas_cumprod([0.9, 0.9]),
+        lambda: NoiseSchedule.from_alphas_cumprod([1.1, 0.5]),
+        lambda: NoiseSchedule.from_alphas_cumprod([0.5, -0.1]),
         lambda: NoiseSchedule.from_betas([0.1, 0.2], prediction_type="noise"),
         lambda: NoiseSchedule.from_betas([0.1, 0.2], prediction_type="edm"),
         lambda: NoiseSchedule.from_sigmas([1.0, 0.5]),
