@@ -36,7 +36,11 @@ BETA_SCHEDULES: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2
 
 
 class Curve(Protocol):
-    """The interface of a `NoiseSchedule`'s curve; the module's docstring defines its members."""
+    """What all curves have in common; the module's docstring defines the members."""
+
+    whole: bool = False  # whether the network was trained on whole timesteps
+    straight: bool = False  # whether timesteps are noise levels, up to the shift that `bend` applies
+    variance_exploding: bool = False
 
     @property
     def first(self) -> float: ...
@@ -44,25 +48,15 @@ class Curve(Protocol):
     def last(self) -> float: ...
     @property
     def end(self) -> float: ...
-    @property
-    def variance_exploding(self) -> bool: ...
-    @property
-    def whole(self) -> bool:
-        """True if the network was trained on whole timesteps."""
-        ...
-
-    @property
-    def straight(self) -> bool:
-        """True if timesteps are noise levels, up to the shift that `bend` applies."""
-        ...
-
-    def bend(self, timestep: FloatArray) -> FloatArray: ...
     def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]: ...
     def timestep_of_lam(self, lam: FloatArray) -> FloatArray: ...
     def describe(self) -> str: ...
     def begun_at(self, timestep: float) -> Curve:
         """The part of the curve from `timestep` (inside it) to the data end."""
         ...
+
+    def bend(self, timestep: FloatArray) -> FloatArray:
+        return timestep
 
 
 def check_range(what: str, values: FloatArray, low: float, high: float) -> FloatArray:
@@ -84,17 +78,8 @@ def number(what: str, value: object) -> float:
     return float(value)
 
 
-class Unbent:
-    """Common to all curves except flow matching."""
-
-    whole = straight = False
-
-    def bend(self, timestep: FloatArray) -> FloatArray:
-        return timestep
-
-
 @dataclass(frozen=True, eq=False)
-class TableCurve(Unbent):
+class TableCurve(Curve):
     """lam given at the integer timesteps 0 .. N-1 and interpolated linearly between them.
 
     Variance preserving (alpha^2 = sigmoid(2 lam)) or, with `variance_exploding`, alpha = 1 and sigma = exp(-lam).
@@ -102,7 +87,7 @@ class TableCurve(Unbent):
     timestep N-1, while lam and the times in between use ZERO_SNR_LAM.
     """
 
-    whole = True
+    whole, last, end = True, 0.0, -1.0
 
     lams: FloatArray
     label: str
@@ -134,14 +119,6 @@ class TableCurve(Unbent):
     @property
     def first(self) -> float:
         return float(self.lams.size - 1)
-
-    @property
-    def last(self) -> float:
-        return 0.0
-
-    @property
-    def end(self) -> float:
-        return -1.0
 
     def levels(self, timestep: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         t = check_range("timestep", timestep, self.last, self.first)
@@ -180,8 +157,10 @@ TIMESTEP_UNITS = ("sigma", "log", "quarter_log")
 
 
 @dataclass(frozen=True)
-class ExplodingCurve(Unbent):
+class ExplodingCurve(Curve):
     """alpha = 1, sigma in [sigma_min, sigma_max]; the timestep is sigma, log(sigma) or log(sigma) / 4 (EDM)."""
+
+    variance_exploding = True
 
     sigma_min: float
     sigma_max: float
@@ -204,13 +183,7 @@ class ExplodingCurve(Unbent):
     def last(self) -> float:
         return float(self._timestep(np.asarray(self.sigma_min)))
 
-    @property
-    def end(self) -> float:
-        return self.last
-
-    @property
-    def variance_exploding(self) -> bool:
-        return True
+    end = last
 
     def _timestep(self, sigma: FloatArray) -> FloatArray:
         if self.unit == "sigma":
@@ -235,13 +208,13 @@ class ExplodingCurve(Unbent):
 
 
 @dataclass(frozen=True)
-class FlowCurve:
+class FlowCurve(Curve):
     """alpha = 1 - sigma, timestep = N sigma. `shift` bends the spacings only: u -> shift u / (1 + (shift - 1) u).
 
     `noisiest` is the timestep it begins at, N if None.
     """
 
-    whole, straight = False, True
+    straight, end = True, 0.0
 
     shift: float
     num_train_timesteps: int
@@ -262,14 +235,6 @@ class FlowCurve:
     @property
     def last(self) -> float:
         return float(self.bend(np.asarray(1.0)))
-
-    @property
-    def end(self) -> float:
-        return 0.0
-
-    @property
-    def variance_exploding(self) -> bool:
-        return False
 
     def bend(self, timestep: FloatArray) -> FloatArray:
         """The shifted timestep; 0 and `first` are fixed points."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.plan.plan import Floats, Plan
-from olss_fast.schedule.curves import FLOW_ALPHA_FLOOR, Unbent
+from olss_fast.schedule.curves import FLOW_ALPHA_FLOOR, Curve
 from olss_fast.schedule.fits import mismatch
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.table import TABLE, display_name
@@ -86,8 +86,8 @@ def schedule_of(plan: Plan) -> NoiseSchedule:
 
 
 @dataclass(frozen=True, eq=False)
-class _PlanCurve(Unbent):
-    """Signal and noise level of the states of a plan, known at its own timesteps alone (`curves.Curve`)."""
+class _PlanCurve(Curve):
+    """Signal and noise level of the states of a plan, known at its own timesteps alone."""
 
     timesteps: Floats
     alphas: Floats
