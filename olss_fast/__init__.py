@@ -12,53 +12,32 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from olss_fast import demo, errors, metrics, solvers
-    from olss_fast.adapters.diffusers.acceleration import accelerate
-    from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
-    from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler
-    from olss_fast.capturing.capturing import capture
-    from olss_fast.compiling.shapes import Profile
-    from olss_fast.engine.building import build
-    from olss_fast.engine.engine import Engine, load_engine
-    from olss_fast.errors import OlssError
-    from olss_fast.onnx.export import export_onnx
-    from olss_fast.plan.plan import Plan
-    from olss_fast.report.report import Candidate, Report
-    from olss_fast.sampling.sampler import Sampler
-    from olss_fast.sampling.sampling import sample
-    from olss_fast.schedule.noise_schedule import NoiseSchedule
-    from olss_fast.tuning.study import Effort
-    from olss_fast.tuning.tuning import TuneResult, tune
+if TYPE_CHECKING:  # `as` exports a name to type checkers
+    from olss_fast import demo as demo
+    from olss_fast import errors as errors
+    from olss_fast import metrics as metrics
+    from olss_fast import solvers as solvers
+    from olss_fast.adapters.diffusers.acceleration import accelerate as accelerate
+    from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline as tune_pipeline
+    from olss_fast.adapters.diffusers.plan_scheduler import PlanScheduler as PlanScheduler
+    from olss_fast.capturing.capturing import capture as capture
+    from olss_fast.compiling.shapes import Profile as Profile
+    from olss_fast.engine.building import build as build
+    from olss_fast.engine.engine import Engine as Engine
+    from olss_fast.engine.engine import load_engine as load_engine
+    from olss_fast.errors import OlssError as OlssError
+    from olss_fast.onnx.export import export_onnx as export_onnx
+    from olss_fast.plan.plan import Plan as Plan
+    from olss_fast.report.report import Candidate as Candidate
+    from olss_fast.report.report import Report as Report
+    from olss_fast.sampling.sampler import Sampler as Sampler
+    from olss_fast.sampling.sampling import sample as sample
+    from olss_fast.schedule.noise_schedule import NoiseSchedule as NoiseSchedule
+    from olss_fast.tuning.study import Effort as Effort
+    from olss_fast.tuning.tuning import TuneResult as TuneResult
+    from olss_fast.tuning.tuning import tune as tune
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Candidate",
-    "Effort",
-    "Engine",
-    "NoiseSchedule",
-    "OlssError",
-    "Plan",
-    "PlanScheduler",
-    "Profile",
-    "Report",
-    "Sampler",
-    "TuneResult",
-    "__version__",
-    "accelerate",
-    "build",
-    "capture",
-    "demo",
-    "errors",
-    "export_onnx",
-    "load_engine",
-    "metrics",
-    "sample",
-    "solvers",
-    "tune",
-    "tune_pipeline",
-]
 
 _SUBMODULES = {"demo", "errors", "metrics", "solvers"}
 _HOME = {
@@ -84,6 +63,8 @@ _HOME = {
     "tune_pipeline": "adapters.diffusers.pipeline_tuning",
 }
 
+__all__ = sorted({"__version__", *_SUBMODULES, *_HOME} - {"SchedulerMixin"})
+
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
@@ -96,4 +77,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__
