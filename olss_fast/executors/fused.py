@@ -149,13 +149,18 @@ class FusedLoop:
 
     def run(self, on_step: OnStep | None = None) -> Tensor:
         """The sample (B, …): a view of the network's input buffer, valid until the next run."""
+        return self.steps(self.evaluate, on_step)
+
+    def steps(self, evaluate: Callable[[int], object], on_step: OnStep | None = None) -> Tensor:
+        """`run`, by `evaluate(model)` for each evaluation."""
         assert self.plan is not None
         self.start()
+        x = self.x.narrow(0, 0, self.batch)
         for i, model in enumerate(self.plan.models.tolist()):
-            self.evaluate(model)
+            evaluate(model)
             if on_step is not None:
-                on_step(i, self.x.narrow(0, 0, self.batch))
-        return self.x.narrow(0, 0, self.batch)
+                on_step(i, x)
+        return x
 
     def require_finite(self) -> None:
         """NetworkError naming the first output of the last run with NaN or infinity. Synchronises with the device."""

@@ -99,18 +99,13 @@ class GraphLoop(FusedLoop):
             self._graphs.clear()
         models = self.plan.models.tolist()
         if self.unroll and on_step is None:
-            self._graph(("loop", *models), super().run).replay()
+            self._graph(("loop", *models), lambda: self.steps(self.evaluate)).replay()
             self.counts["replays"] += 1
             return self.x.narrow(0, 0, self.batch)
         for model in dict.fromkeys(models):  # before the first step: a warm-up runs the step too
             self._graph(model, lambda model=model: self.evaluate(model))  # type: ignore[misc]
-        self.start()
-        for i, model in enumerate(models):
-            self._graphs[model].replay()
-            if on_step is not None:
-                on_step(i, self.x.narrow(0, 0, self.batch))
         self.counts["replays"] += len(models)
-        return self.x.narrow(0, 0, self.batch)
+        return self.steps(lambda model: self._graphs[model].replay(), on_step)
 
     def _graph(self, key: object, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         if key not in self._graphs:

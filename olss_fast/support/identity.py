@@ -51,16 +51,16 @@ UNTOLD |= {"_use_default_values", "deprecation_warnings", "_torchdynamo_wrapper_
 VERSIONED = {"builtins", "numpy", "olss_fast", "torch"}  # whose versions are known to whoever keeps code
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OF_MODULES = set(vars(nn.Module())) - {"training"}
+EMPTY = types.CellType()  # of a name that has no value yet
 Children = Iterable[tuple[str, Any]]
 Table = dict[str, str]
 
 
 @dataclass
 class Identity:
-    """Digests by place. `parents` maps an item to its container; attributes have no entry."""
+    """Digests by place."""
 
     digests: Table = field(default_factory=dict)
-    parents: Table = field(default_factory=dict)
     tensors: dict[int, tuple[tuple[int, int], str, Tensor]] = field(default_factory=dict)  # kept, for ids return
     packages: set[str] = field(default_factory=set)  # that are told by name
 
@@ -89,9 +89,15 @@ def moving(before: Identity, after: Identity) -> list[str]:
     """Places that changed in between; if a container gained or lost items, the container."""
     first, second = before.digests, after.digests
     changed = {place for place in first.keys() & second.keys() if first[place] != second[place]}
-    parents = {**before.parents, **after.parents}
-    every = changed | {parents.get(place, place) for place in first.keys() ^ second.keys()}
+    places = first.keys() | second.keys()
+    every = changed | {_container(place, places) for place in first.keys() ^ second.keys()}
     return sorted(place for place in every if not _within(place, every - {place}))
+
+
+def _container(place: str, places: Set[str]) -> str:
+    """The place of the container of an item "container[item]"; that of anything else is its own."""
+    cuts = [place[:i] for i, letter in enumerate(place) if letter == "["] if place.endswith("]") else []
+    return next((cut for cut in reversed(cuts) if cut in places), place)
 
 
 def differences(first: Table, second: Table, left_out: Collection[str]) -> list[str]:
@@ -138,14 +144,8 @@ class _Walk:
             kind = value if isinstance(value, (type, types.FunctionType)) else type(value)
             if _installed(kind.__module__):
                 self.found.packages.add(str(kind.__module__).partition(".")[0])
-            return self.remembered(place, children)
+            return children
         return ()
-
-    def remembered(self, place: str, children: Children) -> Iterator[tuple[str, Any]]:
-        for name, each in children:
-            if name.startswith("["):
-                self.found.parents[place + name] = place
-            yield name, each
 
     def tensor(self, place: str, value: Tensor) -> str:
         if id(value) in self.weights:  # one weight in two places is not two weights
@@ -266,20 +266,12 @@ def _sequence(value: Iterable[Any]) -> tuple[str, Children]:
 
 def _function(value: types.FunctionType) -> tuple[str | bytes, Children]:
     names, cells = value.__code__.co_freevars, value.__closure__ or ()
-    closure = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True) if _filled(cell)}
+    closure = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True) if cell != EMPTY}
     if _installed(value.__module__):
         return f"{value.__module__}.{value.__qualname__}", _attributes(closure)
     given = {"(defaults)": (value.__defaults__, value.__kwdefaults__)}
     read = dict(_read(value.__globals__, value.__code__))
     return _spelled_code(value.__code__), _attributes({**closure, **given, **read, **vars(value)})
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
