@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class Key(NamedTuple):
     device: torch.device
     doubled: bool
     branches: int
-    autocast: tuple[bool, torch.dtype]
+    autocast: tuple[bool, torch.dtype]  # a captured graph keeps it
     arguments: object
 
 
@@ -79,7 +79,8 @@ class Work:
 
     @cached_property
     def key(self) -> Key:
-        like, (leaves, form), autocast = self.like, self.arguments, autocast_of(self.device)
+        like, (leaves, form), kind = self.like, self.arguments, self.device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         given = (form, *map(signature, leaves))
         return Key(
             like.shape, like.stride(), like.dtype, like.device, self.doubled, self.plan.branches, autocast, given
@@ -206,7 +207,9 @@ class LoopCache:
     def _run(self, work: Work, *, graph: bool) -> Tensor:
         kept = self._lent(work, graph)
         try:
-            write_over(kept.held, work.arguments.leaves)
+            for mine, other in zip(kept.held, work.arguments.leaves, strict=True):  # of the same signatures
+                if isinstance(mine, Tensor):
+                    mine.copy_(other)
             kept.calls += 1
             self._threads.last, self._used = (kept, kept.calls), kept.loop.backend
             return work.done_by(kept.loop)
@@ -234,19 +237,9 @@ class LoopCache:
         return kept
 
     def _new_loop(self, work: Work, ask: Ask, graph: bool, room: Room) -> FusedLoop:
-        if not graph:
-            return FusedLoop(ask, work.like, work.plan, doubled=work.doubled, room=room)
-        return GraphLoop(
-            ask,
-            work.like,
-            work.plan,
-            doubled=work.doubled,
-            networks=self.networks,
-            pool=self._memory,
-            counts=self._counts,
-            unroll=self.unroll,
-            room=room,
-        )
+        shared = partial(GraphLoop, networks=self.networks, pool=self._memory, counts=self._counts, unroll=self.unroll)
+        make: Callable[..., FusedLoop] = shared if graph else FusedLoop
+        return make(ask, work.like, work.plan, doubled=work.doubled, room=room)
 
     def _memory(self) -> Any:
         """The memory pool of all graphs; a new one if none is alive, since a pool dies with its last graph."""
@@ -256,21 +249,9 @@ class LoopCache:
         return self._pool
 
 
-def autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Autocast's state and dtype, which a captured graph keeps."""
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-
-
 def signature(leaf: Any) -> object:
     """Shape, dtype and device of a tensor, or a plain value: a leaf of equal signature can be overwritten."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.stride(), leaf.device
     plain = isinstance(leaf, (str, int, float, bool, type(None), np.generic, torch.dtype, torch.device))
     return type(leaf), leaf if plain else id(leaf)
-
-
-def write_over(held: Sequence[Any], leaves: Sequence[Any]) -> None:
-    """Copies the tensors of `leaves` into those of `held`, which have the same signatures."""
-    for mine, other in zip(held, leaves, strict=True):
-        if isinstance(mine, Tensor):
-            mine.copy_(other)
