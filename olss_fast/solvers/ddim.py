@@ -32,7 +32,18 @@ def ddim(
     start: float | None = None,
 ) -> Plan:
     """DDIM. `eta` in [0, 1] adds S-1 noise columns; 0 is deterministic. Order 1."""
-    return _run("ddim", schedule, steps, spacing, timesteps, eta, start)
+    if not 0.0 <= checked_number("eta", eta, "a number from 0 to 1") <= 1.0:
+        raise InputError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1 (ancestral)")
+    levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
+    tape = Tape(schedule, len(levels), noises=len(levels) - 1 if eta else 0, start=start)
+    state = tape.start(levels[0])
+    for level, target in zip(levels, [*levels[1:], CLEAN], strict=True):
+        output = tape.evaluate(state, level)
+        if eta and target is not CLEAN:
+            state = _noisy(tape, output, target, eta)
+        else:
+            state = transfer(state, output.x0, level, target)
+    return tape.plan(state, method="ddim", order=1, spacing=spacing_name, eta=eta or None)
 
 
 def euler(
@@ -48,7 +59,7 @@ def euler(
     diffusers' EulerDiscreteScheduler with linspace or trailing spacing starts from the noise part alone:
     `start=schedule.sigma(first timestep)`.
     """
-    return _run("euler", schedule, steps, spacing, timesteps, 0.0, start)
+    return _named("euler", ddim(schedule, steps, spacing=spacing, timesteps=timesteps, start=start))
 
 
 def euler_ancestral(
@@ -61,30 +72,12 @@ def euler_ancestral(
     start: float | None = None,
 ) -> Plan:
     """Euler with fresh noise after every step but the last: S-1 noise columns. `eta` in [0, 1]."""
-    return _run("euler_ancestral", schedule, steps, spacing, timesteps, eta, start)
+    plan = ddim(schedule, steps, spacing=spacing, timesteps=timesteps, eta=eta, start=start)
+    return _named("euler_ancestral", plan)
 
 
-def _run(
-    method: str,
-    schedule: NoiseSchedule,
-    steps: int | None,
-    spacing: str,
-    timesteps: npt.ArrayLike | None,
-    eta: float,
-    start: float | None,
-) -> Plan:
-    if not 0.0 <= checked_number("eta", eta, "a number from 0 to 1") <= 1.0:
-        raise InputError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1 (ancestral)")
-    levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
-    tape = Tape(schedule, len(levels), noises=len(levels) - 1 if eta else 0, start=start)
-    state = tape.start(levels[0])
-    for level, target in zip(levels, [*levels[1:], CLEAN], strict=True):
-        output = tape.evaluate(state, level)
-        if eta and target is not CLEAN:
-            state = _noisy(tape, output, target, eta)
-        else:
-            state = transfer(state, output.x0, level, target)
-    return tape.plan(state, method=method, order=1, spacing=spacing_name, eta=eta or None)
+def _named(method: str, plan: Plan) -> Plan:
+    return plan.replace(metadata={**plan.metadata, "method": method})
 
 
 def _noisy(tape: Tape, output: Output, target: Level, eta: float) -> Vector:
