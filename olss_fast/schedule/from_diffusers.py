@@ -14,18 +14,8 @@ from olss_fast.support.text import quoted
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow_prediction": "flow"}
 MOST_TIMESTEPS = 100_000  # of a training schedule: a hundred times the usual, still fast
-_NUMBERS = (
-    "beta_start",
-    "beta_end",
-    "sigma_data",
-    "shift",
-    "flow_shift",
-    "sigma_min",
-    "sigma_max",
-    "snr_shift_scale",
-    "steps_offset",
-)
 _NEVER_NONE = ("beta_start", "beta_end", "sigma_data")
+_NUMBERS = (*_NEVER_NONE, "shift", "flow_shift", "sigma_min", "sigma_max", "snr_shift_scale", "steps_offset")
 FLOW_CLASSES = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")  # beginnings of names
 
 
@@ -83,6 +73,11 @@ def _config(scheduler: object) -> Mapping[str, Any]:
     return config
 
 
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name)
+    return default if value is None else float(value)
+
+
 def _flow(config: Mapping[str, Any], name: str) -> NoiseSchedule:
     if config.get("use_dynamic_shifting"):
         raise ScheduleError(
@@ -96,16 +91,13 @@ def _flow(config: Mapping[str, Any], name: str) -> NoiseSchedule:
             f"{name} has sigma_max {config['sigma_max']:g}, where the signal 1 - sigma of a flow is negative; "
             "olss_fast.capture takes it as x0 + sigma noise"
         )
-    shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
-    return NoiseSchedule.flow(1.0 if shift is None else float(shift), int(config.get("num_train_timesteps", 1000)))
+    shift = _number(config, "flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0)
+    return NoiseSchedule.flow(shift, int(config.get("num_train_timesteps", 1000)))
 
 
 def _edm(config: Mapping[str, Any], name: str, prediction: str) -> NoiseSchedule:
-    given = config.get("sigma_min"), config.get("sigma_max")
-    low, high = (
-        float(default if value is None else value) for value, default in zip(given, (0.002, 80.0), strict=True)
-    )
-    sigma_data = float(config.get("sigma_data", 0.5))
+    low, high = _number(config, "sigma_min", 0.002), _number(config, "sigma_max", 80.0)
+    sigma_data = _number(config, "sigma_data", 0.5)
     if prediction == "epsilon":
         return NoiseSchedule.edm(low, high, sigma_data)
     if prediction == "v_prediction" and sigma_data == 1.0:  # the same preconditioning with the sign of F turned
@@ -130,15 +122,15 @@ def _variance_preserving(config: Mapping[str, Any], prediction: str) -> NoiseSch
     label = "trained betas"
     if betas is None:
         kind = str(config["beta_schedule"])
-        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
         betas = beta_schedule(kind, int(config.get("num_train_timesteps", 1000)), start, end)
         label = kind if kind == "squaredcos_cap_v2" else f"{kind} {start:g} to {end:g}"
-    alphas_cumprod: FloatArray = np.asarray(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
+    alphas_cumprod: FloatArray = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
     if (scale := config.get("snr_shift_scale")) is not None:  # CogVideoX
         alphas_cumprod = alphas_cumprod / (scale + (1.0 - scale) * alphas_cumprod)
     if config.get("rescale_betas_zero_snr"):
         alphas_cumprod = without_terminal_signal(alphas_cumprod)
         label += ", zero terminal SNR"
     return NoiseSchedule.from_alphas_cumprod(
-        alphas_cumprod, prediction_type=prediction, label=label, leading_offset=int(config.get("steps_offset") or 0)
+        alphas_cumprod, prediction_type=prediction, label=label, leading_offset=int(_number(config, "steps_offset", 0))
     )
