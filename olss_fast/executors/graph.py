@@ -35,7 +35,9 @@ def capture(function: Callable[[], None], pool: Any, device: torch.device) -> to
     The last warm-up refuses host synchronisation such as `.item()`, which inside a capture would leave stream and
     allocator in a bad state. Autocast caches no weights: a graph would read them after they are freed.
     """
-    with CAPTURING, torch.cuda.device(device), uncached_autocast():
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    uncached = torch.autocast("cuda", enabled=enabled, dtype=dtype, cache_enabled=False)
+    with CAPTURING, torch.cuda.device(device), uncached:
         before, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         mode = torch.cuda.get_sync_debug_mode()
         stream.wait_stream(before)
@@ -55,12 +57,6 @@ def capture(function: Callable[[], None], pool: Any, device: torch.device) -> to
         finally:
             torch.cuda.set_stream(before)
     return graph
-
-
-def uncached_autocast() -> torch.autocast:
-    """The current autocast mode without its cache."""
-    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    return torch.autocast("cuda", enabled=enabled, dtype=dtype, cache_enabled=False)
 
 
 class GraphLoop(FusedLoop):
@@ -88,15 +84,15 @@ class GraphLoop(FusedLoop):
     ) -> None:
         super().__init__(ask, like, plan, doubled=doubled, room=room)
         self.networks, self.pool, self.counts, self.unroll = networks, pool, counts, unroll
-        self._graphs: dict[object, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[object, torch.cuda.CUDAGraph] = {}
         self._watched: list[Watched] = []
 
     def run(self, on_step: OnStep | None = None) -> Tensor:
         """As `FusedLoop.run`, by graphs, which are captured if there are none or a parameter has moved."""
         assert self.plan is not None
-        if self._graphs and (name := first_moved(self._watched)):
+        if self.graphs and (name := first_moved(self._watched)):
             self.moved = name
-            self._graphs.clear()
+            self.graphs.clear()
         models = self.plan.models.tolist()
         if self.unroll and on_step is None:
             self._graph(("loop", *models), lambda: self.steps(self.evaluate)).replay()
@@ -105,20 +101,15 @@ class GraphLoop(FusedLoop):
         for model in dict.fromkeys(models):  # before the first step: a warm-up runs the step too
             self._graph(model, lambda model=model: self.evaluate(model))  # type: ignore[misc]
         self.counts["replays"] += len(models)
-        return self.steps(lambda model: self._graphs[model].replay(), on_step)
+        return self.steps(lambda model: self.graphs[model].replay(), on_step)
 
     def _graph(self, key: object, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        if key not in self._graphs:
+        if key not in self.graphs:
             self.start()
-            self._graphs[key] = capture(function, self.pool(), self.x.device)
+            self.graphs[key] = capture(function, self.pool(), self.x.device)
             self._watched = watched([module_of(each) for each in self.networks])
             self.counts["captures"] += 1
-        return self._graphs[key]
-
-    @property
-    def alive(self) -> bool:
-        """True if it holds graphs."""
-        return bool(self._graphs)
+        return self.graphs[key]
 
 
 def require_cuda(device: torch.device) -> None:

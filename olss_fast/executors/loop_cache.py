@@ -244,7 +244,7 @@ class LoopCache:
     def _memory(self) -> Any:
         """The memory pool of all graphs; a new one if none is alive, since a pool dies with its last graph."""
         loops = [kept.loop for each in self._kept.values() for kept in each]
-        if torch.cuda.is_available() and not any(isinstance(loop, GraphLoop) and loop.alive for loop in loops):
+        if torch.cuda.is_available() and not any(isinstance(loop, GraphLoop) and loop.graphs for loop in loops):
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
 

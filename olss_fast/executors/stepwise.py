@@ -178,12 +178,7 @@ class Run:
         k = self.step
         if k == self.steps:
             raise InputError(f"a step was asked for after all {k} of this run; call set_timesteps before the next run")
-        if not (
-            isinstance(model_output, Tensor)
-            and model_output.shape == self.shape
-            and model_output.device == self.device
-            and model_output.dtype in DTYPES
-        ):
+        if not self._fits(model_output):
             model_output = self._matching(model_output)
         layout, columns, arrived = self.layout, [self.layout.slots[k]], [model_output]
         if sample is not self.returned:
@@ -263,10 +258,14 @@ class Run:
         self._check("model_output", model_output, NetworkError)
         return model_output  # type: ignore[no-any-return]
 
+    def _fits(self, tensor: Any) -> bool:
+        same = isinstance(tensor, Tensor) and tensor.shape == self.shape and tensor.device == self.device
+        return same and tensor.dtype in DTYPES
+
     def _check(self, name: str, tensor: Any, error: type[InputError] | type[NetworkError]) -> None:
         if not isinstance(tensor, Tensor):
             raise error(f"{name} of step {self.step} is a {type(tensor).__name__}; expected a tensor")
-        if tensor.shape != self.shape or tensor.device != self.device or tensor.dtype not in DTYPES:
+        if not self._fits(tensor):
             raise error(
                 f"{name} of step {self.step} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; this run "
                 f"began with {self.dtype} {tuple(self.shape)} on {self.device}: call set_timesteps before another run"
