@@ -37,6 +37,8 @@ from olss_fast.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    Array: TypeAlias = ArrayLike | torch.Tensor
+    Moments: TypeAlias = tuple[ArrayLike, ArrayLike] | Array  # mean and covariance, or features
     Extractor: TypeAlias = Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -60,7 +62,7 @@ class Summary:
     median_interval: tuple[float, float]
 
 
-def rmse(sample: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor) -> Floats:
+def rmse(sample: Array, reference: Array) -> Floats:
     """Root mean square difference of each sample to its reference: (P, ...) and (P, ...) -> (P,)."""
     first, second = _array(sample, "sample"), _array(reference, "reference")
     if first.shape != second.shape or first.ndim < 2:
@@ -72,7 +74,7 @@ def rmse(sample: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor) 
     return np.asarray(np.sqrt(np.mean(np.square(first - second), axis=axes)), dtype=np.float64)
 
 
-def psnr(sample: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor, *, data_range: float = 2.0) -> Floats:
+def psnr(sample: Array, reference: Array, *, data_range: float = 2.0) -> Floats:
     """Peak signal-to-noise ratio of each sample, 20 log10(data_range / rmse) in dB: (P, ...) -> (P,).
 
     `data_range` is the width of the pixels' interval, 2 for [-1, 1]. Equal images give `inf`.
@@ -84,12 +86,7 @@ def psnr(sample: ArrayLike | torch.Tensor, reference: ArrayLike | torch.Tensor, 
 
 
 def bootstrap_interval(
-    values: ArrayLike | torch.Tensor,
-    *,
-    statistic: Callable[..., Any] = np.mean,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    values: Array, *, statistic: Callable[..., Any] = np.mean, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron 1979) of `statistic` over the samples `values` (P,), P >= 2.
 
@@ -107,9 +104,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def summarise(
-    values: ArrayLike | torch.Tensor, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> Summary:
+def summarise(values: Array, *, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Summary:
     """Mean and median of per-sample figures `values` (P,), P >= 2, with bootstrap intervals."""
     data = _array(values, "values")
     intervals = [
@@ -119,9 +114,7 @@ def summarise(
     return Summary(len(data), float(data.mean()), intervals[0], float(np.median(data)), intervals[1])
 
 
-def feature_statistics(
-    features: ArrayLike | torch.Tensor, weights: ArrayLike | torch.Tensor | None = None
-) -> FeatureStatistics:
+def feature_statistics(features: Array, weights: Array | None = None) -> FeatureStatistics:
     """Mean (D,) and unbiased covariance (D, D) of `features` (N, D), N >= 2.
 
     `weights` (N,), if given, are relative importances of the images: with the reciprocal of the size of an image's
@@ -138,10 +131,7 @@ def feature_statistics(
     return FeatureStatistics(mean, covariance)
 
 
-def frechet_distance(
-    first: FeatureStatistics | tuple[ArrayLike, ArrayLike] | ArrayLike | torch.Tensor,
-    second: FeatureStatistics | tuple[ArrayLike, ArrayLike] | ArrayLike | torch.Tensor,
-) -> float:
+def frechet_distance(first: Moments, second: Moments) -> float:
     """Squared 2-Wasserstein distance of the two Gaussians with these moments (Dowson & Landau 1982).
 
     |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2. Each side is features (N, D) or, as a tuple, the mean
@@ -158,7 +148,7 @@ def frechet_distance(
     return max(0.0, float(np.sum(np.square(mean1 - mean2)) + spread))
 
 
-def extract_features(images: ArrayLike | torch.Tensor, extractor: Extractor, *, batch_size: int = 256) -> Floats:
+def extract_features(images: Array, extractor: Extractor, *, batch_size: int = 256) -> Floats:
     """Features (P, D) of `images` (P, C, H, W), `batch_size` images at a time and without gradients.
 
     `extractor(batch)` returns (B, D), or a tuple that ends with it, as `demo.classifier()` does.
@@ -166,17 +156,13 @@ def extract_features(images: ArrayLike | torch.Tensor, extractor: Extractor, *, 
     return _array(_run(images, extractor, batch_size, pick=-1), "the extractor's output")
 
 
-def predict_classes(
-    images: ArrayLike | torch.Tensor, classifier: Extractor, *, batch_size: int = 256
-) -> NDArray[np.int64]:
+def predict_classes(images: Array, classifier: Extractor, *, batch_size: int = 256) -> NDArray[np.int64]:
     """Most likely class (P,) of `images` (P, C, H, W); `classifier(batch)` returns logits, or a tuple of them first."""
     logits = _array(_run(images, classifier, batch_size, pick=0), "the classifier's output")
     return np.asarray(logits.argmax(axis=-1), dtype=np.int64)
 
 
-def class_agreement(
-    images: ArrayLike | torch.Tensor, labels: ArrayLike | torch.Tensor, classifier: Extractor, *, batch_size: int = 256
-) -> float:
+def class_agreement(images: Array, labels: Array, classifier: Extractor, *, batch_size: int = 256) -> float:
     """Share of `images` (P, C, H, W) that the classifier assigns to their requested class, `labels` (P,)."""
     predicted = predict_classes(images, classifier, batch_size=batch_size)
     asked = _array(labels, "labels")
@@ -185,7 +171,7 @@ def class_agreement(
     return float(np.mean(predicted == asked))
 
 
-def _run(images: ArrayLike | torch.Tensor, module: Extractor, batch_size: int, *, pick: int) -> torch.Tensor:
+def _run(images: Array, module: Extractor, batch_size: int, *, pick: int) -> torch.Tensor:
     """The output of `module` on all images, on the module's device if it has parameters; `pick` indexes a tuple."""
     import torch
 

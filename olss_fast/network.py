@@ -71,6 +71,10 @@ class OwnStart(ABC):
     def admits(self, plan: Plan) -> bool:
         """True if a run can begin as the plan does."""
 
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As a `Network`."""
+
 
 class Denoiser:
     """The checked inputs of a sampler: networks, the noise of P samples, conditioning and guidance.

@@ -125,7 +125,7 @@ def _variance_preserving(config: Mapping[str, Any], prediction: str) -> NoiseSch
         start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
         betas = beta_schedule(kind, int(config.get("num_train_timesteps", 1000)), start, end)
         label = kind if kind == "squaredcos_cap_v2" else f"{kind} {start:g} to {end:g}"
-    alphas_cumprod: FloatArray = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
+    alphas_cumprod: FloatArray = np.asarray(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
     if (scale := config.get("snr_shift_scale")) is not None:  # CogVideoX
         alphas_cumprod = alphas_cumprod / (scale + (1.0 - scale) * alphas_cumprod)
     if config.get("rescale_betas_zero_snr"):
