@@ -46,8 +46,6 @@ class FusedLoop:
     moved = ""  # the parameter or module that forced the last recapture
 
     def __init__(self, ask: Ask, like: Tensor, plan: Plan, *, doubled: bool, room: Room = LEAST_ROOM) -> None:
-        if plan.branches == 2 and not doubled:
-            raise InputError("this plan keeps the unconditional and the conditional output apart: pass unconditional")
         self.ask, self.batch = ask, like.shape[0]
         self.x = torch.cat([like, like]) if doubled else torch.empty_like(like)
         self.time = torch.zeros(self.x.shape[0], dtype=torch.float32, device=like.device)
