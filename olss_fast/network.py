@@ -34,7 +34,7 @@ Conditioning = Mapping[str, Any]
 Streams = torch.Generator | Sequence[torch.Generator]  # one for all samples, or one for each
 
 LARGEST_SCALE = float(np.finfo(np.float32).max)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what noise and networks may be of
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not float8, in which nothing is computed
 
 
 def module_of(network: Any) -> torch.nn.Module | None:

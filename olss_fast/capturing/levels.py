@@ -307,7 +307,7 @@ def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, floa
         return lambda *_: (1.0, -1.0)  # the velocity toward the data
     if driver.name.startswith("EDM"):  # v_prediction here is F with its sign flipped
         edm = edm_output(float(config.get("sigma_data", 0.5)))
-        return lambda _, alpha, sigma, __: tuple(-part for part in edm(alpha, sigma))
+        return lambda _, alpha, sigma, __: tuple(-part for part in edm(alpha, sigma))  # type: ignore[return-value]
     if driver.name == "SCMScheduler":  # x0 = cos(t) x - sin(t) f
         return lambda index, *_: _trigonometric_output(scheduler, index)
     if driver.name in _BOUNDARIES:

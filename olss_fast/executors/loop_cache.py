@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +23,6 @@ from olss_fast.plan.plan import Plan
 from olss_fast.support.tree import Flat
 
 KEPT = 4  # shapes whose buffers and graphs are kept
-
-
-class Key(NamedTuple):
-    """The input shapes and settings that a loop's buffers and graphs were made for."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    doubled: bool
-    branches: int
-    autocast: tuple[bool, torch.dtype]  # a captured graph keeps it
-    arguments: object
 
 
 @dataclass(frozen=True)
@@ -78,13 +65,12 @@ class Work:
         return torch.empty_like(self.noise, dtype=self.dtype, device=self.device)
 
     @cached_property
-    def key(self) -> Key:
+    def key(self) -> tuple[object, ...]:
+        """Whatever a loop's buffers and graphs are made for; a captured graph keeps the state of autocast."""
         like, (leaves, form), kind = self.like, self.arguments, self.device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         given = (form, *map(signature, leaves))
-        return Key(
-            like.shape, like.stride(), like.dtype, like.device, self.doubled, self.plan.branches, autocast, given
-        )
+        return *signature(like), self.doubled, self.plan.branches, autocast, given
 
     def done_by(self, loop: FusedLoop) -> Tensor:
         """The samples (B, …), run by `loop`. NetworkError for non-finite samples on the CPU."""
@@ -123,11 +109,11 @@ class LoopCache:
         self.networks, self.backend, self.unroll = networks, backend, unroll
         self._lock, self._turn = threading.Lock(), threading.RLock()
         self._threads = threading.local()  # `last`: what the thread ran last, and the number of that call
-        self._kept: OrderedDict[Key, list[Kept]] = OrderedDict()
+        self._kept: OrderedDict[object, list[Kept]] = OrderedDict()
         self._used = "fused" if backend == "auto" else backend  # by the last run
         self._stream: Any = None
         self._pool: Any = None
-        self._not_captured: set[Key] = set()
+        self._not_captured: set[object] = set()
         self._counts: Counter[str] = Counter()  # captures and replays
         self._reason = ""
 
@@ -249,7 +235,7 @@ class LoopCache:
         return self._pool
 
 
-def signature(leaf: Any) -> object:
+def signature(leaf: Any) -> tuple[object, ...]:
     """Shape, dtype and device of a tensor, or a plain value: a leaf of equal signature can be overwritten."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.stride(), leaf.device

@@ -29,6 +29,7 @@ from torch import Tensor
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors.draws import unit_noise
 from olss_fast.executors.increments import increments
+from olss_fast.network import FLOATS
 from olss_fast.plan.plan import Floats, Plan
 
 CANCELLING = 1.5
@@ -143,7 +144,6 @@ def _corrections(shares: Floats) -> list[float | None]:
 
 
 Generator = torch.Generator | list[torch.Generator] | None
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # not float8, in which nothing is computed
 
 
 class Run:
@@ -154,7 +154,7 @@ class Run:
     """
 
     def __init__(self, layout: Layout, sample: Tensor, noise_dtype: torch.dtype | None = None) -> None:
-        if not isinstance(sample, Tensor) or sample.dtype not in DTYPES or sample.numel() == 0:
+        if not isinstance(sample, Tensor) or sample.dtype not in FLOATS or sample.numel() == 0:
             what = f"{sample.dtype} {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
             raise InputError(
                 f"the sample is {what}; expected a floating-point tensor of latents or pixels, of 16, 32 or 64 bits"
@@ -260,7 +260,7 @@ class Run:
 
     def _fits(self, tensor: Any) -> bool:
         same = isinstance(tensor, Tensor) and tensor.shape == self.shape and tensor.device == self.device
-        return same and tensor.dtype in DTYPES
+        return same and tensor.dtype in FLOATS
 
     def _check(self, name: str, tensor: Any, error: type[InputError] | type[NetworkError]) -> None:
         if not isinstance(tensor, Tensor):

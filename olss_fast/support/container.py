@@ -176,17 +176,13 @@ def file_sha256(path: AnyPath, format: Format) -> str:
 
 def _head(file: BinaryIO, format: Format) -> tuple[bytes, dict[str, Any], list[Row]]:
     """The bytes before the data, the entry and the table, each checked before it is used."""
-    size = _size(file)
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     first = file.read(8)
     length = _header_length(first, size, format)
     text = bytes(_next(file, length))
     header = _json_object(text, "the safetensors header")
     return first + text, _entry(header, format), list(_table(header, size - 8 - length))
-
-
-def _size(file: BinaryIO) -> int:
-    return file.seek(0, os.SEEK_END)
 
 
 def _next(file: BinaryIO, count: int) -> memoryview:

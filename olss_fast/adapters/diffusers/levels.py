@@ -108,7 +108,7 @@ class StepOutput(SchedulerOutput):
         plan, scale = loaded.layout.plan, float(loaded.latents.scales[row])
         alpha, sigma = float(plan.alphas[row]), float(plan.sigmas[row])
         try:
-            a, b = map(float, exact_output_of(plan)(alpha, sigma))
+            a, b = exact_output_of(plan)(alpha, sigma)
             weight = 1.0 / (sigma * a - b * alpha)
         except (PlanError, ZeroDivisionError) as error:
             raise AttributeError(f"pred_original_sample: {error}") from error
