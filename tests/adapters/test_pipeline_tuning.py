@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
 import tiny_pipelines  # noqa: E402
+from efforts import LEAST  # noqa: E402
 from PIL import Image  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -27,9 +28,6 @@ from olss_fast.tuning.tuning import Effort  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LEAST = Effort(
-    polish_iterations=1, jacobian_samples=1, jacobian_evaluations=1, path_samples=1, node_moves=(), split_up_to=0
-)
 TEACHER = 8
 PROMPTS = "abcdefgh"
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from efforts import LITTLE
 from plan_runs import BETAS, NOISE, SCHEDULE, sampled
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from olss_fast import PlanScheduler, Sampler, capture, demo, solvers
 from olss_fast.cli.model import draw_noise
 from olss_fast.kernels import StepState, lincomb, start, step
 from olss_fast.tuning.compare import compare
-from olss_fast.tuning.tuning import Effort
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 diffusers.logging.set_verbosity_error()
@@ -37,9 +37,6 @@ CAPTURED = [
     diffusers.LCMScheduler(**BETAS),
     diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
 ]
-EFFORT = Effort(
-    polish_iterations=1, jacobian_samples=4, jacobian_evaluations=40, path_samples=4, node_moves=(2,), split_up_to=0
-)
 CPU = torch.device("cpu")
 START = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 
@@ -89,7 +86,7 @@ def loops() -> list[Tensor]:
 
 def tuned() -> list[Any]:
     settings = {"noise": START, "schedule": SCHEDULE, "steps": [2], "teacher_steps": 8, "progress": False}
-    result = olss_fast.tune(NET, effort=EFFORT, **settings)
+    result = olss_fast.tune(NET, effort=LITTLE, **settings)
     report = compare(NET, plans=result.plans.values(), **settings)
     return [result.plans[2].rows, [each.mean for each in report.candidates]]
 

@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from efforts import LEAST
 from torch import Tensor
 
 import olss_fast
 from olss_fast import solvers
-from olss_fast.tuning.tuning import Effort
 
 README = Path(__file__).parents[2] / "README.md"
-LEAST = Effort(
-    polish_iterations=1, jacobian_samples=1, jacobian_evaluations=1, path_samples=1, node_moves=(), split_up_to=0
-)
 
 
 class Network(torch.nn.Module):

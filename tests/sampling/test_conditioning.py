@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from efforts import LEAST
 from torch import Tensor, nn
 
 import olss_fast
@@ -17,13 +18,9 @@ from olss_fast.compiling.arguments import flatten
 from olss_fast.compiling.request import checked_request
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.tuning.compare import compare
-from olss_fast.tuning.tuning import Effort
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 PLAN = solvers.dpm_solver_pp(SCHEDULE, 4, order=2)
-LEAST = Effort(
-    polish_iterations=1, jacobian_samples=1, jacobian_evaluations=1, path_samples=1, node_moves=(), split_up_to=0
-)
 SAMPLES = 12
 NOISE = torch.randn((SAMPLES, 2, 2, 2), generator=torch.Generator().manual_seed(0))
 NAMES = ("a", "b", "c", "d", "table")

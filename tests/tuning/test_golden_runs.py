@@ -18,6 +18,7 @@ import numpy as np
 import plan_runs
 import pytest
 import torch
+from efforts import LEAST, SOME
 from made_plans import split
 from safetensors.numpy import load_file, save_file
 
@@ -32,10 +33,6 @@ ARRAYS = GOLDEN.with_suffix(".safetensors")
 SHAPE, SAMPLES = (2, 4, 4), 40
 EPSILON = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 VELOCITY = NoiseSchedule.named("squaredcos_cap_v2", prediction_type="v_prediction")
-EFFORT = Effort(polish_iterations=2, jacobian_samples=8, path_samples=6, node_moves=(4,), split_up_to=3)
-LEAST = Effort(
-    polish_iterations=1, jacobian_samples=1, jacobian_evaluations=1, path_samples=1, node_moves=(), split_up_to=0
-)
 Facts = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
@@ -77,7 +74,7 @@ def tuned() -> olss_fast.TuneResult:
         schedule=EPSILON,
         steps=[3, 4],
         teacher_steps=30,
-        effort=EFFORT,
+        effort=SOME,
         progress=False,
         **guided(),
     )

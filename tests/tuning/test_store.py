@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from efforts import LITTLE
 from torch import Tensor, nn
 
 import olss_fast
@@ -20,14 +21,10 @@ from olss_fast.support.progress import evaluation_bar
 from olss_fast.tuning import clock
 from olss_fast.tuning import store as stores
 from olss_fast.tuning.compare import compare
-from olss_fast.tuning.tuning import Effort
 
 SAMPLES = 24
 SCHEDULE = olss_fast.NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000), label="one")
 NAMESAKE = olss_fast.NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000) ** 1.01, label="one")
-EFFORT = Effort(
-    polish_iterations=1, jacobian_samples=4, jacobian_evaluations=40, path_samples=4, node_moves=(2,), split_up_to=0
-)
 
 
 class Net(nn.Module):
@@ -69,7 +66,7 @@ def tune(network: Any, store: Path | None = None, **changes: Any) -> olss_fast.T
         "schedule": SCHEDULE,
         "steps": 2,
         "teacher_steps": 10,
-        "effort": EFFORT,
+        "effort": LITTLE,
         "progress": False,
         **changes,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from efforts import SOME
 
 import olss_fast
 from olss_fast.errors import InputError, NetworkError
@@ -14,10 +15,8 @@ from olss_fast.network import OwnStart
 from olss_fast.testing import NULL_CLASS, ExactMixture
 from olss_fast.tuning.compare import compare
 from olss_fast.tuning.preparation import split_samples
-from olss_fast.tuning.tuning import Effort
 
 SAMPLES, SHAPE = 48, (2, 4, 4)
-EFFORT = Effort(polish_iterations=2, jacobian_samples=8, path_samples=6, node_moves=(4,), split_up_to=3)
 SCHEDULE = olss_fast.NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
@@ -56,7 +55,7 @@ PROBE = 3  # calls by which a store, or a run without one, makes sure of its net
 
 @pytest.fixture(scope="module")
 def result() -> olss_fast.TuneResult:
-    return olss_fast.tune(mixture(), **problem(), steps=[3, 5], teacher_steps=40, effort=EFFORT)  # type: ignore[arg-type]
+    return olss_fast.tune(mixture(), **problem(), steps=[3, 5], teacher_steps=40, effort=SOME)  # type: ignore[arg-type]
 
 
 def test_accepted_plan_is_the_best_of_the_table(result: olss_fast.TuneResult) -> None:
@@ -100,12 +99,12 @@ def test_split_guidance_is_offered_and_judged(result: olss_fast.TuneResult) -> N
 
 
 def test_same_seed_same_plan_bitwise(result: olss_fast.TuneResult) -> None:
-    again = olss_fast.tune(mixture(), **problem(), steps=3, teacher_steps=40, effort=EFFORT)  # type: ignore[arg-type]
+    again = olss_fast.tune(mixture(), **problem(), steps=3, teacher_steps=40, effort=SOME)  # type: ignore[arg-type]
     assert again.plans[3] == result.plans[3]
 
 
 def test_killed_run_resumes_without_repeating_a_chunk(tmp_path: Path, result: olss_fast.TuneResult) -> None:
-    arguments = {**problem(), "steps": 3, "teacher_steps": 40, "effort": EFFORT, "batch_size": 10, "store": tmp_path}
+    arguments = {**problem(), "steps": 3, "teacher_steps": 40, "effort": SOME, "batch_size": 10, "store": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         olss_fast.tune(Counting(mixture(), PROBE + 3 * 40 + 7), **arguments)  # type: ignore[arg-type]
     assert len(list(tmp_path.glob("chunk-*"))) == 3
@@ -180,7 +179,7 @@ def test_network_that_fails_after_the_recording_is_named() -> None:
     def dying(x: torch.Tensor, timestep: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return calls(x, timestep, y=y) * (torch.nan if calls.calls > recording else 1.0)
 
-    how = {"guidance_scale": 1.0, "steps": 3, "teacher_steps": 10, "effort": EFFORT, "batch_size": 64}
+    how = {"guidance_scale": 1.0, "steps": 3, "teacher_steps": 10, "effort": SOME, "batch_size": 64}
     with pytest.raises(NetworkError, match="NaN or infinity"):
         olss_fast.tune(dying, **{**problem(), **how})  # type: ignore[arg-type]
 
