@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 import olss_fast
-from olss_fast import demo, metrics
+from olss_fast import metrics
 from olss_fast.cli.jobs import NetworkSubject
-from olss_fast.cli.model import DEMO, Model, arguments, device_of, draw_noise, pick_labels
+from olss_fast.cli.model import DEMO, device_of
 from olss_fast.methods import ANALYTIC
-from olss_fast.plan.plan import Plan
 from olss_fast.report.plots import plot_grid
-from olss_fast.report.report import Candidate, Report
+from olss_fast.report.report import Report
 from olss_fast.report.tables import families
-from olss_fast.sampling.sampling import sample
 from olss_fast.support.folders import make_folder, try_folder
 from olss_fast.support.progress import bar_options
 from olss_fast.tuning.study import Effort
@@ -52,14 +48,14 @@ def run_demo(
     start = time.perf_counter()
     out = try_folders(out)
     subject = NetworkSubject(DEMO, device, seed=seed, progress=progress)
-    model = subject.loaded
     say(
-        f"Tuning the embedded model on {device_of(model)}: {samples} samples, light polish. `olss-fast tune --model "
-        "demo` takes more of both, and finds better plans."
+        f"Tuning the embedded model on {device_of(subject.loaded)}: {samples} samples, light polish. "
+        "`olss-fast tune --model demo` takes more of both, and finds better plans."
     )
     result = subject.tune(samples, None, steps=list(steps), effort=Effort.light())
     written = write_result(result, out)
-    written.append(draw_grid(result.report, model, out / "grid.png", seed=seed + GRID_SEED, progress=progress))
+    others = NetworkSubject(DEMO, device, seed=seed + GRID_SEED, progress=False)
+    written.append(draw_grid(result.report, others, out / "grid.png", progress=progress))
     say(result.report.table())
     say(time_spent(result.report, time.perf_counter() - start))
     say(f"In {out}: " + ", ".join(str(path.relative_to(out)) for path in written))
@@ -97,35 +93,23 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def draw_grid(report: Report, model: Model, path: Path, *, seed: int, progress: bool = True) -> Path:
+def draw_grid(report: Report, subject: NetworkSubject, path: Path, *, progress: bool = True) -> Path:
     """Samples of the teacher, OLSS and the best others from the same noise at `GRID_STEPS` NFE (else the fewest)."""
     nfe = GRID_STEPS if GRID_STEPS in report.nfes else report.nfes[0]
-    rows = {"teacher\n" + f"{report.teacher.nfe} NFE": report.teacher}
-    best = report.olss(nfe)
-    if best is not None:
-        rows[f"OLSS\n{nfe} NFE"] = best.plan
-    rows |= {each.name.replace(" (", "\n("): each.plan for each in peers(report, nfe, GRID_PEERS)}
-    images = _sample_rows(rows, model, seed, progress)
+    accent, plans = f"OLSS\n{nfe} NFE", {f"teacher\n{report.teacher.nfe} NFE": report.teacher}
+    if best := report.olss(nfe):
+        plans[accent] = best.plan
+    peers = [members[nfe] for members in families(report.at(nfe, ANALYTIC)).values()]  # the best family first
+    plans |= {each.name.replace(" (", "\n("): each.plan for each in peers[:GRID_PEERS]}
+    rows = tqdm(plans.values(), desc="Pictures", unit="row", **bar_options(progress))
+    sampled = [subject.sample(plan, {}, len(GRID_CLASSES), GRID_CLASSES) for plan in rows]
+    images = {name: each for name, (each, _, _) in zip(plans, sampled, strict=True)}
     (_, reference), *others = images.items()
     return plot_grid(
         images,
         path,
         errors={name: list(metrics.rmse(each, reference)) for name, each in others},
-        titles=[demo.CLASS_NAMES[label] for label in GRID_CLASSES],
+        titles=sampled[0][2],
         heading=f"The same noises at {nfe} network evaluations; below each image its RMSE to the teacher",
-        accent=f"OLSS\n{nfe} NFE",
+        accent=accent,
     )
-
-
-def peers(report: Report, nfe: int, count: int) -> list[Candidate]:
-    """The best analytic candidate of each of the `count` best families at `nfe` evaluations, best first."""
-    found = [members[nfe] for members in families(report.at(nfe, ANALYTIC)).values() if nfe in members]
-    return sorted(found, key=lambda candidate: candidate.mean)[:count]
-
-
-def _sample_rows(plans: Mapping[str, Plan], model: Model, seed: int, progress: bool) -> dict[str, NDArray[np.float64]]:
-    """Samples (K, C, H, W) of each plan from the same K noises, one per class of `GRID_CLASSES`."""
-    noise = draw_noise(model, len(GRID_CLASSES), seed)
-    how = arguments(model, pick_labels(model, len(GRID_CLASSES), GRID_CLASSES))
-    rows = tqdm(plans.items(), desc="Pictures", unit="row", **bar_options(progress))
-    return {name: sample(model.network, plan, noise, **how).cpu().double().numpy() for name, plan in rows}

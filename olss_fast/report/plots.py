@@ -128,10 +128,8 @@ def _lines(report: Report) -> Iterator[Line]:
         if method.line:
             colour, dashes = method.line
             yield Line(method.title, _best(report, kind), colour, {"linestyle": dashes, "linewidth": 1.6, "zorder": 2})
-    edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
-    yield Line(
-        "OLSS", _best(report, OLSS), ACCENT, thick | {"linewidth": 3, "markersize": 8, "zorder": 4, **edge}, main=True
-    )
+    edged = {"linewidth": 3, "markersize": 8, "zorder": 4, "markeredgecolor": "white", "markeredgewidth": 1.2}
+    yield Line("OLSS", _best(report, OLSS), ACCENT, thick | edged, main=True)
 
 
 def _draw(axes: Axes, line: Line) -> None:
