@@ -92,11 +92,10 @@ def initial_noise(
     both are given, or neither and no `usual`."""
     if noise is None and shape is None and usual is not None:
         shape = (len(streams) if isinstance(streams, Sequence) else usual[0], *usual[1:])
-    if (noise is None) == (shape is None):
+    if noise is not None and shape is None:
+        return noise
+    if noise is not None or shape is None:
         seeded = "" if streams is None else " with the seed or generator"
         came = f"neither noise nor shape came{seeded}" if noise is None else "both noise and shape came"
         raise InputError(f"{came}; expected noise, a tensor (samples, ...), or seed= with shape=(samples, ...)")
-    if shape is None:
-        assert noise is not None
-        return noise
     return unit_noise(checked_shape(shape), streams, device or torch.device("cpu")).to(dtype)

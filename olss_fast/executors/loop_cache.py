@@ -105,7 +105,7 @@ class LoopCache:
     share memory, threads take turns.
     """
 
-    def __init__(self, networks: Sequence[Any], backend: str, *, unroll: bool = False) -> None:
+    def __init__(self, networks: Sequence[Any], backend: str, unroll: bool = False) -> None:
         self.networks, self.backend, self.unroll = networks, backend, unroll
         self._lock, self._turn = threading.Lock(), threading.RLock()
         self._threads = threading.local()  # `last`: what the thread ran last, and the number of that call
@@ -117,12 +117,9 @@ class LoopCache:
         self._counts: Counter[str] = Counter()  # captures and replays
         self._reason = ""
 
-    def __getstate__(self) -> tuple[Sequence[Any], str, bool]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A copy has no loops yet."""
-        return self.networks, self.backend, self.unroll
-
-    def __setstate__(self, state: tuple[Sequence[Any], str, bool]) -> None:
-        self.__init__(*state[:2], unroll=state[2])  # type: ignore[misc]
+        return LoopCache, (self.networks, self.backend, self.unroll)
 
     def run(self, work: Work) -> Tensor:
         """The samples. NetworkError for samples on the CPU that are not finite."""
