@@ -53,24 +53,47 @@ def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
         raise InputError(f"{name} is {describe(tensor)}; expected contiguous {dtype} {shape} on {device}")
 
 
-def expect_count(name: str, count: object, *, least: int) -> None:
-    """InputError unless `count` is a whole number of at least `least`."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < least:
-        raise InputError(f"{name} is {count!r}; expected a whole number of at least {least}")
+def expect_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+    """InputError unless `tensor` has dtype, shape, device and memory order of `like`, whose name is `other`."""
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.dtype != like.dtype
+        or tensor.shape != like.shape
+        or tensor.device != like.device
+        or not _same_order(tensor, like)
+    ):
+        raise InputError(
+            f"{name} is {describe(tensor)}, {other} is {describe(like)}; expected both alike: the same dtype, shape, "
+            "strides and device"
+        )
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """True for equal strides, ignoring dimensions of one element, whose strides mean nothing."""
+    if a.stride() == b.stride():
+        return True
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size == 1 or first == second for size, first, second in pairs) or a.numel() == 0
 
 
 def expect_dense(name: str, tensor: Tensor) -> None:
     """InputError unless the elements fill one block of memory, in any order of the dimensions."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
         raise InputError(f"{name} is {describe(tensor)}; expected a tensor of float16, bfloat16, float32 or float64")
+    if tensor.numel() > 0 and not is_dense(tensor.shape, tensor.stride()):
+        raise InputError(
+            f"{name} is {describe(tensor)}, which leaves gaps or overlaps itself; call .contiguous() first"
+        )
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """True if the elements fill one block of memory, in some order of the dimensions."""
     filled = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and tensor.numel() > 0:
-            if stride != filled:
-                raise InputError(
-                    f"{name} is {describe(tensor)}, which leaves gaps or overlaps itself; call .contiguous() first"
-                )
-            filled *= size
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1 and stride != filled:
+            return False
+        filled *= size
+    return True
 
 
 def refuse_gradients(op: str, tensors: Sequence[Tensor]) -> None:

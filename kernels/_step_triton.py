@@ -12,6 +12,7 @@ from torch import Tensor
 
 from olss_fast.kernels._grid import grid
 from olss_fast.kernels._lincomb_triton import add_columns, options, owned
+from olss_fast.kernels.step import StepState
 
 
 @triton.jit(do_not_specialize=["width", "height", "times"])
@@ -121,25 +122,11 @@ def fill(values, value, count):
         tl.store(values + entry, value + tl.zeros([32], tl.float32), mask=entry < count)
 
 
-def launch(
-    output: Tensor | None,
-    history: Tensor,
-    rows: Tensor,
-    timesteps: Tensor,
-    guidance: Tensor,
-    finished: Tensor,
-    noise_counts: Tensor,
-    noise_start: Tensor,
-    anchored: Tensor,
-    x: Tensor,
-    time: Tensor,
-    branches: int,
-    doubled: bool,
-) -> None:
+def launch(output: Tensor | None, state: StepState) -> None:
     """`step_reference` on a GPU, or `start_reference` if output is None. Checked by the caller."""
-    size = history.shape[1]
-    cut = grid(size, history.element_size())
-    sizes = size, history.stride(0), rows.shape[1], rows.shape[0], time.numel()
+    *tensors, branches, doubled = state
+    size, height, width = state.history.shape[1], *state.rows.shape
+    cut = grid(size, state.history.element_size())
+    sizes = size, state.history.stride(0), width, height, state.time.numel()
     known = output is None, doubled, branches, cut.block, cut.chunk
-    tensors = output, history, rows, timesteps, guidance, finished, noise_counts, noise_start, anchored, x, time
-    _step[(cut.programs,)](*tensors, *sizes, *known, **options(cut))
+    _step[(cut.programs,)](output, *tensors, *sizes, *known, **options(cut))

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from olss_fast.errors import InputError
-from olss_fast.kernels._checks import accumulator, define, describe, expect, expect_dense, flat, refuse_gradients
+from olss_fast.kernels._checks import (
+    accumulator,
+    define,
+    describe,
+    expect,
+    expect_dense,
+    expect_like,
+    flat,
+    refuse_gradients,
+)
 
 CPU_BLOCK = 1 << 15  # elements per block: its float32 sum stays in the L1 or L2 cache while the tensors stream through
 
@@ -43,7 +52,7 @@ def lincomb(tensors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float
         result: Tensor = torch.ops.olss_fast.lincomb_stacked(tensors, weights)
         return result
     for j, tensor in enumerate(tensors):
-        _expect_like(f"tensors[{j}]", tensor, first)
+        expect_like(f"tensors[{j}]", tensor, "tensors[0]", first)
     refuse_gradients("lincomb", (*tensors, weights))
     result = torch.ops.olss_fast.lincomb_separate(tensors, weights)
     return result
@@ -74,29 +83,20 @@ def weighted_sum_of(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-def _run_stacked(tensors: Tensor, weights: Tensor) -> Tensor:
-    out = torch.empty_like(tensors[0])
-    columns = tensors.as_strided((len(tensors), out.numel()), (tensors.stride(0), 1))
+def _run(tensors: Any, weights: Tensor) -> Tensor:
+    """Both operators: of stacked tensors, or of a list of them."""
+    out, stacked = torch.empty_like(tensors[0]), isinstance(tensors, Tensor)
+    if stacked:
+        parts = tensors.as_strided((len(tensors), out.numel()), (tensors.stride(0), 1))
+    else:
+        parts = [flat(tensor) for tensor in tensors]
     if out.is_cuda:
-        from olss_fast.kernels._lincomb_triton import launch_stacked
+        from olss_fast.kernels import _lincomb_triton as gpu
 
         with torch.cuda.device(out.device):
-            launch_stacked(flat(out), columns, weights)
+            (gpu.launch_stacked if stacked else gpu.launch_separate)(flat(out), parts, weights)
     else:
-        flat(out).copy_(weighted_sum(columns, weights))
-    return out
-
-
-def _run_separate(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    out = torch.empty_like(tensors[0])
-    parts = [flat(tensor) for tensor in tensors]
-    if out.is_cuda:
-        from olss_fast.kernels._lincomb_triton import launch_separate
-
-        with torch.cuda.device(out.device):
-            launch_separate(flat(out), parts, weights)
-    else:
-        flat(out).copy_(weighted_sum_of(parts, weights))
+        flat(out).copy_((weighted_sum if stacked else weighted_sum_of)(parts, weights))
     return out
 
 
@@ -104,8 +104,8 @@ def _fake(tensors: Any, weights: Tensor) -> Tensor:
     return torch.empty_like(tensors[0])
 
 
-define("lincomb_stacked", "(Tensor tensors, Tensor weights) -> Tensor", _run_stacked, fake=_fake)
-define("lincomb_separate", "(Tensor[] tensors, Tensor weights) -> Tensor", _run_separate, fake=_fake)
+define("lincomb_stacked", "(Tensor tensors, Tensor weights) -> Tensor", _run, fake=_fake)
+define("lincomb_separate", "(Tensor[] tensors, Tensor weights) -> Tensor", _run, fake=_fake)
 
 
 def _as_tensor(weights: Sequence[float], first: Tensor) -> Tensor:
@@ -113,17 +113,3 @@ def _as_tensor(weights: Sequence[float], first: Tensor) -> Tensor:
         return torch.tensor(weights, dtype=accumulator(first.dtype), device=first.device)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"weights is {weights!r}; expected a number for each tensor, or a tensor of them") from error
-
-
-def _expect_like(name: str, tensor: Tensor, first: Tensor) -> None:
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.dtype != first.dtype
-        or tensor.shape != first.shape
-        or tensor.device != first.device
-        or tensor.stride() != first.stride()
-    ):
-        raise InputError(
-            f"{name} is {describe(tensor)}, tensors[0] is {describe(first)}; expected all alike: the same dtype, "
-            "shape, strides and device"
-        )

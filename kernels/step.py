@@ -34,13 +34,14 @@ from olss_fast.kernels._checks import (
     define,
     describe,
     expect,
-    expect_count,
     expect_dense,
+    expect_like,
     refuse_gradients,
     refuse_overlaps,
 )
 from olss_fast.kernels._grid import grid
 from olss_fast.kernels.lincomb import weighted_sum
+from olss_fast.support.arguments import checked_count
 
 
 class StepState(NamedTuple):
@@ -80,8 +81,8 @@ class StepState(NamedTuple):
         Raises InputError for steps < 1 or noises < 0, else as `step` does.
         """
         _check_branches(branches, doubled)
-        expect_count("steps", steps, least=1)
-        expect_count("noises", noises, least=0)
+        checked_count("steps", steps)
+        checked_count("noises", noises, least=0)
         expect_dense("x", x)
         columns, height = 1 + steps * branches + noises, steps + 1
         sums = accumulator(x.dtype)
@@ -149,15 +150,7 @@ def step(output: Tensor, state: StepState) -> None:
             gradient.
     """
     _check_state(state)
-    x = state.x
-    if (
-        not isinstance(output, Tensor)
-        or output.dtype != x.dtype
-        or output.shape != x.shape
-        or output.device != x.device
-        or not _same_order(output, x)
-    ):
-        raise InputError(f"output is {describe(output)}, x is {describe(x)}; expected both alike")
+    expect_like("output", output, "x", state.x)
     refuse_gradients("step", (output, *state[:-2]))
     torch.ops.olss_fast.step(output, *state)
 
@@ -232,7 +225,7 @@ def _launch(output: Tensor | None, state: StepState) -> None:
     from olss_fast.kernels._step_triton import launch
 
     with torch.cuda.device(state.history.device):
-        launch(output, *state)
+        launch(output, state)
 
 
 _STATE = (
@@ -310,11 +303,3 @@ def _check_batch(x: Tensor, doubled: bool) -> None:
 def _most_rows(state: StepState) -> int:
     by_columns = 1 + (state.history.shape[0] - 1) // state.branches
     return min(by_columns, (2**31 - 1) // state.programs)
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    """True for equal strides, ignoring dimensions of one element, whose strides mean nothing."""
-    if a.stride() == b.stride():
-        return True
-    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return all(size == 1 or first == second for size, first, second in pairs) or a.numel() == 0

@@ -279,8 +279,7 @@ def interpreted_run(
 
     guard = Guarded(offset=offset)
     state = guarded_state(guard, shape, getattr(torch, dtype), steps=steps, **options)
-    start, step = (lambda s: launch(None, *s)), (lambda output, s: launch(output, *s))
-    check_run(start, step, guard, state, steps=steps, begin=begin)
+    check_run(lambda s: launch(None, s), launch, guard, state, steps=steps, begin=begin)
 
 
 def interpreted_step_too_many(shape: tuple[int, ...], dtype: str, *, steps: int) -> None:
@@ -288,7 +287,7 @@ def interpreted_step_too_many(shape: tuple[int, ...], dtype: str, *, steps: int)
 
     guard = Guarded()
     state = guarded_state(guard, shape, getattr(torch, dtype), steps=steps)
-    check_step_too_many(lambda output, s: launch(output, *s), guard, state)
+    check_step_too_many(launch, guard, state)
 
 
 def interpreted_lincomb(columns: int, size: int, dtype: str) -> None:
