@@ -33,7 +33,7 @@ void check_fits(const Description& engine) {
 
 // What keeps `given` from taking the place of `held`, or nothing.
 std::string unfit(const at::Tensor& given, const at::Tensor& held) {
-    if (!given.defined()) return "is no tensor";
+    if (!given.defined()) return "is not a defined tensor";
     if (given.sizes() != held.sizes())
         return concat("has shape ", shown(given.sizes()), ", expected ", shown(held.sizes()));
     if (given.is_complex() || given.is_floating_point() != held.is_floating_point())

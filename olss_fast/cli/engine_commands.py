@@ -149,11 +149,12 @@ def validate(
 
 
 def _problems(file: Path, device: str | None, sha256: str | None, run: bool) -> list[str]:
-    from olss_fast.engine.engine import load_engine, verify_file, warm_up
+    from olss_fast.engine.engine import load_engine, warm_up
     from olss_fast.engine.machine import mismatches
+    from olss_fast.engine.verifying import verified
 
     try:
-        facts = verify_file(file, sha256=sha256).facts
+        facts = verified(file, sha256).manifest.facts
     except EngineFileError as error:
         return [str(error)]
     found = mismatches(facts["built_with"], facts["machine"], device)

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from olss_fast.errors import InputError
 from olss_fast.network import call_network
-from olss_fast.support.tree import as_tensor, dotted, flat, is_array, mapped, with_paths
+from olss_fast.support.tree import LEAVES, as_tensor, dotted, flat, is_array, mapped, with_paths
 
 
 def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors. Lists without tensors stay whole."""
+    if LEAVES.issuperset(map(type, arguments.values())):  # the usual arguments, without a walk
+        return {str(name): as_tensor(value) for name, value in arguments.items()}
     found: dict[str, Any] = {}
-    for path, leaf in with_paths(dict(arguments), whole=_stays_whole) if arguments else []:
+    for path, leaf in with_paths(dict(arguments), whole=_stays_whole):
         if dotted(path) in found:
             raise InputError(f"{dotted(path)} was given twice, nested and by its flat name; give it once")
         found[dotted(path)] = as_tensor(leaf)
@@ -45,16 +47,6 @@ def _stays_whole(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return not any(map(is_array, flat(value)[0]))
     return isinstance(value, Mapping) and not value
-
-
-def require_names(arguments: object, what: str) -> Mapping[str, Any]:
-    """InputError unless `arguments` is a mapping of names, each of which is a Python name."""
-    given = {} if arguments is None else arguments
-    if not isinstance(given, Mapping) or not all(isinstance(key, str) and key.isidentifier() for key in given):
-        raise InputError(
-            f"{what} is {type(given).__name__}; expected a mapping of the network's argument names to values"
-        )
-    return given
 
 
 class FlatNetwork(nn.Module):

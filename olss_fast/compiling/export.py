@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,20 @@ def export(
     rest = tuple(batch if own else {} for own in per_sample)
     dynamic = (axes, batch, rest) if rest else (axes, batch)
 
-    def traced(questions: _Questions) -> ExportedProgram:
-        with torch.no_grad(), quiet(), _CheckedIndices(), questions:
-            return torch.export.export(flat, tuple(inputs), dynamic_shapes=dynamic, strict=False)
+    def traced(*, opposite: bool) -> tuple[ExportedProgram, set[str]]:
+        with torch.no_grad(), quiet(), _CheckedIndices(), _questions(opposite) as asked:
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=dynamic, strict=False), asked
 
     try:
-        exported = traced(questions := _Questions())
+        exported, asked = traced(opposite=False)
     except Exception as cause:
         raise BuildError(f"the network cannot be exported for noise of {profile}: {_reason(cause)}") from cause
-    if questions.asked and not _same_otherwise(exported, traced, questions):
+    if asked and not _same_otherwise(exported, traced):
         raise BuildError(
             f"the network cannot be exported for noise of {profile}: it computes something else where a size is beyond "
-            f"a bound, {'; '.join(sorted(questions.asked)[:3])}: build an engine for the sizes on either side of it"
+            f"a bound, {'; '.join(sorted(asked)[:3])}: build an engine for the sizes on either side of it"
         )
     return exported
-
-
-def graph_text(exported: ExportedProgram) -> str:
-    """The graph with all shapes and ranges, equal for equal networks: without source locations."""
-    return "\n".join(line for line in str(exported).splitlines() if not line.strip().startswith("# File: "))
 
 
 def _dimension(profile: Profile, axis: int, halves: int) -> Any:
@@ -82,32 +77,28 @@ class _CheckedIndices(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Questions(AbstractContextManager["_Questions"]):
+@contextmanager
+def _questions(opposite: bool) -> Iterator[set[str]]:
     """Records comparisons of variable sizes while a network is traced, if the profile leaves the answer open.
 
     Torch would bind the graph to the answer by a guard. Here tracing continues with the answer for the example, or with
-    the opposite one, and `asked` records each comparison and its source line.
+    the opposite one, and the yielded set gets each comparison and its source line.
     """
+    asked, usual = set[str](), torch.SymBool.__bool__
 
-    def __init__(self, *, opposite: bool = False) -> None:
-        self.asked: set[str] = set()
-        self._opposite = opposite
-
-    def __enter__(self) -> _Questions:
-        self._before = torch.SymBool.__bool__
-        torch.SymBool.__bool__ = lambda question: self._answer(question)  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.SymBool.__bool__ = self._before  # type: ignore[method-assign]
-
-    def _answer(self, question: torch.SymBool) -> bool:
+    def answer(question: torch.SymBool) -> bool:
         if type(question.node.expr).__name__ not in ORDERS or not question.node.has_hint() or _settled(question):
             return bool(question.node.bool_())
         with question.node.shape_env.suppress_guards():
-            answer = bool(question.node.bool_())
-        self.asked.add(_asked_where(str(question.node.expr)))
-        return answer != self._opposite
+            found = bool(question.node.bool_())
+        asked.add(_asked_where(str(question.node.expr)))
+        return found != opposite
+
+    torch.SymBool.__bool__ = answer  # type: ignore[method-assign]
+    try:
+        yield asked
+    finally:
+        torch.SymBool.__bool__ = usual  # type: ignore[method-assign]
 
 
 def _settled(question: torch.SymBool) -> bool:
@@ -121,10 +112,10 @@ def _asked_where(question: str) -> str:
     return f"{question} ({frame.filename}, line {frame.lineno})"
 
 
-def _same_otherwise(exported: ExportedProgram, traced: Any, questions: _Questions) -> bool:
+def _same_otherwise(exported: ExportedProgram, traced: Any) -> bool:
     """True if the opposite answers lead to the same graph."""
     try:
-        other = traced(_Questions(opposite=True))
+        other, _ = traced(opposite=True)
     except Exception:  # code that refuses such sizes may raise anything
         return False
     return _operations(exported) == _operations(other)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from olss_fast.compiling.arguments import FlatNetwork, fixed_value, flatten, require_names
+from olss_fast.compiling.arguments import FlatNetwork, fixed_value, flatten
 from olss_fast.compiling.quiet import shortened
-from olss_fast.compiling.shapes import DTYPES, Profile
+from olss_fast.compiling.shapes import BATCH, DTYPES, Profile, name_of
 from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.executors.draws import unit_noise
-from olss_fast.network import Conditioning, Denoiser, network_dtype, require_finite
+from olss_fast.network import Conditioning, Denoiser, checked_arguments, network_device, network_dtype, require_finite
 from olss_fast.plan.plan import Plan
 from olss_fast.sampling.sampling import check_plan_fits
 from olss_fast.support.device import pick_device
-from olss_fast.support.tree import as_tensor, mapped
+from olss_fast.support.tree import mapped
 
 RESERVED = {"noise", "seed", "shape", "steps", "plan", "guidance_scale", "unconditional", "generator"}
-"""Arguments of an engine's call."""
+"""Arguments of an engine's call, which the network's own are passed beside."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ class Request:
     def per_sample(self) -> list[bool]:
         """`is_per_sample` of each tensor."""
         return [is_per_sample(each, self.profile) for each in self.tensors.values()]
+
+    @property
+    def shapes(self) -> dict[str, list[int | str]]:
+        """Of the tensors, with BATCH in place of the number of samples."""
+        named = zip(self.tensors.items(), self.per_sample, strict=True)
+        return {name: [BATCH, *each.shape[1:]] if own else [*each.shape] for (name, each), own in named}
 
     def inputs(self, least: int = 1, *, time: float | None = None, shape: Sequence[int] | None = None) -> list[Tensor]:
         """x, time and the example's tensors at `shape` (default: `opt`), with at least `least` steps in each dynamic
@@ -69,19 +75,23 @@ def checked_request(
     conditioning: Conditioning | None,
     unconditional: Conditioning | None,
     guidance_scale: float | None,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    reserved: Set[str] = RESERVED,
 ) -> Request:
+    """The arguments as a Request. reserved: names that the network's arguments may not have. Raises as `build`."""
     if not isinstance(network, nn.Module) or network.training:
         what = "in training mode" if isinstance(network, nn.Module) else f"a {type(network).__name__}"
         raise InputError(f"network is {what}; expected a torch.nn.Module in evaluation mode: wrap it, or call .eval()")
     first = next(iter(plans.values()))
     scale = _scale(first, unconditional, guidance_scale)
-    device = _device(network, device)
-    given = mapped(lambda leaf: _on_device(leaf, device), dict(require_names(conditioning, "conditioning")))
-    if RESERVED & set(given):
+    device = pick_device(network_device([network]) or "cpu" if device is None else device)
+    given = mapped(lambda leaf: _on_device(leaf, device), checked_arguments(conditioning, "conditioning"))
+    if unusable := sorted(name for name in given if name in reserved or not name.isidentifier()):
         raise InputError(
-            f"the network's argument {sorted(RESERVED & set(given))} has the name of one of an engine's call"
+            f"the network has an argument {unusable[0]!r}; expected Python names other than "
+            f"{', '.join(sorted(reserved))}: wrap the network"
         )
     dtype = _dtype(network, dtype)
     noise = _noise(profile.opt, device, dtype)
@@ -111,6 +121,12 @@ def checked_request(
         times=tuple(map(float, first.timesteps)),
     )
     _check_callable(request)
+    for name, sizes in request.shapes.items():
+        if name in without and sizes[:1] != [BATCH] and not torch.equal(request.unconditional[name], tensors[name]):
+            raise InputError(
+                f"conditioning and unconditional differ in {name!r}, whose first size is not that of the samples, "
+                f"{profile.opt[0]}: one doubled batch cannot hold both"
+            )
     return request
 
 
@@ -169,14 +185,9 @@ def _scale(plan: Plan, unconditional: Conditioning | None, guidance_scale: float
     return float(plan.metadata.get("guidance_scale", 1.0)) if unconditional is not None else 1.0
 
 
-def _device(network: nn.Module, device: torch.device | str | None) -> torch.device:
-    own = next((each.device for each in network.parameters()), torch.device("cpu"))
-    return pick_device(own if device is None else device)
-
-
 def _dtype(network: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     chosen = network_dtype(network, torch.float32) if dtype is None else dtype
-    if not isinstance(chosen, torch.dtype) or str(chosen).removeprefix("torch.") not in DTYPES:
+    if not isinstance(chosen, torch.dtype) or name_of(chosen) not in DTYPES:
         raise InputError(f"dtype is {chosen!r}; expected one of {', '.join(f'torch.{each}' for each in DTYPES)}")
     return chosen
 
@@ -189,8 +200,7 @@ def _prepared(network: nn.Module, dtype: torch.dtype, device: torch.device) -> n
 
 
 def _on_device(leaf: Any, device: torch.device) -> Any:
-    given = as_tensor(leaf)
-    return given.to(device).contiguous() if isinstance(given, Tensor) else given
+    return leaf.to(device).contiguous() if isinstance(leaf, Tensor) else leaf
 
 
 def is_per_sample(value: Tensor, profile: Profile) -> bool:

@@ -11,6 +11,7 @@ from olss_fast.errors import InputError
 
 Shape = tuple[int, ...]
 MULTIPLE = 8  # most networks halve their images three times
+BATCH = "batch"  # the name of the size of the first axis, where that is the number of samples
 LARGEST = 2**31 - 1
 DTYPES = ("float16", "bfloat16", "float32", "float64")  # of noise
 
@@ -80,6 +81,11 @@ class Profile:
     def __str__(self) -> str:
         axes = zip(self.min, self.max, self.multiple, strict=True)
         return " × ".join(_sizes(*axis) for axis in axes)
+
+
+def name_of(dtype: object) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _sizes(least: int, most: int, step: int) -> str:

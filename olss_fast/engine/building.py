@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
@@ -14,27 +15,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from olss_fast.compiling.export import export, graph_text
-from olss_fast.compiling.request import Request, checked_request, is_per_sample, named_plans
-from olss_fast.compiling.shapes import Profile
+from olss_fast.compiling.export import export
+from olss_fast.compiling.request import Request, checked_request, named_plans
+from olss_fast.compiling.shapes import Profile, name_of
 from olss_fast.engine import cache as code_cache
 from olss_fast.engine import machine, manifest
-from olss_fast.engine.compiled import SETTINGS, compile_code, hash_code, weight_name, with_layout
+from olss_fast.engine.cache import Entry
+from olss_fast.engine.compiled import SETTINGS, compile_code, weight_name, with_layout
 from olss_fast.engine.engine import Engine, warm_up
-from olss_fast.engine.manifest import BATCH, FORMAT, NOTICE
+from olss_fast.engine.manifest import FORMAT, NOTICE
 from olss_fast.engine.verifying import plan_facts
-from olss_fast.engine.weights import hash_weights, strides_of, to_blob
 from olss_fast.errors import BuildError, EngineFileError, InputError
 from olss_fast.network import Conditioning
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
 from olss_fast.sampling.old_forms import takes_old_forms
 from olss_fast.support.device import timed
-from olss_fast.support.identity import structure
+from olss_fast.support.identity import digest, structure
 from olss_fast.support.progress import bar_options
 
 # Largest difference of the compiled network from the original, relative to the largest output.
-TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 SLACK = 10.0  # what code from the cache may be further from its network than it was from the one before
 TINY = 1e-30
 CHECKED_TIMES = 8  # of the first plan, at most, at which both are asked
@@ -90,81 +91,54 @@ def build(
     with _stages(progress) as stage:
         stage("look for compiled code")
         facts = _facts(request, plans)
-        name = _structure(request, facts, settings)
-        known = _by_structure(request, plans, facts, folder, name)
+        key = _key(request, facts, settings)
+        known = None if folder is None else _known(request, plans, facts, code_cache.load(folder, key))
         if known is not None:
             return known
         stage("export")
         exported = export(request.flat, request.inputs(2), request.per_sample, request.profile, request.doubled)
         stage("compile")
-        key, code, seconds = _by_graph(request, facts, exported, settings, folder)
+        begin = time.perf_counter()
+        code = with_layout(compile_code(exported, settings), exported, manifest.compiled_for(facts))
+        seconds = time.perf_counter() - begin
         stage("check")
-        constants = {**exported.state_dict, **exported.constants}
-        bound = TOLERANCE[str(request.dtype).removeprefix("torch.")]
-        engine = _checked(_engine(request, plans, facts, code, constants, seconds), request, bound)
-        measured = engine.manifest.facts["measured"]
-        for each in (
-            {name, _structure(request, facts, settings)} if folder is not None else ()
-        ):  # a call may change the network's structure
-            code_cache.point(folder, each, key, measured["largest_difference"] / max(measured["largest_output"], TINY))
+        tensors = {**exported.state_dict, **exported.constants}
+        engine = _checked(_engine(request, plans, facts, code, tensors, seconds), request, TOLERANCE[request.dtype])
+        if folder is not None:
+            measured = engine.manifest.facts["measured"]
+            difference = measured["largest_difference"] / max(measured["largest_output"], TINY)
+            for each in {key, _key(request, facts, settings)}:  # a call may change the network's structure
+                code_cache.store(folder, each, Entry(code, seconds, difference))
         return engine
 
 
-def _by_structure(
-    request: Request, plans: Mapping[str, Plan], facts: Facts, folder: Path | None, name: str
-) -> Engine | None:
+def _known(request: Request, plans: Mapping[str, Plan], facts: Facts, found: Entry | None) -> Engine | None:
     """The engine from cached code for a network of this structure, without tracing. None if there is none, or if it
     turns out not to match this network."""
-    found = code_cache.follow(folder, name)
     if found is None:
         return None
-    network = request.flat
-    tensors = {**dict(network.named_buffers()), **network.state_dict()}
-    code, seconds, difference = found
-    bound = SLACK * (difference + torch.finfo(request.dtype).eps)
+    tensors = {**dict(request.flat.named_buffers()), **request.flat.state_dict()}
+    bound = SLACK * (found.difference + torch.finfo(request.dtype).eps)
     try:
-        return _checked(_engine(request, plans, facts, code, tensors, seconds), request, bound)
+        return _checked(_engine(request, plans, facts, found.code, tensors, found.seconds), request, bound)
     except (BuildError, EngineFileError):
         return None
 
 
-def _by_graph(
-    request: Request,
-    facts: Facts,
-    exported: torch.export.ExportedProgram,
-    settings: dict[str, Any],
-    folder: Path | None,
-) -> tuple[str, dict[str, bytes], float]:
-    """The graph's key, its code, and the seconds of its compilation; from the cache if possible."""
-    graph = {"graph": graph_text(exported), "strides": strides_of(exported.state_dict)}
-    key = _key(request, facts, settings, graph)
-    found = code_cache.load(folder, key)
-    if found is not None:
-        return key, *found
-    begin = time.perf_counter()
-    code = with_layout(compile_code(exported, settings), exported, manifest.compiled_for(facts))
-    seconds = time.perf_counter() - begin
-    code_cache.store(folder, key, code, seconds)
-    return key, code, seconds
-
-
-def _structure(request: Request, facts: Facts, settings: dict[str, Any]) -> str:
+def _key(request: Request, facts: Facts, settings: dict[str, Any]) -> str:
+    """The cache key: of the network's structure, and of everything else that code depends on."""
     flat = request.flat
     asked = {"network": flat.network, "form": flat.form, "lends_x": flat.lends_x}
     key = structure(asked, [*flat.network.parameters(), *flat.network.buffers()])
-    return _key(request, facts, settings, {"structure": key, "fixed": request.fixed})
-
-
-def _key(request: Request, facts: Facts, settings: dict[str, Any], about: Mapping[str, object]) -> str:
-    """The cache key: of the facts `about` the network, and of everything else that code depends on."""
     example = [[str(each.dtype), list(each.shape), list(each.stride())] for each in request.inputs()]
-    relied_on = {name: facts[name] for name in ("version", "built_with", "machine")}
-    relied_on |= {"compiled_for": manifest.compiled_for(facts), "example": example}
-    return code_cache.key_of({**about, **relied_on, "settings": repr(sorted({**settings, **SETTINGS}.items()))})
+    relied_on = {name: facts[name] for name in ("version", "built_with", "machine", "fixed")}
+    relied_on |= {"compiled_for": manifest.compiled_for(facts), "structure": key, "example": example}
+    relied_on |= {"settings": repr(sorted({**settings, **SETTINGS}.items()))}
+    return digest(json.dumps(relied_on, sort_keys=True))
 
 
 def _facts(request: Request, plans: Mapping[str, Plan]) -> Facts:
-    """The part of the manifest that is known before compiling."""
+    """The part of the manifest that is known before compiling. `save` adds what concerns the file: sums and strides."""
     return {
         "sha256": "0" * 64,
         "format": FORMAT.name,
@@ -173,16 +147,21 @@ def _facts(request: Request, plans: Mapping[str, Plan]) -> Facts:
         "built_with": machine.versions(),
         "machine": machine.describe(str(request.device)),
         "network": type(request.flat.network).__name__,
-        "dtype": str(request.dtype).removeprefix("torch."),
+        "dtype": name_of(request.dtype),
         "profile": request.profile.to_dict(),
         "doubled": request.doubled,
         "guidance_scale": request.guidance_scale,
-        "inputs": [_described(name, each, request.profile) for name, each in request.tensors.items()],
+        "inputs": [
+            {"name": name, "dtype": name_of(request.tensors[name].dtype), "shape": sizes}
+            for name, sizes in request.shapes.items()
+        ],
         "fixed": request.fixed,
         "plans": [plan_facts(name, each, plan_to_bytes(each)) for name, each in plans.items()],
         "strides": {},
         "unused": [],
         "tied": {},
+        "hashes": {"weights": "", "code": ""},
+        "measured": {},
     }
 
 
@@ -194,16 +173,13 @@ def _engine(
     tensors: Mapping[str, Any],
     seconds: float,
 ) -> Engine:
-    """The engine with a manifest that lacks only measurements. tensors: weights by their names in the exported code;
-    the engine copies them."""
+    """The engine, not yet measured. tensors: weights by their names in the exported code; the engine copies them."""
     weights = {weight_name(name): each.detach().clone() for name, each in tensors.items() if isinstance(each, Tensor)}
-    hashes = {"weights": "", "code": hash_code(code)}
-    facts = {**facts, "hashes": hashes, "measured": {"seconds_to_compile": seconds}}
+    facts = {**facts, "measured": {"seconds_to_compile": seconds}}
     engine = Engine(manifest.parse(facts), plans, code, weights, request.unconditional, request.device)
-    facts["tied"] = _tied(request.flat.network.state_dict(), list(engine.weights))
-    facts["unused"] = sorted(set(request.flat.network.state_dict()) - set(engine.weights) - set(facts["tied"]))
-    facts["strides"] = strides_of(engine.weights)
-    facts["hashes"]["weights"] = hash_weights({name: to_blob(each) for name, each in engine.weights.items()})
+    state = request.flat.network.state_dict()
+    facts["tied"] = _tied(state, list(engine.weights))
+    facts["unused"] = sorted(set(state) - set(engine.weights) - set(facts["tied"]))
     return engine
 
 
@@ -236,7 +212,7 @@ def _checked(engine: Engine, request: Request, bound: float) -> Engine:
             f"{largest:.3g}; expected at most {bound:.3g} of that: is it random, or does it change its weights?"
         )
     if engine.device.type == "cuda":
-        warm_up(engine, request.tensors)
+        warm_up(engine)
     inputs = request.inputs()
     seconds = statistics.median(timed(lambda: engine.network(*inputs), engine.device) for _ in range(TIMED_CALLS))
     figures = {"milliseconds_per_network_call": 1e3 * seconds}
@@ -265,10 +241,3 @@ def _stages(progress: bool) -> Iterator[Callable[[str], object]]:
         yield stage
         bar.set_description(f"{'Built':<32}", refresh=False)
         bar.update(bar.total - bar.n)
-
-
-def _described(name: str, value: Tensor, profile: Profile) -> dict[str, Any]:
-    shape: list[Any] = list(value.shape)
-    if is_per_sample(value, profile):
-        shape[0] = BATCH
-    return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}

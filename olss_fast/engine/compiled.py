@@ -22,7 +22,7 @@ from torch import Tensor
 
 from olss_fast.compiling.quiet import quiet, shortened
 from olss_fast.engine.manifest import CODE_FILE
-from olss_fast.engine.weights import LAYOUT, check_layout, layout_of, read_compiled_for
+from olss_fast.engine.weights import LAYOUT, check_layout, layout_of
 from olss_fast.errors import BuildError, EngineFileError, OlssError
 from olss_fast.support.container import Refused
 from olss_fast.support.files import reason
@@ -137,7 +137,7 @@ class LoadedCode:
             raise EngineFileError(f"the engine's code reads weights that are not there: {', '.join(missing[:8])}")
         self.weights = {name: weights[name] for name in names.values()}
         try:
-            check_layout(read_compiled_for(code[LAYOUT])[1], layout_of(self.weights))
+            check_layout(code[LAYOUT], layout_of(self.weights))
         except Refused as cause:
             raise EngineFileError(f"the engine's code cannot be run: {cause}") from cause
         taken = {fqn: weights[name] for fqn, name in names.items()}

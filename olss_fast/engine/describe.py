@@ -4,46 +4,44 @@ library is used."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from olss_fast.engine import manifest
-from olss_fast.engine.manifest import FORMAT, Manifest
+from olss_fast.engine.manifest import FORMAT, Manifest, parse
 from olss_fast.support import container
-from olss_fast.support.files import AnyPath
+from olss_fast.support.files import AnyPath, open_regular
 from olss_fast.support.text import clipped, printable
 
+WIDTH = 120  # of a line
 PLANS = 20  # that are listed; an engine may have any number
 _MARK = f'"{FORMAT.name}"'.encode()
 
 
 def is_engine_file(path: AnyPath) -> bool:
     """True if a file's header names the format, with any file name; the file may still be damaged."""
-    if not os.path.isfile(path):
-        return False
     try:
-        with open(path, "rb") as file:
+        with open_regular(Path(path)) as file:
             length = int.from_bytes(file.read(8), "little")
             return _MARK in file.read(min(length, container.MAX_HEADER_BYTES))
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
 def inspected(path: AnyPath, *, as_json: bool = False) -> str:
     """The output of `olss-fast inspect`: `describe`, or the manifest with the sha256 of the whole file in place of the
     format's checksum. Raises EngineFileError."""
-    found = manifest.read(path)
+    with container.naming(path, FORMAT):
+        facts, sizes = container.read_header(path, FORMAT)
+        found = parse(facts)
     sha256 = container.file_sha256(path, FORMAT)
-    if as_json:
-        return json.dumps({**found.facts, "sha256": sha256}, indent=1)
-    return describe(found, container.read_header(path, FORMAT)[1], sha256=sha256)
+    return json.dumps({**facts, "sha256": sha256}, indent=1) if as_json else describe(found, sizes, sha256)
 
 
-def describe(found: Manifest, sizes: Mapping[str, int], *, sha256: str | None = None, width: int = 120) -> str:
+def describe(found: Manifest, sizes: Mapping[str, int], sha256: str) -> str:
     """One line of facts, then aligned names and values. sizes: bytes of the file's tensors, by name. sha256: of the
     file, as `sha256sum` prints it."""
-    rows = [*_rows(found, sizes), *([] if sha256 is None else [("sha256", sha256)])]
-    lines = [clipped(line, width) for line in [_headline(found), "", *aligned(rows)]]
+    rows = [*_rows(found, sizes), ("sha256", sha256)]
+    lines = [clipped(line, WIDTH) for line in [_headline(found), "", *aligned(rows)]]
     return "\n".join([*lines, "", printable(str(found.facts["notice"]))])
 
 
@@ -65,7 +63,8 @@ def _rows(found: Manifest, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]
     facts = found.facts
     machine, built_with = facts["machine"], facts["built_with"]
     yield "noise", f"{found.profile}, compiled at {' × '.join(map(str, found.profile.opt))}"
-    yield "arguments", found.size_names or "none"
+    sizes_of = [f"{each.name} {each.dtype}[{', '.join(map(str, each.shape))}]" for each in found.inputs]
+    yield "arguments", ", ".join(sizes_of) or "none"
     if facts["fixed"]:
         yield "built in", ", ".join(f"{name}={value}" for name, value in facts["fixed"].items())
     if found.doubled:

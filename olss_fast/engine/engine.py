@@ -13,8 +13,8 @@ from olss_fast.compiling.quiet import shortened
 from olss_fast.engine import inputs, machine
 from olss_fast.engine.compiled import LoadedCode, hash_code
 from olss_fast.engine.manifest import FORMAT, Manifest
-from olss_fast.engine.verifying import Parts, check_unconditional, plan_facts, verified
-from olss_fast.engine.weights import DTYPES, from_blob, hash_weights, strides_of, to_blob
+from olss_fast.engine.verifying import plan_facts, verified
+from olss_fast.engine.weights import DTYPES, hash_weights, strides_of, to_blob
 from olss_fast.errors import InputError, MachineError, NetworkError
 from olss_fast.executors.draws import Seed, checked_streams
 from olss_fast.executors.loop_cache import LoopCache, Stats, Work
@@ -97,7 +97,7 @@ class Engine:
             chosen,
             noise,
             flat(tensors),
-            lambda held: lambda x, time, model: self.network(x, time, *held),
+            lambda held: lambda x, time, model: self.network(x, time, *held.values()),
             dtype=noise.dtype,
             device=self.device,
             doubled=self.manifest.doubled,
@@ -231,57 +231,25 @@ def load_engine(path: AnyPath, *, device: torch.device | str | None = None, sha2
         EngineFileError: not an engine file, damaged, altered, of another version, or with another sha256.
         MachineError: built for another machine or other versions; every mismatch is named.
     """
-    with container.naming(path, FORMAT):
-        found, plans, parts = verified(path, sha256)
-        return _assembled(found, plans, parts, _place(found, device))
-
-
-def verify_file(path: AnyPath, *, sha256: str | None = None) -> Manifest:
-    """The manifest, if the file passes all file checks of `load_engine`; for any machine. No code is run.
-
-    Raises EngineFileError, as `load_engine`.
-    """
-    with container.naming(path, FORMAT):
-        found, _, parts = verified(path, sha256)
-        _tensors(found, parts, torch.device("cpu"))
-        return found
-
-
-def _tensors(found: Manifest, parts: Parts, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, and default unconditional arguments."""
-    strides = found.facts["strides"]
-    weights = {name: from_blob(name, blob, strides.get(name), device) for name, blob in parts["weights"].items()}
-    without = {name: from_blob(name, blob, None, device) for name, blob in parts["unconditional"].items()}
-    check_unconditional(found, without)
-    return weights, without
-
-
-def _assembled(found: Manifest, plans: dict[str, Plan], parts: Parts, device: torch.device) -> Engine:
-    weights, without = _tensors(found, parts, device)
-    code = {name: bytes(blob.data) for name, blob in parts["code"].items()}
-    engine = Engine(found, plans, code, weights, without, device)
-    if device.type == "cuda":
+    found, plans, code, *tensors = verified(path, sha256)
+    faults = machine.mismatches(
+        found.facts["built_with"], found.facts["machine"], None if device is None else str(device)
+    )
+    if faults:
+        raise MachineError(f"this engine does not fit this machine: {'; '.join(faults)}")
+    place = pick_device(device or found.device)
+    weights, without = ({name: each.to(place) for name, each in named.items()} for named in tensors)
+    engine = Engine(found, plans, code, weights, without, place)
+    if place.type == "cuda":
         warm_up(engine)
     return engine
 
 
-def warm_up(engine: Engine, conditioning: Mapping[str, Tensor] | None = None) -> None:
-    """One run at the profile's `opt`, which makes the buffers, and on a GPU the graph, before the first call.
-
-    conditioning: at `opt`; default: `engine.usual_arguments`.
-    """
+def warm_up(engine: Engine) -> None:
+    """One run at the profile's `opt`, which makes the buffers, and on a GPU the graph, before the first call."""
     noise = inputs.usual_noise(engine.manifest, engine.device)
-    usual, without = engine.usual_arguments(noise.shape[0])
-    given: dict[str, Any] = usual if conditioning is None else dict(conditioning)
+    given, without = engine.usual_arguments(noise.shape[0])
     engine(noise, unconditional=without, generator=torch.Generator(engine.device).manual_seed(0), **given)
-
-
-def _place(found: Manifest, device: torch.device | str | None) -> torch.device:
-    wanted = str(device if device is not None else found.device)
-    faults = machine.mismatches(found.facts["built_with"], found.facts["machine"], wanted)
-    if faults:
-        raise MachineError(f"this engine does not fit this machine: {'; '.join(faults)}")
-    return pick_device(wanted) if found.device == "cuda" else torch.device("cpu")
 
 
 def _unfit(name: str, value: object, held: Tensor) -> str:
@@ -296,6 +264,5 @@ def _unfit(name: str, value: object, held: Tensor) -> str:
     return ""
 
 
-def _listed(names: Any) -> str:
-    names = list(names)
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -20,21 +20,10 @@ from olss_fast.support.text import quoted
 def given_noise(
     noise: Tensor | None, shape: Sequence[int] | None, streams: Streams | None, manifest: Manifest, device: torch.device
 ) -> Tensor:
-    """The noise of a call, given or drawn, and checked."""
+    """The noise of a call, given or drawn. InputError: rank, sizes, dtype, device, memory order, values. Synchronises
+    with the device."""
     usual, dtype = manifest.profile.opt, getattr(torch, manifest.dtype)
-    drawn = initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device)
-    return check_noise(drawn, manifest, device)
-
-
-def usual_noise(manifest: Manifest, device: torch.device, batch: int | None = None) -> Tensor:
-    """The same unit noise every time, at the profile's `opt`, or of so many samples. InputError outside the profile."""
-    shape = (batch or manifest.profile.opt[0], *manifest.profile.opt[1:])
-    manifest.profile.check(shape)
-    return unit_noise(shape, torch.Generator().manual_seed(0), device).to(getattr(torch, manifest.dtype))
-
-
-def check_noise(noise: object, manifest: Manifest, device: torch.device) -> Tensor:
-    """The noise, or InputError: rank, sizes, dtype, device, memory order, values. Synchronises with the device."""
+    noise = initial_noise(noise, shape, streams, usual=usual, dtype=dtype, device=device)
     if not isinstance(noise, Tensor):
         raise InputError(f"noise is a {type(noise).__name__}; expected a tensor of {manifest.profile}")
     manifest.profile.check(noise.shape)
@@ -46,14 +35,23 @@ def check_noise(noise: object, manifest: Manifest, device: torch.device) -> Tens
     return noise
 
 
+def usual_noise(manifest: Manifest, device: torch.device, batch: int | None = None) -> Tensor:
+    """The same unit noise every time, at the profile's `opt`, or of so many samples. InputError outside the profile."""
+    shape = (batch or manifest.profile.opt[0], *manifest.profile.opt[1:])
+    manifest.profile.check(shape)
+    return unit_noise(shape, torch.Generator().manual_seed(0), device).to(getattr(torch, manifest.dtype))
+
+
 def network_inputs(
     manifest: Manifest,
     samples: int,
     device: torch.device,
     conditioning: Mapping[str, Any],
     unconditional: Mapping[str, Any],
-) -> list[Tensor]:
-    """The tensors after x and time, in the code's order; if doubled, for both halves, unconditional first.
+) -> dict[str, Tensor]:
+    """The tensors after x and time by flat name, in the code's order; if doubled, for both halves, unconditional first.
+
+    unconditional: by flat name.
 
     Raises InputError: missing or unknown names, a wrong shape, dtype or device; halves that differ in an argument that
     is not per sample.
@@ -69,10 +67,11 @@ def network_inputs(
     given = tensors_of(manifest.inputs, flat, samples, device, "conditioning")
     if not manifest.doubled:
         if unconditional:
-            raise InputError(f"unconditional was given, but this engine is built without guidance: {_knows(manifest)}")
-        return [each.contiguous() for each in given]
-    without = tensors_of(manifest.inputs, flatten(unconditional), samples, device, "unconditional", one_row=True)
-    return [_joined(*each) for each in zip(manifest.inputs, without, given, strict=True)]
+            cure = "build it with unconditional={...}" if manifest.inputs else "its network takes no arguments"
+            raise InputError(f"unconditional was given, but this engine is built without guidance: {cure}")
+        return {name: each.contiguous() for name, each in given.items()}
+    without = tensors_of(manifest.inputs, unconditional, samples, device, "unconditional", one_row=True)
+    return {each.name: _joined(each, without[each.name], given[each.name]) for each in manifest.inputs}
 
 
 def tensors_of(
@@ -83,9 +82,9 @@ def tensors_of(
     what: str,
     *,
     one_row: bool = False,
-) -> list[Tensor]:
-    """One tensor per input, in the input's shape at this number of samples. A number is used for every sample, and with
-    `one_row` so is a tensor of one row."""
+) -> dict[str, Tensor]:
+    """One tensor per input, by name, in the input's shape at this number of samples. A number is used for every sample,
+    and with `one_row` so is a tensor of one row."""
     names = [each.name for each in inputs]
     missing, extra = sorted(set(names) - set(flat)), sorted(set(flat) - set(names))
     if missing or extra:
@@ -93,7 +92,9 @@ def tensors_of(
         found += [f"{quoted(', '.join(extra))} is unknown"] if extra else []
         takes = ", ".join(names) or "none"
         raise InputError(f"{what}: {' and '.join(found)}; this engine takes the arguments: {takes}")
-    return [_tensor(each, flat[each.name], samples, device, f"{what}[{each.name!r}]", one_row) for each in inputs]
+    return {
+        each.name: _tensor(each, flat[each.name], samples, device, f"{what}[{each.name!r}]", one_row) for each in inputs
+    }
 
 
 def _tensor(expected: Input, value: Any, samples: int, device: torch.device, what: str, one_row: bool) -> Tensor:
@@ -116,11 +117,11 @@ def _number(value: float, dtype: str, what: str) -> float:
     kind: torch.dtype = getattr(torch, dtype)
     if kind.is_floating_point:
         if abs(value) > torch.finfo(kind).max and not math.isinf(value):
-            raise InputError(f"{what} is {quoted(value)}, which {dtype} does not reach")
+            raise InputError(f"{what} is {quoted(value)}, which does not fit {dtype}")
         return float(value)
     least, most = (0, 1) if kind == torch.bool else (torch.iinfo(kind).min, torch.iinfo(kind).max)
     if not least <= value <= most or value != int(value):
-        raise InputError(f"{what} is {quoted(value)}, which is no {dtype}")
+        raise InputError(f"{what} is {quoted(value)}, which does not fit {dtype}")
     return int(value)
 
 
@@ -142,7 +143,3 @@ def _check_kind(what: str, tensor: Tensor, dtype: str, device: torch.device) -> 
         raise InputError(f"{what} has the layout {tensor.layout}; expected an ordinary tensor: call .to_dense() first")
     if tensor.device != device:
         raise InputError(f"{what} lies on {tensor.device}; this engine runs on {device}: move it there")
-
-
-def _knows(manifest: Manifest) -> str:
-    return "build it with unconditional={...} for guidance" if manifest.inputs else "its network takes no arguments"

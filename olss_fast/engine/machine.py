@@ -36,7 +36,9 @@ def describe(device: str) -> dict[str, Any]:
     """The machine, for code on `device` ("cpu", "cuda" or "cuda:1")."""
     place = {"system": platform.system(), "architecture": platform.machine()}
     if device.partition(":")[0] != "cuda":
-        return {"device": "cpu", "name": _processor(), **place, "capability": None, "instructions": instructions()}
+        name = _cpuinfo("model name").strip() or platform.processor() or platform.machine()
+        sets = sorted(filter(INSTRUCTIONS.fullmatch, set(_flags())))
+        return {"device": "cpu", "name": name, **place, "capability": None, "instructions": sets}
     from torch import cuda
 
     capability = list(cuda.get_device_capability(device))
@@ -44,13 +46,8 @@ def describe(device: str) -> dict[str, Any]:
     return {"device": "cuda", "name": name, **place, "capability": capability, "instructions": []}
 
 
-def instructions() -> list[str]:
-    """The processor's instruction sets, by their names in Linux; none if unknown."""
-    return sorted(flag for flag in set(_flags()) if INSTRUCTIONS.fullmatch(flag))
-
-
 def _flags() -> list[str]:
-    """The processor's flags in Linux."""
+    """The processor's flags, by their names in Linux; none if unknown."""
     return _cpuinfo("flags", "Features").split()
 
 
@@ -59,11 +56,6 @@ def mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str 
 
     device: where to run it; None: the kind of device that it was built for. Imports torch.
     """
-    found = _mismatches(built_with, machine, device)
-    return [clipped(printable(each), 500) for each in found]  # it quotes a file of unknown origin
-
-
-def _mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str | None) -> list[str]:
     import torch
 
     found = []
@@ -80,14 +72,13 @@ def _mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str
     if device is not None and device.partition(":")[0] != kind:
         found.append(f"it was built for {kind} and is to run on {device}: build one for {device}")
     if kind == "cpu":
-        others = {flag for flag in _flags() if not INSTRUCTIONS.fullmatch(flag)}  # "fpu"; the C++ runtime knows it too
-        lacking = sorted(set(machine["instructions"]) - set(instructions()) - others)
-        if lacking:
+        if lacking := sorted(set(machine["instructions"]) - set(_flags())):
             found.append(
                 f"its code may use the instructions {', '.join(lacking)}, which this processor lacks: {rebuild}"
             )
-        return found
-    return found + _gpu_mismatches(built_with, machine, device or kind)
+    else:
+        found += _gpu_mismatches(built_with, machine, device or kind)
+    return [clipped(printable(each), 500) for each in found]  # it quotes a file of unknown origin
 
 
 def _gpu_mismatches(built_with: dict[str, Any], machine: dict[str, Any], device: str) -> list[str]:
@@ -137,10 +128,6 @@ def _driver() -> str:
 
     number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
     return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _processor() -> str:
-    return _cpuinfo("model name").strip() or platform.processor() or platform.machine()
 
 
 def _cpuinfo(*names: str) -> str:

@@ -6,15 +6,14 @@ The names below are those in the file. Every member is required, and no others a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from olss_fast.compiling.shapes import DTYPES, Profile
+from olss_fast.compiling.shapes import BATCH, DTYPES, Profile
 from olss_fast.errors import EngineFileError, InputError
 from olss_fast.support import container
 from olss_fast.support.container import MOST_AXES, Format, refuse
-from olss_fast.support.files import AnyPath
 from olss_fast.support.text import quoted
 
 FORMAT = Format("olss_fast.engine", 2, "engine file", EngineFileError)  # 2: code has its own description
@@ -22,38 +21,78 @@ NOTICE = (
     "This file contains machine code, which runs when the file is loaded. Load only what comes from somebody you trust."
 )
 INPUT_DTYPES = (*DTYPES, "int64", "int32", "int16", "int8", "uint8", "bool")
-BATCH = "batch"  # the size of an input's first axis, if that is the number of samples
 CODE_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
-_OPTIONAL = (str, type(None))
-# What each member must be: a type or several, [what each item is], or a mapping of members; _Any maps any names.
+
+class Kind(NamedTuple):
+    """What a JSON value must be, in words and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _one_of(*names: str) -> Kind:
+    return Kind(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def _is_finite(value: object) -> bool:
+    """True if finite in single precision, in which scales are used: neither NaN nor 1e999, which JSON allows."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -3.4e38 < value < 3.4e38
+
+
+def _is_shape(value: object) -> bool:
+    """True for sizes, in place of the first of which BATCH may stand."""
+    if not isinstance(value, list) or len(value) > MOST_AXES:
+        return False
+    return all(type(size) is int and 0 <= size < 2**31 for size in value[value[:1] == [BATCH] :])
+
+
+STRING = Kind("a string", lambda value: isinstance(value, str))
+NATURALS = Kind("a list of whole numbers from 0 on", container.naturals)
+NATURALS_OR_NULL = Kind("whole numbers from 0 on, or null", lambda value: value is None or container.naturals(value))
+_STRING_OR_NULL = Kind("a string or null", lambda value: value is None or isinstance(value, str))
+_WHOLE = Kind("a whole number", lambda value: type(value) is int)
+_NUMBER = Kind("a finite number", _is_finite)
+ANY = "*"  # as the only member of a mapping: it has any names
+
+# What each member must be: a Kind, [what each item is], or a mapping of members.
 _SCHEMA: dict[str, Any] = {
-    "sha256": str,
-    "format": str,
-    "version": int,
-    "notice": str,
-    "built_with": {"olss_fast": str, "torch": str, "triton": _OPTIONAL, "cuda": _OPTIONAL, "driver": _OPTIONAL},
-    "machine": {
-        "device": str,
-        "name": str,
-        "system": str,
-        "architecture": str,
-        "capability": (list, type(None)),
-        "instructions": [str],
+    "sha256": STRING,
+    "format": STRING,
+    "version": _WHOLE,
+    "notice": STRING,
+    "built_with": {
+        "olss_fast": STRING,
+        "torch": STRING,
+        **dict.fromkeys(("triton", "cuda", "driver"), _STRING_OR_NULL),
     },
-    "network": str,
-    "dtype": str,
-    "profile": {"min": [int], "opt": [int], "max": [int], "multiple": [int]},
-    "doubled": bool,
-    "guidance_scale": (int, float),
-    "inputs": [{"name": str, "dtype": str, "shape": [(int, str)]}],
-    "fixed": dict,
-    "plans": [{"name": str, "nfe": int, "branches": int, "noises": int, "sha256": str}],
-    "strides": dict,
-    "unused": [str],
-    "tied": dict,
-    "hashes": {"weights": str, "code": str},
-    "measured": dict,
+    "machine": {
+        "device": _one_of("cpu", "cuda"),
+        "name": STRING,
+        "system": STRING,
+        "architecture": STRING,
+        "capability": NATURALS_OR_NULL,
+        "instructions": [STRING],
+    },
+    "network": STRING,
+    "dtype": _one_of(*DTYPES),
+    "profile": {"min": [_WHOLE], "opt": [_WHOLE], "max": [_WHOLE], "multiple": [_WHOLE]},
+    "doubled": Kind("true or false", lambda value: isinstance(value, bool)),
+    "guidance_scale": _NUMBER,
+    "inputs": [
+        {
+            "name": STRING,
+            "dtype": _one_of(*INPUT_DTYPES),
+            "shape": Kind("sizes, the first of which may be 'batch'", _is_shape),
+        }
+    ],
+    "fixed": {ANY: STRING},
+    "plans": [{"name": STRING, "nfe": _WHOLE, "branches": _WHOLE, "noises": _WHOLE, "sha256": STRING}],
+    "strides": {ANY: NATURALS},
+    "unused": [STRING],
+    "tied": {ANY: STRING},
+    "hashes": {"weights": STRING, "code": STRING},
+    "measured": {ANY: _NUMBER},
 }
 
 
@@ -72,37 +111,19 @@ class Input:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest; `facts` are all its members as in the file."""
+    """A checked manifest; `facts` are all its members as in the file. device: "cpu" or "cuda"."""
 
     facts: Mapping[str, Any]
     profile: Profile
     inputs: tuple[Input, ...]
-
-    @property
-    def dtype(self) -> str:
-        return str(self.facts["dtype"])
-
-    @property
-    def device(self) -> str:
-        """The kind of device: "cpu" or "cuda"."""
-        return str(self.facts["machine"]["device"])
-
-    @property
-    def doubled(self) -> bool:
-        return bool(self.facts["doubled"])
-
-    @property
-    def guidance_scale(self) -> float:
-        return float(self.facts["guidance_scale"])
+    dtype: str
+    device: str
+    doubled: bool
+    guidance_scale: float
 
     @property
     def plan_names(self) -> list[str]:
         return [plan["name"] for plan in self.facts["plans"]]
-
-    @property
-    def size_names(self) -> str:
-        """The inputs as text, with dtypes and shapes."""
-        return ", ".join(f"{each.name} {each.dtype}[{', '.join(map(str, each.shape))}]" for each in self.inputs)
 
 
 def compiled_for(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,16 +132,9 @@ def compiled_for(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {"device": facts["machine"]["device"], **relied_on}
 
 
-def read(path: AnyPath) -> Manifest:
-    """The manifest of an engine file, from its header only. Raises EngineFileError."""
-    with container.naming(path, FORMAT):
-        return parse(container.read_header(path, FORMAT)[0])
-
-
 def parse(facts: Mapping[str, Any]) -> Manifest:
     """Checks every member. Raises `container.Refused`."""
-    _check(facts, _SCHEMA, "the manifest")
-    _check_values(facts)
+    check(facts, _SCHEMA, "the manifest")
     try:
         profile = Profile(**facts["profile"])
     except InputError as cause:
@@ -128,75 +142,36 @@ def parse(facts: Mapping[str, Any]) -> Manifest:
     if len(profile.min) > MOST_AXES:
         refuse(f"its profile has {len(profile.min)} axes; expected at most {MOST_AXES}")
     inputs = tuple(Input(each["name"], each["dtype"], tuple(each["shape"])) for each in facts["inputs"])
-    return Manifest(facts, profile, inputs)
+    for what in ("inputs", "plans"):
+        names = [each["name"] for each in facts[what]]
+        if len(set(names)) != len(names) or not all(names):
+            refuse(f"the {what} are named {quoted(names, 200)}; expected different names")
+    if not facts["plans"]:
+        refuse("it holds no plan; expected at least one")
+    told = facts["dtype"], facts["machine"]["device"], facts["doubled"], float(facts["guidance_scale"])
+    return Manifest(facts, profile, inputs, *told)
 
 
-def _check(value: Any, expected: Any, where: str) -> None:
-    if isinstance(expected, dict):
-        if not isinstance(value, dict):
-            refuse(f"{where} is {quoted(value)}; expected an object")
+def check(value: Any, expected: Any, source: str, path: str = "") -> None:
+    """Raises `Refused` unless the JSON at `path` of `source` is as expected: a Kind, [each item], or {member: …}."""
+    where = f"{source}'s {path}" if path else source
+    if isinstance(expected, Kind):
+        if not expected.fits(value):
+            refuse(f"{where} is {quoted(value)}; expected {expected.words}")
+    elif isinstance(expected, list):
+        if not isinstance(value, list):
+            refuse(f"{where} is {quoted(value)}; expected a list")
+        for i, each in enumerate(value):
+            check(each, expected[0], source, f"{path}[{i}]")
+    elif not isinstance(value, dict):
+        refuse(f"{where} is {quoted(value)}; expected an object")
+    elif ANY in expected:
+        for name, each in value.items():
+            check(each, expected[ANY], source, f"{path}.{quoted(name)}")
+    else:
         if differs := set(value) ^ set(expected):
             name = min(differs)
             how = "no member" if name in expected else "the unknown member"
             refuse(f"{where} has {how} {quoted(name)}; expected exactly the members {', '.join(sorted(expected))}")
         for name, each in expected.items():
-            _check(value[name], each, name if where == "the manifest" else f"{where}.{name}")
-    elif isinstance(expected, list):
-        if not isinstance(value, list):
-            refuse(f"{where} is {quoted(value)}; expected a list")
-        for i, each in enumerate(value):
-            _check(each, expected[0], f"{where}[{i}]")
-    elif not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        names = expected if isinstance(expected, tuple) else (expected,)
-        refuse(f"{where} is {quoted(value)}; expected {' or '.join(each.__name__ for each in names)}")
-
-
-def _check_values(facts: Mapping[str, Any]) -> None:
-    machine = facts["machine"]
-    if machine["device"] not in ("cpu", "cuda"):
-        refuse(f"machine.device is {quoted(machine['device'])}; expected cpu or cuda")
-    if machine["capability"] is not None and not container.naturals(machine["capability"]):
-        refuse(f"machine.capability is {quoted(machine['capability'])}; expected two numbers, as [9, 0]")
-    if facts["dtype"] not in DTYPES:
-        refuse(f"dtype is {quoted(facts['dtype'])}; expected one of {', '.join(DTYPES)}")
-    if not _finite(facts["guidance_scale"]):
-        refuse(f"guidance_scale is {quoted(facts['guidance_scale'])}; expected a finite number")
-    for each in facts["inputs"]:
-        if each["dtype"] not in INPUT_DTYPES:
-            refuse(
-                f"input {quoted(each['name'])} is {quoted(each['dtype'])}; expected one of {', '.join(INPUT_DTYPES)}"
-            )
-        first, rest = each["shape"][:1], each["shape"][1:]
-        fits = len(each["shape"]) <= MOST_AXES and all(map(_size, rest))
-        if not fits or not all(size == BATCH or _size(size) for size in first):
-            refuse(f"input {quoted(each['name'])} has shape {quoted(each['shape'])}; expected sizes, or first 'batch'")
-    for name, strides in facts["strides"].items():
-        if not container.naturals(strides):
-            refuse(f"strides of {quoted(name)} are {quoted(strides)}; expected numbers")
-    for name, value in facts["fixed"].items():
-        if not isinstance(value, str):
-            refuse(f"fixed {quoted(name)} is {quoted(value)}; expected a string")
-    for name, value in facts["tied"].items():
-        if not isinstance(value, str):
-            refuse(f"tied.{quoted(name)} is {quoted(value)}; expected the name of a weight")
-    for name, value in facts["measured"].items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-            refuse(f"measured.{quoted(name)} is {quoted(value)}; expected a finite number")
-    _check_names("inputs", [each["name"] for each in facts["inputs"]])
-    _check_names("plans", [each["name"] for each in facts["plans"]])
-    if not facts["plans"]:
-        refuse("it holds no plan; expected at least one")
-
-
-def _finite(value: float) -> bool:
-    """True if finite in single precision, in which scales are used: neither NaN nor 1e999, which JSON allows."""
-    return -3.4e38 < value < 3.4e38
-
-
-def _size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
-def _check_names(what: str, names: list[str]) -> None:
-    if len(set(names)) != len(names) or not all(names):
-        refuse(f"the {what} are named {quoted(names, 200)}; expected different names")
+            check(value[name], each, source, f"{path}.{name}" if path else name)

@@ -8,10 +8,9 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,28 +60,14 @@ class Timing:
         """Time of a call beyond its network calls, relative to them: median over the pairs."""
         return statistics.median(a / b for a, b in zip(self.calls, self.network, strict=True)) - 1.0
 
-    def summary(self) -> dict[str, Any]:
-        """All figures except single calls; times in milliseconds."""
-        facts = {name: value for name, value in asdict(self).items() if name not in ("calls", "network")}
-        facts["load"], facts["first"] = 1e3 * self.load, 1e3 * self.first
-        return {
-            **facts,
-            "iterations": len(self.calls),
-            "latency": self.latency,
-            "network": 1e3 * statistics.median(self.network),
-            "overhead": self.overhead,
-            "throughput": self.throughput,
-        }
-
     def rows(self) -> Iterator[tuple[str, str]]:
         """Names and values as text."""
-        latency = self.latency
         yield "plan", f"{self.plan}, {self.nfe} evaluation{'s' * (self.nfe != 1)}"
         yield "batch", f"{self.batch} on {self.device}, {self.threads} thread{'s' * (self.threads != 1)}"
         yield "load", f"{self.load:.3f} s"
         yield "first", f"{self.first:.3f} s, {self.load + self.first:.3f} s from file to sample"
         yield "calls", str(len(self.calls))
-        for name, value in latency.items():
+        for name, value in self.latency.items():
             yield ("latency" if name == "min" else ""), f"{name:<6} {value:10.3f} ms"
         yield "network", f"median {1e3 * statistics.median(self.network):10.3f} ms in {self.nfe} calls"
         yield "overhead", f"{100 * self.overhead:.2f}% of the network calls"
@@ -91,9 +76,19 @@ class Timing:
             yield "memory", f"{self.memory / 1e6:.1f} MB at most"
 
     def to_json(self, path: Path) -> None:
-        """`summary`, and every call in milliseconds."""
-        calls = [{"call": 1e3 * a, "network": 1e3 * b} for a, b in zip(self.calls, self.network, strict=True)]
-        path.write_text(json.dumps({**self.summary(), "calls": calls}, indent=1) + "\n", encoding="utf-8")
+        """All figures and every call; times in milliseconds."""
+        figures = {
+            **asdict(self),
+            "load": 1e3 * self.load,
+            "first": 1e3 * self.first,
+            "iterations": len(self.calls),
+            "latency": self.latency,
+            "network": 1e3 * statistics.median(self.network),
+            "overhead": self.overhead,
+            "throughput": self.throughput,
+            "calls": [{"call": 1e3 * a, "network": 1e3 * b} for a, b in zip(self.calls, self.network, strict=True)],
+        }
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
     def to_csv(self, path: Path) -> None:
         """One row per call."""
@@ -136,7 +131,7 @@ def time_engine(
     for _ in range(warmup):
         call()
         network()
-    pairs = _turns(call, network, engine.device, iterations, duration, progress)
+    calls, networks = _turns(call, network, engine.device, iterations, duration, progress)
     return Timing(
         plan=next(name for name, each in engine.plans.items() if each is chosen),
         nfe=chosen.nfe,
@@ -146,8 +141,8 @@ def time_engine(
         load=load,
         first=first,
         memory=_most_memory(engine.device),
-        calls=tuple(pair[0] for pair in pairs),
-        network=tuple(pair[1] for pair in pairs),
+        calls=tuple(calls),
+        network=tuple(networks),
     )
 
 
@@ -172,7 +167,7 @@ def calls_of(engine: Engine, plan: Plan, batch: int | None = None) -> tuple[Call
 
     def network() -> None:
         for each in times:
-            engine.network(x, each, *tensors)
+            engine.network(x, each, *tensors.values())
 
     return call, network
 
@@ -184,19 +179,18 @@ def _turns(
     iterations: int | None,
     duration: float,
     progress: bool,
-) -> Sequence[tuple[float, float]]:
-    """Seconds of a call and of its network calls alone; their order alternates."""
-    pairs: list[tuple[float, float]] = []
+) -> tuple[list[float], list[float]]:
+    """Seconds of each call, and of its network calls alone; their order alternates."""
+    calls, networks = list[float](), list[float]()
+    turn = [(call, calls), (network, networks)]
     end = time.perf_counter() + duration
     with tqdm(total=iterations, desc="Timing", unit="call", **bar_options(progress)) as bar:
-        while len(pairs) < (iterations or LEAST) or (iterations is None and time.perf_counter() < end):
-            if len(pairs) % 2:
-                second, first = timed(network, device), timed(call, device)
-            else:
-                first, second = timed(call, device), timed(network, device)
-            pairs.append((first, second))
+        while len(calls) < (iterations or LEAST) or (iterations is None and time.perf_counter() < end):
+            for function, seconds in turn:
+                seconds.append(timed(function, device))
+            turn.reverse()
             bar.update(1)
-    return pairs
+    return calls, networks
 
 
 def _most_memory(device: torch.device) -> int | None:

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast.engine.manifest import ANY, NATURALS, NATURALS_OR_NULL, STRING, check
+from olss_fast.kernels._checks import is_dense
 from olss_fast.support import container
 from olss_fast.support.container import Blob, refuse
 from olss_fast.support.json import strict_object
-from olss_fast.support.text import printable, quoted
+from olss_fast.support.text import quoted
 
 LAYOUT = "weights.json"
 Layout = dict[str, dict[str, Any]]
@@ -52,7 +54,7 @@ def to_blob(tensor: Tensor) -> Blob:
     return Blob(NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
 
 
-def from_blob(name: str, blob: Blob, strides: Sequence[int] | None, device: torch.device) -> Tensor:
+def from_blob(name: str, blob: Blob, strides: Sequence[int] | None = None) -> Tensor:
     """A tensor with its own memory, and with `strides` if given. Raises `Refused` for strides that do not fit."""
     plain = torch.empty(blob.shape, dtype=DTYPES[blob.dtype], device="cpu")
     if blob.data.nbytes:
@@ -61,10 +63,10 @@ def from_blob(name: str, blob: Blob, strides: Sequence[int] | None, device: torc
             refuse(f"tensor {name!r} of dtype BOOL holds the byte {values.max()}; expected 0 and 1")
         plain.view(-1).view(torch.uint8).numpy()[...] = values
     if strides is None:
-        return plain.to(device)
-    if not _dense(blob.shape, strides):
+        return plain
+    if len(strides) != len(blob.shape) or not is_dense(blob.shape, strides):
         refuse(f"weight {name!r} of shape {blob.shape} has strides {list(strides)}; expected those of dense memory")
-    return torch.empty_strided(blob.shape, tuple(strides), dtype=plain.dtype, device=device).copy_(plain)
+    return torch.empty_strided(blob.shape, tuple(strides), dtype=plain.dtype, device="cpu").copy_(plain)
 
 
 def layout_of(weights: Mapping[str, Tensor]) -> Layout:
@@ -76,53 +78,38 @@ def layout_of(weights: Mapping[str, Tensor]) -> Layout:
     }
 
 
-def read_compiled_for(text: bytes) -> tuple[dict[str, Any], Layout]:
-    """The content of `weights.json`: the members shared with the manifest, and the weights. Raises `Refused`."""
+def check_layout(text: bytes, found: Layout) -> dict[str, Any]:
+    """Raises `Refused` unless the weights `found` have the layout that the code was compiled for.
+
+    text: the content of `weights.json`. Returns its other members.
+    """
     try:
         if len(text) > container.MAX_HEADER_BYTES:
             raise ValueError(f"has {len(text)} bytes; expected at most {container.MAX_HEADER_BYTES}")
-        found = strict_object(text)
+        told = strict_object(text)
     except ValueError as cause:
         refuse(f"the file {LAYOUT} beside its code {cause}; build it again")
-    weights = found.pop("weights", None)
-    if not isinstance(weights, dict):
-        refuse(f"{LAYOUT} says of the weights {quoted(weights)}; expected an object")
-    for name, each in weights.items():
-        if not _is_entry(each):
-            refuse(f"{LAYOUT} says of {quoted(name)} {quoted(each)}; expected dtype, shape and strides")
-    return found, weights
-
-
-def _is_entry(each: object) -> bool:
-    return (
-        isinstance(each, dict)
-        and set(each) == {"dtype", "shape", "strides"}
-        and isinstance(each["dtype"], str)
-        and container.naturals(each["shape"])
-        and (each["strides"] is None or container.naturals(each["strides"]))
-    )
-
-
-def check_compiled_for(compiled_for: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises `Refused` unless the manifest's members `found` equal those that the code was compiled for."""
-    if more := compiled_for.keys() - found.keys():
-        refuse(f"{LAYOUT} also has {quoted(sorted(more))}; expected {', '.join(sorted(found))} and weights")
-    for name in sorted(found):
-        here, there = found[name], compiled_for.get(name)
-        if json.dumps(here, sort_keys=True) != json.dumps(there, sort_keys=True):  # `==` would take 1 for true
-            refuse(
-                f"its {printable(name)} is {quoted(here, 200)} and its code was compiled for {quoted(there, 200)}: "
-                "build it again"
-            )
-
-
-def check_layout(expected: Layout, found: Layout) -> None:
-    """Raises `Refused` unless the weights `found` have the layout that the code was compiled for."""
+    expected = told.pop("weights", None)
+    check(expected, {ANY: {"dtype": STRING, "shape": NATURALS, "strides": NATURALS_OR_NULL}}, LAYOUT, "weights")
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             refuse(
                 f"its weight {quoted(name)} is {_shown(found.get(name))} and its code was compiled for "
                 f"{_shown(expected.get(name))}: build it again"
+            )
+    return told
+
+
+def check_compiled_for(compiled_for: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises `Refused` unless the manifest's members `found` equal those that the code was compiled for."""
+    if more := compiled_for.keys() - found.keys():
+        members = ", ".join([*sorted(found), "weights"])
+        refuse(f"{LAYOUT} has the unknown member {quoted(min(more))}; expected exactly the members {members}")
+    for name in sorted(found):
+        here, there = found[name], compiled_for.get(name)
+        if json.dumps(here, sort_keys=True) != json.dumps(there, sort_keys=True):  # `==` would take 1 for true
+            refuse(
+                f"its {name} is {quoted(here, 200)} and its code was compiled for {quoted(there, 200)}: build it again"
             )
 
 
@@ -146,15 +133,3 @@ def hash_weights(blobs: Mapping[str, Blob]) -> str:
     described = [f"{name} {blobs[name].dtype} {list(blobs[name].shape)}" for name in names]
     rows = [f"{facts} {values}\n" for facts, values in zip(described, sums, strict=True)]
     return hashlib.sha256("".join(rows).encode()).hexdigest()
-
-
-def _dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """True if the elements fill one block of memory, in some order of the axes."""
-    if len(shape) != len(strides):
-        return False
-    filled = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size != 1 and stride != filled:
-            return False
-        filled *= size
-    return True

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from olss_fast.compiling.arguments import require_names
 from olss_fast.compiling.export import export
 from olss_fast.compiling.quiet import quiet, shortened
 from olss_fast.compiling.request import Request, checked_request
@@ -83,18 +82,15 @@ def export_onnx(
     _check_plan(plan)
     _check_path(path)
     _check_packages()
-    request = _request(network, plan, shape, conditioning, unconditional, guidance_scale)
-    program = _one_call(request)
+    sizes = Profile.of(shape).opt
+    profile = Profile((1, *sizes[1:]), sizes, (LARGEST, *sizes[1:]))
+    given = (conditioning, unconditional, guidance_scale)
+    request = checked_request(network, {"plan": plan}, profile, *given, reserved=RESERVED)
 
     from olss_fast.onnx.file import save
-    from olss_fast.onnx.loop import Argument, loop_model
+    from olss_fast.onnx.loop import loop_model
 
-    arguments = [
-        Argument(name, tuple(given.shape), own, request.unconditional.get(name) if own else None)
-        for (name, given), own in zip(request.tensors.items(), request.per_sample, strict=True)
-    ]
-    scale = request.guidance_scale if request.doubled else None
-    save(loop_model(program, plan, arguments, request.profile.opt[1:], guidance_scale=scale), path)
+    save(loop_model(_one_call(request), plan, request), path)
 
 
 # --- checks, before any work -----------------------------------------------------------------------------------------
@@ -113,44 +109,16 @@ def _check_path(path: Any) -> None:
     if target.is_dir():
         raise ModelError(f"cannot write {target}: it is a folder; give the path of a file")
     if not target.parent.is_dir():
-        raise ModelError(f"cannot write {target}: {target.parent} is no folder; create it first")
+        raise ModelError(f"cannot write {target}: {target.parent} is not a folder; create it first")
 
 
 def _check_packages() -> None:
-    for package in PACKAGES:
-        try:
+    try:
+        for package in PACKAGES:
             importlib.import_module(package)
-        except ImportError as cause:
-            raise BuildError(
-                f"the export needs the package {package}, which cannot be imported ({cause}): "
-                "pip install 'olss-fast[onnx]'"
-            ) from cause
-
-
-def _request(
-    network: torch.nn.Module,
-    plan: Plan,
-    shape: Sequence[int],
-    conditioning: Conditioning | None,
-    unconditional: Conditioning | None,
-    guidance_scale: float | None,
-) -> Request:
-    """The checked arguments, as for an engine of this network for any batch size."""
-    sizes = Profile.of(shape).opt
-    profile = Profile((1, *sizes[1:]), sizes, (LARGEST, *sizes[1:]))
-    taken = sorted(RESERVED & set(require_names(conditioning, "conditioning")))
-    if taken:
-        raise InputError(f"the network's argument {taken[0]!r} has the name of an input or output of the model's own")
-    request = checked_request(
-        network, {"plan": plan}, profile, conditioning, unconditional, guidance_scale, dtype=None, device=None
-    )
-    for (name, given), own in zip(request.tensors.items(), request.per_sample, strict=True):
-        if request.doubled and not own and not torch.equal(request.unconditional[name], given):
-            raise InputError(
-                f"conditioning and unconditional differ in {name!r}, whose first size is not that of the samples, "
-                f"{sizes[0]}: one doubled batch cannot hold both"
-            )
-    return request
+    except ImportError as cause:
+        needed = ", ".join(PACKAGES)
+        raise BuildError(f"the export needs the packages {needed} ({cause}): pip install 'olss-fast[onnx]'") from cause
 
 
 # --- one call of the network as a graph ------------------------------------------------------------------------------

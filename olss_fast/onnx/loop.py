@@ -17,7 +17,6 @@ rows are increments (`olss_fast.executors.increments`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,47 +24,32 @@ import onnx_ir as ir
 from torch import Tensor
 
 from olss_fast import __version__
+from olss_fast.compiling.request import Request
+from olss_fast.compiling.shapes import BATCH
 from olss_fast.executors.increments import increments
 from olss_fast.plan.plan import Plan
 
 IR_VERSION = 10  # the oldest version with everything used here, for older runtimes
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A tensor among the network's arguments.
-
-    name: of the model's input; nested names are joined by dots. shape: the example's. per_sample: true if the first
-    axis is the batch. unconditional: (1, …), used for every sample in the unconditional half; None if the batch is not
-    doubled or the argument is not per sample.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    per_sample: bool
-    unconditional: Tensor | None
-
-
-def loop_model(
-    network: ir.Model, plan: Plan, arguments: Sequence[Argument], shape: Sequence[int], *, guidance_scale: float | None
-) -> ir.Model:
+def loop_model(network: ir.Model, plan: Plan, request: Request) -> ir.Model:
     """The whole sampler as one model, built from the parts of `network`, which is consumed.
 
-    network: one call; its inputs are x, the timesteps, then `arguments`. shape: of one sample. guidance_scale: the
-    default; None if the batch is not doubled.
+    network: one call; its inputs are x, the timesteps, then the request's tensors.
     """
-    graph = network.graph
-    writer = _Writer(plan, _dtype_of(graph.inputs[0]), shape, doubled=guidance_scale is not None)
+    graph, shape = network.graph, request.profile.opt[1:]
+    writer = _Writer(plan, _dtype_of(graph.inputs[0]), shape, doubled=request.doubled)
     weights = _take_weights(graph)
     history = writer.history()
-    for argument, inner in zip(arguments, graph.inputs[2:], strict=True):
-        inner.replace_all_uses_with(writer.argument(argument, _dtype_of(inner)))
+    for (name, sizes), inner in zip(request.shapes.items(), graph.inputs[2:], strict=True):
+        row = request.unconditional.get(name) if sizes[:1] == [BATCH] else None
+        inner.replace_all_uses_with(writer.argument(name, _dtype_of(inner), sizes, row))
     guidance = None
-    if guidance_scale is not None and plan.branches == 1:
-        guidance = writer.optional("guidance_scale", ir.tensor(guidance_scale, dtype=writer.sums))
+    if request.doubled and plan.branches == 1:
+        guidance = writer.optional("guidance_scale", ir.tensor(request.guidance_scale, dtype=writer.sums))
     history = writer.op("Loop", writer.nfe, None, history, body=writer.body(graph, guidance))
     sample = writer.combination(writer.nfe, history)
-    sample.name, sample.dtype, sample.shape = "sample", writer.dtype, ir.Shape(["batch", *shape])
+    sample.name, sample.dtype, sample.shape = "sample", writer.dtype, ir.Shape([BATCH, *shape])
     return ir.Model(
         ir.Graph(
             writer.inputs,
@@ -108,26 +92,24 @@ class _Writer:
 
     def history(self) -> ir.Value:
         """x_T, room for the outputs, and the fresh noises: (C, N)."""
-        noise = self.input("noise", self.dtype, ["batch", *self.shape])
+        noise = self.input("noise", self.dtype, [BATCH, *self.shape])
         first = self.widened(self.op("Reshape", noise, self.column))
         room = self.table("room", np.zeros((self.plan.noise_slice.start - 1, 1)), self.sums.numpy())
         parts = [first, self.op("Expand", room, self.op("Shape", first))]
         if self.plan.noises:
-            fresh = self.input("step_noise", ir.DataType.FLOAT, [self.plan.noises, "batch", *self.shape])
+            fresh = self.input("step_noise", ir.DataType.FLOAT, [self.plan.noises, BATCH, *self.shape])
             columns = self.op("Reshape", fresh, self.table("shape.columns", [self.plan.noises, -1], np.int64))
             parts.append(self.widened(self.op("Cast", columns, to=self.dtype)))
         return self.op("Concat", *parts, axis=0)
 
-    def argument(self, argument: Argument, dtype: ir.DataType) -> ir.Value:
-        """The network's value for it: the model's input, or both halves of the doubled batch."""
-        shape: list[int | str] = [*argument.shape]
-        if argument.per_sample:
-            shape[0] = "batch"
-        given = self.input(argument.name, dtype, shape)
-        if argument.unconditional is None:
+    def argument(self, name: str, dtype: ir.DataType, shape: Sequence[int | str], row: Tensor | None) -> ir.Value:
+        """The network's value for an argument: the model's input, or both halves of the doubled batch, of which
+        the unconditional one has `row` (1, …) for every sample."""
+        given = self.input(name, dtype, shape)
+        if row is None:
             return given
-        row = self.optional(f"unconditional.{argument.name}", ir.tensor(argument.unconditional))
-        return self.op("Concat", self.op("Expand", row, self.op("Shape", given)), given, axis=0)
+        without = self.optional(f"unconditional.{name}", ir.tensor(row))
+        return self.op("Concat", self.op("Expand", without, self.op("Shape", given)), given, axis=0)
 
     def body(self, network: ir.Graph, guidance: ir.Value | None) -> ir.Graph:
         """One evaluation as the Loop's body: its index, condition, history -> condition, history."""

@@ -47,9 +47,9 @@ SHAPES = Profile((1, 2, 8, 8), (2, 2, 8, 8), (4, 2, 8, 8))
         ({"dtype": "float32x"}, "dtype is 'float32x'; expected one of"),
         ({"device": "meta"}, "device is 'meta', which torch cannot use"),
         ({"device": "nonsense"}, "device is 'nonsense', which torch cannot use"),
-        ({"conditioning": [1]}, "conditioning is list; expected a mapping"),
-        ({"conditioning": {3: 4}}, "conditioning is dict; expected a mapping of the network's argument names"),
-        ({"conditioning": {"a.b": 4}}, "conditioning is dict; expected a mapping of the network's argument names"),
+        ({"conditioning": [1]}, "conditioning must be a mapping of argument names to values, got list"),
+        ({"conditioning": {3: 4}}, r"conditioning must be a mapping of argument names to values, got the keys \[3\]"),
+        ({"conditioning": {"a.b": 4}}, "the network has an argument 'a.b'; expected Python names"),
         ({"unconditional": [1]}, "unconditional must be a mapping"),
         ({"unconditional": {"labels": 1}}, "unconditional has the keys .*'labels'.* but conditioning has"),
     ],
@@ -76,9 +76,22 @@ def test_conditioning_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: d
         tiny("guided").build(**changes)
 
 
+def test_a_tensor_of_no_sample_that_differs_between_the_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call with these arguments could be run: refused before minutes are spent on compiling."""
+    monkeypatch.setattr(building, "export", compiles)
+    parts = tiny("nested")
+    assert parts.unconditional is not None
+    added = parts.unconditional["added"]
+    with pytest.raises(InputError, match=r"differ in 'added.table', whose first size is not that of the samples, 2"):
+        parts.build(unconditional={"added": {**added, "table": -added["table"]}, "gain": 0.5}, cache=False)
+
+
 @pytest.mark.parametrize("name", ["noise", "steps", "plan", "guidance_scale", "unconditional", "generator", "seed"])
 def test_names_of_an_engines_own_arguments(name: str) -> None:
-    with pytest.raises(InputError, match=rf"argument \['{name}'\] has the name of one of an engine's call"):
+    with pytest.raises(
+        InputError,
+        match=rf"an argument '{name}'; expected Python names other than generator, guidance_scale, noise, .*wrap",
+    ):
         tiny("plain").build(conditioning={name: torch.zeros(2)})
 
 

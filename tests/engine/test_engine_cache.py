@@ -154,13 +154,14 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(
 
 def test_a_new_folder_is_the_users_alone_and_keeps_the_entries_last_used(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "cache"
-    code_cache.store(folder, "0" * 64, {"network.so": b"code"}, 1.5)
+    entry = code_cache.Entry({"network.so": b"code"}, 1.5, 1e-7)
+    code_cache.store(folder, "0" * 64, entry)
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert code_cache.load(folder, "0" * 64) == ({"network.so": b"code"}, 1.5)
+    assert code_cache.load(folder, "0" * 64) == entry
     assert code_cache.load(folder, "1" * 64) is None
     os.utime(folder / f"{'0' * 64}.safetensors", (1, 1))
     for i in range(1, code_cache.KEPT + 1):
-        code_cache.store(folder, f"{i:064}", {}, 0.0)
+        code_cache.store(folder, f"{i:064}", code_cache.Entry({}, 0.0, 0.0))
     assert len(list(folder.iterdir())) == code_cache.KEPT
     assert code_cache.load(folder, "0" * 64) is None
 

@@ -22,7 +22,7 @@ from olss_fast import NoiseSchedule, solvers
 from olss_fast.__main__ import shown_at_once
 from olss_fast.cli import model as models
 from olss_fast.cli.commands import app
-from olss_fast.engine import describe, machine, timing
+from olss_fast.engine import describe, machine, manifest, timing
 from olss_fast.engine.timing import Timing
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -183,11 +183,11 @@ def test_inspect_refuses_damaged_engines(tmp_path: Path) -> None:
 
 
 def test_description_of_odd_facts() -> None:
-    found = tiny_engine("guided").manifest
+    facts = tiny_engine("guided").manifest.facts
     plans = [{"name": f"p{i}", "nfe": 1, "branches": 1, "noises": 1, "sha256": ""} for i in range(30)]
-    gpu = {**found.facts["machine"], "device": "cuda", "capability": [9, 0], "instructions": []}
+    gpu = {**facts["machine"], "device": "cuda", "capability": [9, 0], "instructions": []}
     changed = {"network": "A\x1b[31mB", "plans": plans, "fixed": {"gain": "0.5"}, "doubled": False, "machine": gpu}
-    text = describe.describe(type(found)({**found.facts, **changed}, found.profile, found.inputs), {"code/x": 999})
+    text = describe.describe(manifest.parse({**facts, **changed}), {"code/x": 999}, "")
     told = ["A\\x1b[31mB · float32 · cuda · no guidance · 30 plans", "gain=0.5", "compute capability 9.0", "code 999 B"]
     told += ["1 evaluation, 1 fresh noise, the default", "… and 10 more"]
     assert [each for each in told if each not in text] == []
@@ -218,7 +218,7 @@ def test_validate_names_every_problem(damaged: Path, monkeypatch: pytest.MonkeyP
     assert "damaged or altered" in answer["problems"][0]
     assert "'none.olss'" in refusal("validate", "none.olss", "--run")
 
-    monkeypatch.setattr(machine, "instructions", list)
+    monkeypatch.setattr(machine, "_flags", list)
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     message = refusal("validate", engine_file("guided"), "--device", "cuda:1", "--run")
     told = ("here is 2.99.0", "is to run on cuda:1: build one", "which this processor lacks: build the engine again")

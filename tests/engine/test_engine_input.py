@@ -91,14 +91,17 @@ def test_more_samples_than_an_engine_is_fixed_to(monkeypatch: pytest.MonkeyPatch
         ({"labels": torch.tensor([1, 2], dtype=torch.int32)}, "is torch.int32; this engine takes int64"),
         ({"labels": LABELS.to("meta")}, r"conditioning\['labels'\] lies on meta; this engine runs on cpu"),
         ({"labels": LABELS.to_sparse()}, r"conditioning\['labels'\] has the layout torch.sparse_coo"),
-        ({"labels": 1.5}, r"conditioning\['labels'\] is 1.5, which is no int64"),
-        ({"labels": float("nan")}, r"conditioning\['labels'\] is nan, which is no int64"),
-        ({"labels": 2**63}, "which is no int64"),
+        ({"labels": 1.5}, r"conditioning\['labels'\] is 1.5, which does not fit int64"),
+        ({"labels": float("nan")}, r"conditioning\['labels'\] is nan, which does not fit int64"),
+        ({"labels": 2**63}, "which does not fit int64"),
         ({"labels": 1, "unconditional": 3}, "unconditional is 3; expected a mapping"),
         ({"labels": 1, "unconditional": {"y": 3}}, "unconditional: 'y' is unknown"),
         ({"labels": 1, "unconditional": {3: 3}}, "unconditional: '3' is unknown"),
         ({"labels": 1, "unconditional": {"labels": torch.tensor([1, 2, 3])}}, r"unconditional\['labels'\] has shape"),
-        ({"labels": 1, "unconditional": {"labels": 1.5}}, r"unconditional\['labels'\] is 1.5, which is no int64"),
+        (
+            {"labels": 1, "unconditional": {"labels": 1.5}},
+            r"unconditional\['labels'\] is 1.5, which does not fit int64",
+        ),
         ({"labels": 1, "steps": 7}, r"no plan of 7 steps; it has two \(2 steps\), three \(3 steps\), .*plan="),
         ({"labels": 1, "steps": "two"}, "no plan of 'two' steps"),
         ({"labels": 1, "plan": "seven"}, "no plan 'seven'; it has two"),
@@ -127,7 +130,10 @@ def test_arguments_that_it_was_not_built_for(
         ({"added": {**NESTED, "table": TABLE}, "gain": 0.5}, "gain was baked in .*, as 0.5; leave it out"),
         ({"added": {**NESTED, "table": -TABLE}}, "differ in 'added.table', which belongs to no sample"),
         ({"added": {**NESTED, "table": TABLE[0]}}, r"conditioning\['added.table'\] has shape \(2, 1, 1\); expected"),
-        ({"added": {**NESTED, "table": TABLE, "strength": 1e39}}, r"added.strength'\] is 1e\+39, which float32 does"),
+        (
+            {"added": {**NESTED, "table": TABLE, "strength": 1e39}},
+            r"added.strength'\] is 1e\+39, which does not fit float32",
+        ),
     ],
 )
 def test_nested_arguments_that_it_was_not_built_for(

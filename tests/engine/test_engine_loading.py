@@ -16,7 +16,7 @@ from engines import engine_file, tiny_engine
 import olss_fast
 from olss_fast.engine.compiled import LoadedCode
 from olss_fast.engine.describe import inspected
-from olss_fast.engine.engine import verify_file
+from olss_fast.engine.verifying import verified
 from olss_fast.errors import EngineFileError
 from olss_fast.support.json import MOST_DEPTH, MOST_PARTS, strict_object
 
@@ -28,7 +28,7 @@ def peak_of(path: Path) -> int:
     tracemalloc.start()
     try:
         with pytest.raises(EngineFileError):
-            verify_file(path)
+            verified(path)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -119,7 +119,7 @@ def weight(dtype: str, shape: list[int], content: bytes) -> bytes:
 def test_weights_of_another_shape_are_never_run(tmp_path: Path, dtype: str, shape: list[int], size: int) -> None:
     path = tmp_path / "x.olss"
     path.write_bytes(weight(dtype, shape, bytes(size)))
-    for read in (verify_file, olss_fast.load_engine):
+    for read in (verified, olss_fast.load_engine):
         with pytest.raises(EngineFileError, match=r"weight 'into.bias' is .* compiled for 'F32' of shape \[4\]"):
             read(path)
 

@@ -164,7 +164,7 @@ def test_update_weights(tmp_path: Path) -> None:
         during = np.load(tmp_path / f"during{i}.npy")
         assert np.array_equal(during, before) or np.array_equal(during, after)
     faults = [
-        "into.bias.* is no tensor",
+        "into.bias.* is not a defined tensor",
         r"last.bias.* \(3\), expected \(2\)",
         "last.weight.* is int64",
         "nothing.* none of",
@@ -179,7 +179,7 @@ def test_every_bad_request_is_named() -> None:
         name, kind, message = line.split("|")
         said[name] = f"{kind} {message}"
     wanted = {
-        "no noise": f"{INPUT} noise is no tensor",
+        "no noise": f"{INPUT} noise is not a defined tensor",
         "rank": f"{INPUT} noise has shape (2, 12, 8); this engine takes 4 axes",
         "batch": f"{INPUT} noise has shape (5, 2, 12, 8), and axis 0 does not fit the engine's profile: expected 1…4",
         "empty batch": f"{INPUT} noise has shape (0, 2, 12, 8), and axis 0",
@@ -192,7 +192,7 @@ def test_every_bad_request_is_named() -> None:
         "labels dtype": f"{INPUT} conditioning 'labels' is int32",
         "labels shape": f"{INPUT} conditioning 'labels' has shape (1); expected (2)",
         "labels range": f"{NETWORK} the network failed (is an index, such as a class, beyond its table?)",
-        "labels undefined": f"{INPUT} conditioning 'labels' is no tensor",
+        "labels undefined": f"{INPUT} conditioning 'labels' is not a defined tensor",
         "unconditional unknown": f"{INPUT} unconditional: 'more' unknown",
         "unconditional shape": f"{INPUT} unconditional 'labels' has shape (3); expected (2)",
         "steps": f"{INPUT} the engine has no plan of 99 steps; it has 'two' (2 steps), 'three' (3 steps), 'stochastic'",

@@ -12,8 +12,8 @@ from engine_faults import FAULTS
 from engine_mutants import mutants
 from runtime_build import check_files
 
-from olss_fast.engine.engine import verify_file
 from olss_fast.engine.machine import mismatches
+from olss_fast.engine.verifying import verified
 from olss_fast.errors import EngineFileError
 
 KINDS = {"0": "file", "1": "file", "2": "machine", "ok": "ok"}  # of olss::Error; a newer version is a fault of the file
@@ -21,7 +21,7 @@ KINDS = {"0": "file", "1": "file", "2": "machine", "ok": "ok"}  # of olss::Error
 
 def python_says(path: Path) -> str:
     try:
-        facts = verify_file(path).facts
+        facts = verified(path).manifest.facts
     except EngineFileError as error:
         return "file" if path.name in str(error) else f"no file is named: {error}"
     return "machine" if mismatches(facts["built_with"], facts["machine"], "cpu") else "ok"

@@ -100,7 +100,7 @@ void check_unconditional(const Description& engine, const std::vector<TensorView
 
 Plan plan_of(const PlanEntry& entry, const std::vector<TensorView>& files, bool doubled) {
     const TensorView* file = named(files, entry.name);
-    if (!file || !is_bytes(*file)) fail(kind, "it names a plan ", quote(entry.name), " and holds no such bytes");
+    if (!file || !is_bytes(*file)) fail(kind, "it names a plan ", quote(entry.name), " but holds no bytes under that name");
     if (hexadecimal(sha256(file->data, file->size)) != entry.sha256)
         fail(kind, "the plan ", quote(entry.name),
              " is not the one that the manifest names: its SHA-256 is another; build the engine again");

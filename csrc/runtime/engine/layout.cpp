@@ -37,7 +37,7 @@ Entry entry_of(const std::string& name, const Json& json) {
     const bool fits = json.as<Json::Object>() && json.as<Json::Object>()->size() == 3 && dtype &&
                       dtype->as<std::string>() && shape && strides && (strides->is_null() || numbers(strides));
     if (!fits)
-        fail(kind, "weights.json says of ", quote(name), " ", json.summary(), "; expected dtype, shape and strides");
+        fail(kind, "weights.json's weights.", quote(name), " is ", json.summary(), "; expected dtype, shape and strides");
     return {*dtype->as<std::string>(), *shape, numbers(strides)};
 }
 
@@ -61,7 +61,7 @@ void check_manifest(const Json& compiled_for, const Json& manifest) {
 Layout expected_of(const Json& compiled_for) {
     const Json* weights = compiled_for.find("weights");
     if (!weights || !weights->as<Json::Object>())
-        fail(kind, "weights.json is ", compiled_for.summary(), "; expected an object with one of the weights");
+        fail(kind, "weights.json's weights is ", weights ? weights->summary() : "missing", "; expected an object");
     Layout result;
     for (const auto& [name, each] : *weights->as<Json::Object>()) result[name] = entry_of(name, each);
     return result;

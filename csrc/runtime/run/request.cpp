@@ -22,7 +22,7 @@ std::string sizes_text(std::int64_t least, std::int64_t most, std::int64_t multi
 }
 
 void check_kind(const std::string& what, const at::Tensor& tensor, const std::string& dtype) {
-    if (!tensor.defined()) fail(kind, what, " is no tensor");
+    if (!tensor.defined()) fail(kind, what, " is not a defined tensor");
     if (tensor.scalar_type() != dtype_named(dtype) || !tensor.device().is_cpu() || tensor.layout() != at::kStrided)
         fail(kind, what, " is ", name_of(tensor.scalar_type()), " on ", tensor.device().str(),
              "; this engine takes a dense ", dtype, " on the CPU: convert it, or build another engine");

@@ -46,8 +46,8 @@ at::Tensor cast(const at::Tensor& values, at::ScalarType dtype, const std::strin
     const bool small =
         !values.is_floating_point() || at::isFloatingType(dtype) || values.abs().lt(9e18).all().item<bool>();
     if (!same || !small)
-        fail(kind, what, " holds values that are no ", name_of(dtype),
-             ": it is written with a fraction, too large, or not finite");
+        fail(kind, what, " holds values that do not fit ", name_of(dtype),
+             ": written with a fraction, too large, or not finite");
     return result;
 }
 

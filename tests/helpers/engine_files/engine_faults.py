@@ -239,7 +239,7 @@ ENGINE_FAULTS: dict[str, tuple[str, bytes]] = {
     "1e-999": ("out of range", in_manifest("1.5e-06", "1.5e-999")),
     "no library": ("holds no code/network.so", renamed("code/network.so", "code/other.so")),
     "a plan that is not there": ("holds 0 plans", without("plans/three")),
-    "a plan of another name": ("holds no such bytes", renamed("plans/three", "plans/four")),
+    "a plan of another name": ("holds no bytes under that name", renamed("plans/three", "plans/four")),
     "a plan that is not named": ("holds 2 plans", renamed("unconditional/labels", "plans/four")),
     "arguments without guidance": ("has no guidance", EngineBytes({**MANIFEST, "doubled": False}).bound().file()),
     "another plan than named": ("is another", altered(plans=[{**MANIFEST["plans"][0], "sha256": BLANK}])),
