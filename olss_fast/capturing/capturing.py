@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olss_fast.capturing.arguments import GRIDS, checked_arguments, config_of
 from olss_fast.capturing.driver import Driver, Trace
-from olss_fast.capturing.facts import CapturedFacts, captured_facts, scheduler_class
+from olss_fast.capturing.facts import GRIDS, CapturedFacts, captured_facts, scheduler_class
 from olss_fast.capturing.levels import check_falling, levels_of, noising, with_final_levels
-from olss_fast.capturing.refusals import check_protocol, linear_advice, refuse_known
+from olss_fast.capturing.refusals import check_protocol, checked_arguments, refuse_known
 from olss_fast.errors import InputError, OlssError, ScheduleError
 from olss_fast.plan.plan import Floats, Plan
 from olss_fast.schedule.from_diffusers import MOST_TIMESTEPS, check_config
@@ -86,7 +85,7 @@ def capture(
     plan = with_final_levels(plan, levels, driver.name, begun=driver.begin > 0)
     facts = CapturedFacts(
         class_name=driver.name,
-        config={key: value for key, value in config_of(scheduler).items() if not key.startswith("_")},
+        config={key: value for key, value in driver.config.items() if not key.startswith("_")},
         steps=steps,
         arguments=arguments,
         step_arguments=stepping,
@@ -94,13 +93,13 @@ def capture(
         order=driver.order,
         **noising(driver, trace.scales, plan),
     )
-    named = {"method": "captured", "title": _title(scheduler), "scheduler": facts.to_json()}
+    named = {"method": "captured", "title": _title(driver), "scheduler": facts.to_json()}
     return plan.replace(metadata={**named, **levels.metadata})
 
 
 @plain_defaults()
-def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None, **changed_arguments: Any) -> Plan:
-    """A captured plan again, with another `begin`, number of steps or arguments of `set_timesteps` (mu, sigmas, …).
+def recapture(plan: Plan, **changes: Any) -> Plan:
+    """A captured plan again, with another `begin`, `steps` or arguments of `set_timesteps` (mu, sigmas, …).
 
     The scheduler is made from the class and config in the plan's metadata. New `timesteps` or `sigmas` replace the
     number of steps, and vice versa; to replace both, pass both.
@@ -116,8 +115,6 @@ def recapture(plan: Plan, *, begin: int | None = None, steps: int | None = None,
             f"this plan's method is {plan.metadata.get('method')!r}; only captured plans can be derived again: capture "
             "the scheduler, or make the analytic plan anew"
         )
-    changes = {name: value for name, value in {"begin": begin, "steps": steps}.items() if value is not None}
-    changes |= changed_arguments
     what = "".join(f", with {name}={quoted(value)}" for name, value in changes.items())
     kind = scheduler_class(facts.class_name)
     if kind is None:
@@ -228,19 +225,18 @@ def _check_linear(driver: Driver, rows: Floats, basis: Floats, found: Floats) ->
         what = f"the input of evaluation {bad[0]}" if bad[0] < driver.nfe else "the sample"
         raise ScheduleError(
             f"{driver.name} is not linear: on random tensors {what} differs by {error[bad[0]]:.2g} (relative; at most "
-            f"{LINEARITY:g} was expected) from its combination of x_T, network outputs and noises. "
-            + linear_advice(driver.scheduler)
+            f"{LINEARITY:g} was expected) from its combination of x_T, network outputs and noises. It adds a "
+            "constant, looks at the values or mixes pixels; no option of its config is known to be the cause"
         )
 
 
 # --- what a captured plan remembers -----------------------------------------------------------------------------------
 
 
-def _title(scheduler: Any) -> str:
+def _title(driver: Driver) -> str:
     """ "EulerDiscreteScheduler (linspace)": class and timestep spacing."""
-    config = config_of(scheduler)
-    kinds = ("karras", "exponential", "beta", "flow")
+    config, kinds = driver.config, ("karras", "exponential", "beta", "flow")
     notes = [str(config["timestep_spacing"])] if config.get("timestep_spacing") else []
     notes += [kind for kind in kinds if config.get(f"use_{kind}_sigmas")]
     notes += ["lu"] if config.get("use_lu_lambdas") else []
-    return type(scheduler).__name__ + (f" ({', '.join(notes)})" if notes else "")
+    return driver.name + (f" ({', '.join(notes)})" if notes else "")

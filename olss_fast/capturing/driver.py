@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from olss_fast.capturing.facts import ENDS_AT_CLEAN
+from olss_fast.capturing.facts import ENDS_AT_CLEAN, config_of
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.support.arguments import check_count
 from olss_fast.support.text import quoted
@@ -101,6 +101,7 @@ class Driver:
         step_arguments: Mapping[str, Any],
     ) -> None:
         self.name = type(scheduler).__name__
+        self.config = config_of(scheduler)
         self.scheduler = copy.deepcopy(scheduler)
         _check_arguments(f"{self.name}.set_timesteps", self.scheduler.set_timesteps, arguments)
         _check_arguments(f"{self.name}.step", self.scheduler.step, step_arguments)

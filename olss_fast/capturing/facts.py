@@ -1,4 +1,4 @@
-"""The record of the scheduler in a captured plan: JSON in metadata["scheduler"]."""
+"""What is read of a scheduler, and its record in a captured plan: JSON in metadata["scheduler"]."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from olss_fast.errors import InputError
+from olss_fast.errors import InputError, ScheduleError
 from olss_fast.plan.plan import Plan
+from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
 
+GRIDS = ("timesteps", "sigmas")  # arguments of set_timesteps that say how many steps there are
 MOST_STEPS = 10_000  # limit for metadata; far beyond every sampler
 ENDS_AT_CLEAN = ("SCMScheduler", "DDPMWuerstchenScheduler")
 """Classes whose `timesteps` end with that of the clean sample, where the network is not evaluated."""
@@ -93,6 +95,20 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # tensors, and numpy's arrays and numbers
         return value.tolist()
     raise TypeError(f"there is a {type(value).__name__} among config and arguments")
+
+
+def config_of(scheduler: Any) -> Mapping[str, Any]:
+    """The scheduler's config, empty if it has none."""
+    config = getattr(scheduler, "config", {})
+    return config if isinstance(config, Mapping) else {}
+
+
+def known_schedule(scheduler: Any) -> NoiseSchedule | None:
+    """The training schedule of a scheduler or its config; None if its noise levels are of an unknown kind."""
+    try:
+        return NoiseSchedule.from_diffusers(scheduler)
+    except ScheduleError:
+        return None
 
 
 def scheduler_class(name: str) -> Any:

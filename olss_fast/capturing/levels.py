@@ -14,21 +14,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from olss_fast.capturing.arguments import config_of, is_flow
 from olss_fast.capturing.driver import Driver
+from olss_fast.capturing.facts import known_schedule
 from olss_fast.errors import InputError, ScheduleError
 from olss_fast.plan.plan import Floats, Plan
-from olss_fast.plan.point_mass import EXACT_OUTPUTS, edm_output, levels_of_rows
+from olss_fast.plan.point_mass import EXACT_OUTPUTS, ExactOutput, edm_output, levels_of_rows
+from olss_fast.schedule.from_diffusers import is_flow
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 Pair = tuple[float, float]
+Exact = Callable[[Any, int, float, float, float], Pair]
+"""(scheduler, index, alpha and sigma of the network input, input scale) -> (signal, noise) of the output."""
 
 CONSISTENT = 1e-3  # of a row's levels on point-mass data: above the error of float32 tables at small signal levels
 NEARLY_CLEAN = 0.1  # schedulers that keep their lowest noise level in the sample leave about 0.03
@@ -49,21 +52,20 @@ class Levels:
 
 def levels_of(driver: Driver, scales: list[float], rows: Floats) -> Levels:
     """See the module's docstring. ScheduleError if the levels are unknown."""
-    scheduler = driver.scheduler
-    schedule = _schedule(scheduler)
+    schedule = known_schedule(driver.scheduler)
     indices = range(driver.begin, len(driver.timesteps))
     pairs = np.array([_input_levels(driver, schedule, i, scale) for i, scale in zip(indices, scales, strict=True)])
     if pairs[:, 0].min() < -CONSISTENT:
         return _exploding(driver, pairs[:, 1], rows)
     alphas, sigmas = np.maximum(pairs, 0.0).T  # cos(1.5708) is -4e-6
-    if config_of(scheduler).get("invert_sigmas"):  # time runs up to the data: its noise level is the signal's
+    if driver.config.get("invert_sigmas"):  # time runs up to the data: its noise level is the signal's
         alphas, sigmas = sigmas, alphas
-    metadata = _metadata(scheduler, schedule)
+    metadata = _metadata(driver, schedule)
     exact = _exact_output(driver, metadata.get("prediction_type"))
     if exact is None:
         return _inferred(rows, alphas, sigmas)
-    facts = zip(indices, alphas.tolist(), sigmas.tolist(), scales, strict=True)
-    return Levels(alphas, sigmas, [exact(*fact) for fact in facts], metadata)
+    evaluations = zip(indices, alphas.tolist(), sigmas.tolist(), scales, strict=True)
+    return Levels(alphas, sigmas, [exact(driver.scheduler, *each) for each in evaluations], metadata)
 
 
 def noising(driver: Driver, scales: list[float], plan: Plan) -> dict[str, Any]:
@@ -124,13 +126,6 @@ def with_final_levels(plan: Plan, levels: Levels, name: str, *, begun: bool) -> 
     return plan.replace(alphas=[*plan.alphas[:-1], signal], sigmas=[*plan.sigmas[:-1], noise])
 
 
-def _schedule(scheduler: Any) -> NoiseSchedule | None:
-    try:
-        return NoiseSchedule.from_diffusers(scheduler)
-    except ScheduleError:
-        return None
-
-
 # --- levels of the network inputs -------------------------------------------------------------------------------------
 
 
@@ -138,7 +133,8 @@ def _input_levels(driver: Driver, schedule: NoiseSchedule | None, index: int, sc
     timestep = float(driver.timesteps[index])
     if index % driver.order and schedule is not None:
         return _scheduled(schedule, timestep)
-    state = None if _noises_otherwise(driver) else _noised(driver, index)
+    betas = driver.name == "SASolverScheduler" and driver.config.get("use_flow_sigmas")  # which its add_noise uses
+    state = None if betas else _noised(driver, index)
     if state is None and driver.name in _LEVELS_OF_CLASS:
         state = _LEVELS_OF_CLASS[driver.name](driver.scheduler, index)
     if state is None and schedule is not None:
@@ -206,11 +202,6 @@ def _table(scheduler: Any, name: str) -> Floats:
     return table if table.ndim == 1 and np.all(np.isfinite(table)) else np.empty(0)
 
 
-def _noises_otherwise(driver: Driver) -> bool:
-    """SASolver's add_noise uses its betas even when it samples a flow."""
-    return driver.name == "SASolverScheduler" and bool(config_of(driver.scheduler).get("use_flow_sigmas"))
-
-
 def _ipndm(scheduler: Any, index: int) -> Pair:
     return float(scheduler.alphas[index]), float(scheduler.betas[index])
 
@@ -240,9 +231,9 @@ _PREDICTIONS = {
 }
 
 
-def _metadata(scheduler: Any, schedule: NoiseSchedule | None) -> dict[str, str]:
+def _metadata(driver: Driver, schedule: NoiseSchedule | None) -> dict[str, str]:
     """prediction_type and schedule, as in `NoiseSchedule.metadata`; without those that have no name here."""
-    name, config = type(scheduler).__name__, config_of(scheduler)
+    name, config = driver.name, driver.config
     if schedule is not None:
         return schedule.metadata()
     if name in _PREDICTIONS:
@@ -260,33 +251,23 @@ def _exploding(driver: Driver, sigmas: Floats, rows: Floats) -> Levels:
 
     ScheduleError for other rows, such as those that add noise again at signal 1 - sigma.
     """
-    levels = Levels(
-        np.ones_like(sigmas),
-        sigmas,
-        [EXACT_OUTPUTS["epsilon"](1.0, sigma) for sigma in sigmas.tolist()],
-        {"prediction_type": "epsilon", "schedule": f"flow beyond sigma 1, sigma up to {sigmas[0]:g}, epsilon"},
-    )
-    plan = Plan(timesteps=np.zeros_like(sigmas), rows=rows, alphas=np.ones(len(rows)), sigmas=np.append(sigmas, 0.0))
-    error = np.abs(levels_of_rows(plan, levels.outputs or []) - np.stack([plan.alphas, plan.sigmas], axis=1))
-    if (error[:-1].max(axis=1) > CONSISTENT * np.maximum(sigmas, 1.0)).any():
+    alphas, outputs = np.ones_like(sigmas), [EXACT_OUTPUTS["epsilon"](1.0, sigma) for sigma in sigmas.tolist()]
+    if (_errors(rows, alphas, sigmas, outputs)[:-1] > CONSISTENT * np.maximum(sigmas, 1.0)).any():
         raise ScheduleError(
             f"{driver.name} begins at sigma {sigmas[0]:g}, where the signal 1 - sigma of a flow is negative, and its "
             "steps are not those of x0 + sigma noise either; take sigmas from 0 to 1"
         )
-    return levels
+    schedule = f"flow beyond sigma 1, sigma up to {sigmas[0]:g}, epsilon"
+    return Levels(alphas, sigmas, outputs, {"prediction_type": "epsilon", "schedule": schedule})
 
 
 def _inferred(rows: Floats, alphas: Floats, sigmas: Floats) -> Levels:
     """The one prediction under which the rows have their levels on point-mass data, and end nearly clean."""
-    plan = Plan(
-        timesteps=np.zeros_like(alphas), rows=rows, alphas=np.append(alphas, 1.0), sigmas=np.append(sigmas, 0.0)
-    )
-    expected = np.stack([plan.alphas, plan.sigmas], axis=1)
     fitting: dict[str, list[Pair]] = {}
     for prediction, exact in EXACT_OUTPUTS.items():
         outputs = [exact(*levels) for levels in zip(alphas.tolist(), sigmas.tolist(), strict=True)]
-        error = np.abs(levels_of_rows(plan, outputs) - expected).max(axis=1)
-        if error[:-1].max() <= CONSISTENT and error[-1] <= NEARLY_CLEAN:
+        errors = _errors(rows, alphas, sigmas, outputs)
+        if errors[:-1].max() <= CONSISTENT and errors[-1] <= NEARLY_CLEAN:
             fitting[prediction] = outputs
     if len(fitting) != 1:
         return Levels(alphas, sigmas, None)
@@ -294,50 +275,56 @@ def _inferred(rows: Floats, alphas: Floats, sigmas: Floats) -> Levels:
     return Levels(alphas, sigmas, outputs, {"prediction_type": prediction})
 
 
-def _exact_output(driver: Driver, prediction: str | None) -> Callable[[int, float, float, float], Pair] | None:
-    """(index, alpha, sigma of the network input, input scale) -> (signal, noise) of the exact point-mass output.
+def _errors(rows: Floats, alphas: Floats, sigmas: Floats, outputs: list[Pair]) -> Floats:
+    """(S+1,) distance of the rows' levels on point-mass data from the given ones, and of the sample from clean."""
+    levels = np.column_stack([np.append(alphas, 1.0), np.append(sigmas, 0.0)])
+    plan = Plan(timesteps=np.zeros_like(alphas), rows=rows, alphas=levels[:, 0], sigmas=levels[:, 1])
+    distances: Floats = np.abs(levels_of_rows(plan, outputs) - levels).max(axis=1)
+    return distances
 
-    None if the prediction type is unknown.
-    """
-    scheduler, config = driver.scheduler, config_of(driver.scheduler)
+
+def _exact_output(driver: Driver, prediction: str | None) -> Exact | None:
+    """The exact point-mass output of an evaluation; None if the prediction type is unknown."""
     if prediction is not None:
-        known = EXACT_OUTPUTS.get(prediction) or edm_output(float(config.get("sigma_data", 0.5)))
-        return lambda _, alpha, sigma, __: known(alpha, sigma)
-    if driver.name == "MiniMaxH3Scheduler" or config.get("invert_sigmas"):
+        known = EXACT_OUTPUTS.get(prediction) or _edm(driver)
+        return lambda _, __, alpha, sigma, ___: known(alpha, sigma)
+    if driver.name == "MiniMaxH3Scheduler" or driver.config.get("invert_sigmas"):
         return lambda *_: (1.0, -1.0)  # the velocity toward the data
     if driver.name.startswith("EDM"):  # v_prediction here is F with its sign flipped
-        edm = edm_output(float(config.get("sigma_data", 0.5)))
-        return lambda _, alpha, sigma, __: tuple(-part for part in edm(alpha, sigma))  # type: ignore[return-value]
-    if driver.name == "SCMScheduler":  # x0 = cos(t) x - sin(t) f
-        return lambda index, *_: _trigonometric_output(scheduler, index)
-    if driver.name in _BOUNDARIES:
-        return _consistency(scheduler, _BOUNDARIES[driver.name])
-    return None
+        flipped = _edm(driver)
+        return lambda _, __, *levels: tuple(-part for part in flipped(*levels[:2]))
+    return _OUTPUTS_OF_CLASS.get(driver.name)
 
 
-def _trigonometric_output(scheduler: Any, index: int) -> Pair:
+def _edm(driver: Driver) -> ExactOutput:
+    return edm_output(float(driver.config.get("sigma_data", 0.5)))
+
+
+def _trigonometric_output(scheduler: Any, index: int, *_: float) -> Pair:
+    """x0 = cos(t) x - sin(t) f."""
     timestep = float(scheduler.timesteps[index])
     return -math.sin(timestep), float(scheduler.config.sigma_data) * math.cos(timestep)
 
 
-def _consistency(scheduler: Any, boundary: Callable[[Any, int], Any]) -> Callable[[int, float, float, float], Pair]:
+def _boundary_output(scheduler: Any, index: int, *levels: float) -> Pair:
+    return _consistency(scheduler.get_scalings_for_boundary_condition(scheduler.sigmas[index]), *levels)
+
+
+def _decoder_output(scheduler: Any, index: int, *levels: float) -> Pair:
+    timestep = scheduler.timesteps[index]
+    return _consistency((scheduler.c_skip[timestep], scheduler.c_out[timestep]), *levels)
+
+
+def _consistency(boundary: Sequence[Any], alpha: float, sigma: float, scale: float) -> Pair:
     """f = (m - c_skip x) / c_out of a consistency model (Song et al. 2023, eq. 5); x = alpha m + sigma eps."""
-
-    def exact(index: int, alpha: float, sigma: float, scale: float) -> Pair:
-        c_skip, c_out = map(float, boundary(scheduler, index))
-        if c_out == 0.0:  # at the lowest noise level the output is not used
-            return 0.0, 0.0
-        return (1.0 - c_skip * alpha / scale) / c_out, -c_skip * sigma / scale / c_out
-
-    return exact
+    c_skip, c_out = map(float, boundary)
+    if c_out == 0.0:  # at the lowest noise level the output is not used
+        return 0.0, 0.0
+    return (1.0 - c_skip * alpha / scale) / c_out, -c_skip * sigma / scale / c_out
 
 
-_BOUNDARIES: dict[str, Callable[[Any, int], Any]] = {
-    "CMStochasticIterativeScheduler": lambda scheduler, i: scheduler.get_scalings_for_boundary_condition(
-        scheduler.sigmas[i]
-    ),
-    "ConsistencyDecoderScheduler": lambda scheduler, i: (
-        scheduler.c_skip[scheduler.timesteps[i]],
-        scheduler.c_out[scheduler.timesteps[i]],
-    ),
+_OUTPUTS_OF_CLASS: dict[str, Exact] = {
+    "CMStochasticIterativeScheduler": _boundary_output,
+    "ConsistencyDecoderScheduler": _decoder_output,
+    "SCMScheduler": _trigonometric_output,
 }

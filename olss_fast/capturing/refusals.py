@@ -1,4 +1,8 @@
-"""Schedulers that cannot be plans, and the options that keep others from being one."""
+"""What `capture` refuses before it runs anything: arguments, schedulers that cannot be plans, and nonlinear options.
+
+A plan of S evaluations has S + 1 rows of at least S + 1 numbers, so S is bounded. Custom timesteps or sigmas must lie
+where the scheduler's noise levels are defined, because most schedulers accept others silently.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from olss_fast.capturing.arguments import config_of
-from olss_fast.errors import ScheduleError
+import numpy as np
+import torch
+from torch import Tensor
+
+from olss_fast.capturing.facts import GRIDS, config_of
+from olss_fast.errors import InputError, ScheduleError
+from olss_fast.plan.plan import Floats
+from olss_fast.schedule.from_diffusers import is_flow
+from olss_fast.support.arguments import check_count, check_steps
+from olss_fast.support.text import quoted
 
 _TOKENS = "it samples discrete tokens, which no linear combination makes"
 _BROWNIAN = (
@@ -82,10 +94,56 @@ def clipping_options(scheduler: Any) -> list[str]:
     return [option for option in _CLIPPING if config.get(option) and option not in ignored]
 
 
-def linear_advice(scheduler: Any) -> str:
-    """The likely reason why a scheduler is not linear, and what to switch off."""
-    config = config_of(scheduler)
-    on = [option for option in _CLIPPING if config.get(option)]
-    if on:
-        return f"Switch off {', '.join(on)}"
-    return "It adds a constant, looks at the values or mixes pixels; no option of its config is known to be the cause"
+def checked_arguments(
+    scheduler: Any, steps: int | None, arguments: Mapping[str, Any], step_arguments: object
+) -> tuple[int | None, dict[str, Any], dict[str, Any]]:
+    """(steps, arguments of set_timesteps, arguments of step). InputError if they are unusable."""
+    if step_arguments is not None and not isinstance(step_arguments, Mapping):
+        raise InputError(
+            f'step_arguments is {quoted(step_arguments)}; expected a mapping of names to values, such as {{"eta": 0.5}}'
+        )
+    if steps is not None:
+        steps = check_steps(steps)
+    elif all(arguments.get(name) is None for name in GRIDS):
+        raise InputError("steps is None; pass a whole number of at least 1, or timesteps= or sigmas=")
+    for name, value in arguments.items():
+        if name in GRIDS and value is not None:
+            _check_grid(name, value, config_of(scheduler), type(scheduler).__name__)
+        elif isinstance(value, (float, np.floating)) and not np.isfinite(value):
+            raise InputError(f"{name} is {value}; expected a finite number")
+    _check_device(arguments.get("device"))
+    return steps, dict(arguments), dict(step_arguments or {})
+
+
+def _check_grid(name: str, value: Any, config: Mapping[str, Any], scheduler: str) -> None:
+    grid = _numbers(name, value)
+    check_count(grid.size, f"{name} has length")
+    high = np.inf
+    if name == "timesteps":
+        high = float(config.get("num_train_timesteps") or np.inf)
+    elif is_flow(scheduler, config):
+        high = max(1.0, float(config.get("sigma_max") or 1.0))
+    bad = np.flatnonzero(~(np.isfinite(grid) & (grid >= 0.0) & (grid <= high)))
+    if bad.size:
+        above = f"from 0 to {high:g}" if np.isfinite(high) else "of at least 0"
+        raise InputError(f"{name}[{bad[0]}] is {grid[bad[0]]:g}; {scheduler} takes finite numbers {above}")
+
+
+def _numbers(name: str, value: Any) -> Floats:
+    """(N,), N >= 1, from a list, tuple, array or tensor of real numbers. InputError otherwise."""
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise InputError(f"{name} is {quoted(value)}; expected a list of numbers: {cause}") from cause
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iuf":
+        raise InputError(f"{name} is {quoted(value)}; expected a list of at least one number, noise falling")
+    return array.astype(np.float64)
+
+
+def _check_device(device: Any) -> None:
+    try:
+        usable = device is None or torch.device(device).type == "cpu"
+    except (TypeError, RuntimeError):
+        usable = False
+    if not usable:
+        raise InputError(f"device is {quoted(device)}; coefficients are computed on the CPU: leave device out")

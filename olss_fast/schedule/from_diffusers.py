@@ -25,7 +25,7 @@ def schedule_from_diffusers(scheduler: object) -> NoiseSchedule:
     check_config(config)
     name = str(config.get("_class_name") or type(scheduler).__name__)
     prediction = str(config.get("prediction_type", "epsilon"))
-    if name.startswith(FLOW_CLASSES) or config.get("use_flow_sigmas") or prediction == "flow_prediction":
+    if is_flow(name, config):
         return _flow(config, name)
     if prediction not in _PREDICTIONS:
         raise ScheduleError(f"{name} has prediction_type {prediction!r}; expected one of {', '.join(_PREDICTIONS)}")
@@ -39,6 +39,12 @@ def schedule_from_diffusers(scheduler: object) -> NoiseSchedule:
             "from_alphas_cumprod, .ve, .edm or .flow"
         )
     return _variance_preserving(config, _PREDICTIONS[prediction])
+
+
+def is_flow(name: str, config: Mapping[str, Any]) -> bool:
+    """True if a scheduler of this class and config samples x = (1 - sigma) x0 + sigma eps."""
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(flow or name.startswith(FLOW_CLASSES))
 
 
 def check_config(config: Mapping[str, Any]) -> None:
