@@ -63,11 +63,11 @@ class CapturedFacts:
         kept = {name: each for name, each in vars(self).items() if name not in LEFT_OUT or each != LEFT_OUT[name]}
         kept = {"class": kept.pop("class_name"), **kept}
         try:
-            return json.dumps(kept, default=_plain, separators=(",", ":"))
+            return json.dumps(kept, default=plain, separators=(",", ":"))
         except (TypeError, ValueError) as cause:
             raise InputError(
-                f"{self.class_name} cannot be written down: {cause}; expected numbers, text and lists of them in its "
-                "config and arguments"
+                f"{self.class_name} cannot be written down: {cause} among its config and arguments; expected numbers, "
+                "text and lists of them"
             ) from cause
 
 
@@ -91,10 +91,11 @@ def _read(text: str) -> CapturedFacts:
         ) from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value that JSON does not know as one that it does."""
     if hasattr(value, "tolist"):  # tensors, and numpy's arrays and numbers
         return value.tolist()
-    raise TypeError(f"there is a {type(value).__name__} among config and arguments")
+    raise TypeError(f"there is a {type(value).__name__}")
 
 
 def config_of(scheduler: Any) -> Mapping[str, Any]:

@@ -42,6 +42,7 @@ SASolver 58); flow matching, with the largest latents, and most plans for v stay
 class Layout:
     """All lists have one entry per step; steps count from 0 at the first evaluation of the plan.
 
+    scales: network input / state. scaled: some are not 1.
     slots: column of f_k. noise_slots: columns of the noises drawn at step k. sample_slots: column of x_k, or of x_0.
     begins: the first column that row k+1 needs; weights: of the columns from there on. corrections: for a plan that is
     not anchored, 1 / (share of x in row k), which turns a change of that row into a change of x; 0 if row k and all
@@ -49,6 +50,8 @@ class Layout:
     """
 
     plan: Plan
+    scales: Floats
+    scaled: bool
     slots: list[int]
     noise_slots: list[range]
     sample_slots: list[int]
@@ -58,6 +61,13 @@ class Layout:
     corrections: list[float | None]
     cancels: bool
     _on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def ready_on(self, device: torch.device) -> Layout:
+        """Itself, with its weights on `device` for samples of 16 or 32 bits: a step then moves nothing."""
+        self._on_device = {key: each for key, each in self._on_device.items() if type(each[0]) is Tensor}  # no fakes
+        for dtype in (torch.float16, torch.float32):
+            self.weights_on(device, self.dtype_of_sums(dtype, device))
+        return self
 
     @property
     def columns(self) -> int:
@@ -79,17 +89,18 @@ class Layout:
         return self._on_device[key]
 
 
-def lay_out(plan: Plan, scales: Floats | float = 1.0) -> Layout:
+def lay_out(plan: Plan, scales: Floats) -> Layout:
     """The layout of the scheduler's states, row k / scales[k], k < S. InputError for a plan no scheduler can run."""
     check_runnable(plan)
     states = plan.rows.copy()
-    states[:-1] /= np.broadcast_to(scales, plan.nfe)[:, None]
+    states[:-1] /= scales[:, None]
     shares = states[:, 0] / states[0, 0]
     rows, anchored = increments(states, plan.noise_slice.start)
     if not anchored:
         rows[1:, 0] = shares[1:]
     cancels = _cancellation(plan, scales, rows, anchored) > CANCELLING
-    found = Layout(plan, [], [], [], [], [], anchored, _corrections(shares), cancels)
+    scaled = bool((scales != 1.0).any())
+    found = Layout(plan, scales, scaled, [], [], [], [], [], anchored, _corrections(shares), cancels)
     order = [] if anchored else [0]
     for k, noises in enumerate(noises_of_steps(plan)):
         found.slots.append(len(order))
@@ -102,7 +113,7 @@ def lay_out(plan: Plan, scales: Floats | float = 1.0) -> Layout:
     return found
 
 
-def _cancellation(plan: Plan, scales: Floats | float, rows: Floats, anchored: bool) -> float:
+def _cancellation(plan: Plan, scales: Floats, rows: Floats, anchored: bool) -> float:
     """The largest ratio of the terms of a state to the state, where outputs and noises have size 1."""
     sizes = np.hypot(plan.alphas, plan.sigmas)
     sizes[:-1] /= scales

@@ -86,7 +86,7 @@ class LoopScheduler(PlanScheduler):
         if positional or not self.whole:
             return super().step(model_output, timestep, sample, *positional, **named)
         return_dict = named.pop("return_dict", True)
-        self._step_arguments().check({name: value for name, value in named.items() if name != "generator"})
+        self._chosen().expected.check({name: value for name, value in named.items() if name != "generator"})
         if self.finished is None:
             raise InputError("the pipeline came to its scheduler's step without a call of its unet")
         finished, self.finished = self.finished, None

@@ -80,9 +80,9 @@ def load_pipeline(
         InputError: an unavailable device.
     """
     folder = Path(folder)
-    _check_pipeline(folder)
+    index = _check_pipeline(folder)
     if null_class is None:
-        null_class = check_index(folder).get("_null_class")
+        null_class = index.get("_null_class")
     config = _read_config(folder / "unet" / "config.json")
     shape = _sample_shape(config, folder)
     classes = _count_classes(config, folder)
@@ -107,32 +107,31 @@ def read_unet(
     folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
     """The UNet2DModel of a component folder (config.json beside safetensors weights). Errors as in `load_pipeline`."""
-    variant, place = weights_variant(folder), pick_device(device)
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ModelError(f"diffusers is needed to load {folder}, and cannot be imported: {error}") from error
-    unet_class: Any = diffusers.UNet2DModel
+    place = pick_device(device)
+    how = {"variant": weights_variant(folder), "torch_dtype": dtype, "low_cpu_mem_usage": False}
     unet: torch.nn.Module
-    try:
-        unet, info = unet_class.from_pretrained(
-            folder,
-            variant=variant,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # a damaged folder may raise anything in diffusers, safetensors or torch
-        raise ModelError(f"the weights in {folder} cannot be loaded: {_said(error)}") from error
+    unet, info = _from_pretrained("UNet2DModel", folder, "weights", output_loading_info=True, **how)
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise ModelError(f"the weights in {folder} lack {len(absent)} tensors of its config.json, first {absent[0]!r}")
     return unet.to(place)
 
 
-def _check_pipeline(folder: Path) -> None:
+def _from_pretrained(class_name: str, folder: Path, what: str, **how: Any) -> Any:
+    """What diffusers loads from safetensors in a local folder. ModelError, naming `what`, if it cannot."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ModelError(f"diffusers is needed to load {folder}, and cannot be imported: {error}") from error
+    try:
+        kind = getattr(diffusers, class_name)
+        return kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **how)
+    except Exception as error:  # a damaged folder may raise anything in diffusers, transformers, safetensors or torch
+        said = clipped(" ".join(str(error).split()), 300)
+        raise ModelError(f"the {what} in {folder} cannot be loaded: {said}") from error
+
+
+def _check_pipeline(folder: Path) -> dict[str, Any]:
     """A model_index.json that names a UNet2DModel and a scheduler, and nothing that changes what is sampled."""
     index = check_index(folder)
     parts = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
@@ -140,17 +139,18 @@ def _check_pipeline(folder: Path) -> None:
     kind = index.get("_class_name", "unnamed")
     if unet is None or unet[-1:] != ["UNet2DModel"]:
         raise ModelError(
-            f"{folder} holds a {kind} with unet {unet}: only pipelines of a UNet2DModel can be used, or with --prompts "
-            "FILE those that take a prompt"
+            f"{folder} holds a {kind} with unet {unet}: only pipelines of a UNet2DModel can be loaded as a network; "
+            "tune those that take a prompt with olss_fast.tune_pipeline (--prompts FILE)"
         )
     if "scheduler" not in parts:
         raise ModelError(f"{folder} holds a {kind} without a scheduler: its noise schedule is unknown")
     others = sorted(set(parts) - {"scheduler"})
     if others:
         raise ModelError(
-            f"{folder} holds a {kind} with {', '.join(others)}: only pixel pipelines of a UNet2DModel work without "
-            "--prompts FILE"
+            f"{folder} holds a {kind} with {', '.join(others)}: only pixel pipelines of a UNet2DModel can be loaded as "
+            "a network; tune those that take a prompt with olss_fast.tune_pipeline (--prompts FILE)"
         )
+    return index
 
 
 def check_index(folder: Path) -> dict[str, Any]:
@@ -209,11 +209,6 @@ def weights_variant(folder: Path) -> str | None:
     raise ModelError(f"{folder} has no weights: expected {WEIGHTS}.safetensors beside config.json")
 
 
-def _said(error: Exception) -> str:
-    """The beginning of an error's message, on one line."""
-    return clipped(" ".join(str(error).split()), 300)
-
-
 def load_any_pipeline(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Any:
     """The diffusers pipeline of a local folder: safetensors only, no downloads, none of the folder's code is run.
 
@@ -227,21 +222,8 @@ def load_any_pipeline(folder: str | Path, *, device: str | None = None, dtype: s
         raise InputError(f"the dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     usual = torch.float32 if place.type == "cpu" else torch.float16 if "unet" in parts else torch.bfloat16
     variant = weights_variant(folder / parts[0]) if parts else None
-    try:
-        from diffusers import DiffusionPipeline
-
-        loader: Any = DiffusionPipeline
-        pipe = loader.from_pretrained(
-            str(folder),
-            torch_dtype=usual if dtype is None else DTYPES[dtype],
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except Exception as error:  # a damaged folder may raise anything in diffusers, transformers or safetensors
-        kind = index.get("_class_name", "pipeline")
-        raise ModelError(f"the {kind} in {folder} cannot be loaded: {_said(error)}") from error
-    return pipe.to(place)
+    how = {"variant": variant, "torch_dtype": usual if dtype is None else DTYPES[dtype]}
+    return _from_pretrained("DiffusionPipeline", folder, index.get("_class_name", "pipeline"), **how).to(place)
 
 
 def silence() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
 
 if TYPE_CHECKING:
-    from olss_fast.adapters.diffusers.plan_book import Entry
+    from olss_fast.executors.stepwise import Layout
 
 SCALING = {
     "CMStochasticIterativeScheduler", "DPMSolverSDEScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
@@ -56,10 +55,6 @@ class Latents:
     alphas: Floats
     sigmas: Floats
     by_index: bool = False
-
-    @cached_property  # asked for in every step
-    def scaled(self) -> bool:
-        return bool(np.any(self.scales != 1.0))
 
 
 def latents_of(plan: Plan, network: Mapping[str, Any] | None) -> Latents:
@@ -91,11 +86,9 @@ def untimed_amplitude(plan: Plan) -> float | None:
 class StepOutput(SchedulerOutput):
     """The output of a step. `pred_original_sample` is computed when read."""
 
-    def __init__(self, prev_sample: Tensor, of_step: tuple[Any, int, Tensor, Tensor] | None = None) -> None:
+    def __init__(self, prev_sample: Tensor, of_step: tuple[Layout, int, Tensor, Tensor] | None = None) -> None:
         super().__init__(prev_sample=prev_sample)
-        self.of_step = (
-            of_step  # loaded plan, row, sample, model output; None in copies, which diffusers makes of fields
-        )
+        self.of_step = of_step  # layout, row, sample, model output; None in copies, which diffusers makes of fields
 
     @property
     def pred_original_sample(self) -> Tensor:
@@ -104,8 +97,8 @@ class StepOutput(SchedulerOutput):
         signal."""
         if self.of_step is None:
             raise AttributeError("pred_original_sample: a copy of a step's output does not have it")
-        loaded, row, sample, output = self.of_step
-        plan, scale = loaded.layout.plan, float(loaded.latents.scales[row])
+        layout, row, sample, output = self.of_step
+        plan, scale = layout.plan, float(layout.scales[row])
         alpha, sigma = float(plan.alphas[row]), float(plan.sigmas[row])
         try:
             a, b = exact_output_of(plan)(alpha, sigma)
@@ -152,21 +145,27 @@ POINTS = 1001  # of a training schedule that is not a table itself
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """`table` is (3, n): timesteps rising, alphas, sigmas. `complete`: it covers the whole training schedule."""
+    """Of the run of a plan from index `begin` of its timesteps.
+
+    table: (3, n), timesteps rising, alphas, sigmas. complete: it covers the whole training schedule.
+    """
 
     table: Floats
     complete: bool
-    entry: Entry
+    plan: Plan
+    begin: int
     latents: Latents
     _on_device: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def table_on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The rows of `table`, float32, moved once."""
-        if device not in self._on_device:
-            with torch.inference_mode(False):
-                table = torch.tensor(self.table.tolist(), dtype=torch.float32, device=device)
-                self._on_device[device] = table.unbind(0)
-        return self._on_device[device]
+        if device in self._on_device:
+            return self._on_device[device]
+        with torch.inference_mode(False):
+            table = torch.tensor(self.table.tolist(), dtype=torch.float32, device=device)
+        if type(table) is Tensor:  # a fake one is of no use later
+            self._on_device[device] = table.unbind(0)
+        return table.unbind(0)
 
     def at(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma (float32) at (B,) timesteps, shaped to multiply `like` (B, …).
@@ -198,29 +197,28 @@ class NoiseLevels:
 
     def at_index(self, index: int | None) -> tuple[float, float] | None:
         """alpha and sigma at an index of `timesteps`; None if the timestep decides."""
-        if index is None or not self.latents.by_index or index < self.entry.begin:
+        if index is None or not self.latents.by_index or index < self.begin:
             return None
-        row = min(index - self.entry.begin, self.entry.plan.nfe)
+        row = min(index - self.begin, self.plan.nfe)
         return float(self.latents.alphas[row]), float(self.latents.sigmas[row])
 
     def sigmas(self) -> Tensor:
         """(S+1,) float32 on the CPU, as in diffusers: sigma / alpha of every row, or sigma of flow matching."""
-        alphas, sigmas = self.entry.plan.alphas, self.entry.plan.sigmas
+        alphas, sigmas = self.plan.alphas, self.plan.sigmas
         flow = np.allclose(alphas + sigmas, 1.0)
         with np.errstate(divide="ignore"):
             return torch.tensor(sigmas if flow else sigmas / alphas, dtype=torch.float32, device="cpu")
 
 
-def noise_levels(entry: Entry, latents: Latents, schedule: NoiseSchedule | None) -> NoiseLevels:
+def noise_levels(plan: Plan, begin: int, latents: Latents, schedule: NoiseSchedule | None) -> NoiseLevels:
     """Levels at the plan's own timesteps, and of the training schedule if known."""
-    plan = entry.plan
     times = plan.timesteps.astype(np.float32).astype(np.float64)
     own, places = _second_places(times)
     table = np.stack([own, latents.alphas[places], latents.sigmas[places]])
     if schedule is not None:
-        trained = _trained(schedule, latents.scaled)
+        trained = _trained(schedule, bool(np.any(latents.scales != 1.0)))
         table = np.concatenate([table, trained[:, ~np.isin(trained[0], own)]], axis=1)
-    return NoiseLevels(table[:, table[0].argsort()], schedule is not None, entry, latents)
+    return NoiseLevels(table[:, table[0].argsort()], schedule is not None, plan, begin, latents)
 
 
 def _second_places(times: Floats) -> tuple[Floats, Integers]:

@@ -61,6 +61,11 @@ def takes(pipe: Any, name: str) -> bool:
     return name in inspect.signature(pipe.__call__).parameters
 
 
+def _check_takes(pipe: Any, name: str, *, given_as: str) -> None:
+    if not takes(pipe, name):
+        raise InputError(f"{type(pipe).__name__} takes no {name}: leave {given_as} out")
+
+
 def argument(pipe: Any, call: Call, name: str) -> Any:
     """The pipeline's value of `name`: the call's, or its own default; None if it has no such argument."""
     parameter = inspect.signature(pipe.__call__).parameters.get(name)
@@ -76,8 +81,7 @@ def guidance_scales_of(pipe: Any, calls: Sequence[Call]) -> tuple[float, ...]:
 
 def with_guidance(pipe: Any, calls: Sequence[Call], scales: Sequence[float]) -> list[Call]:
     """The calls with `scales` in turn."""
-    if not takes(pipe, "guidance_scale"):
-        raise InputError(f"{type(pipe).__name__} takes no guidance_scale: leave guidance_scales out")
+    _check_takes(pipe, "guidance_scale", given_as="guidance_scales")
     try:
         numbers = list(scales)
     except TypeError:
@@ -86,8 +90,7 @@ def with_guidance(pipe: Any, calls: Sequence[Call], scales: Sequence[float]) -> 
         raise InputError(
             f"guidance_scales is {scales!r}: expected a list of positive numbers, such as [5.0, 7.5, 10.0]"
         )
-    scales = numbers
-    return [{**call, "guidance_scale": float(scales[i % len(scales)])} for i, call in enumerate(calls)]
+    return [{**call, "guidance_scale": float(numbers[i % len(numbers)])} for i, call in enumerate(calls)]
 
 
 def _is_number(value: Any) -> bool:
@@ -120,11 +123,10 @@ def prompt_calls(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Calls for `samples` images, `batch_size` (1) per call: prompts in turn, each image with its own seed."""
-    if not takes(pipe, "prompt"):
-        raise InputError(f"{type(pipe).__name__} takes no prompt: leave --prompts out")
+    _check_takes(pipe, "prompt", given_as="prompts")
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-    if guidance and not takes(pipe, "guidance_scale"):
-        raise InputError(f"{type(pipe).__name__} takes no guidance_scale: leave --guidance-scale out")
+    for name in guidance:
+        _check_takes(pipe, name, given_as=name)
     size = batch_size or 1
     calls = []
     for first in range(0, samples, size):

@@ -22,8 +22,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from olss_fast.adapters.diffusers.pipeline_slot import Slot
-from olss_fast.adapters.diffusers.pipeline_trial import check_answer, questions
+from olss_fast.adapters.diffusers.pipeline_calls import takes
+from olss_fast.adapters.diffusers.pipeline_slot import Slot, check_answer, questions
 from olss_fast.errors import InputError, NetworkError, OlssError
 from olss_fast.network import OwnStart
 from olss_fast.plan.plan import Plan
@@ -303,8 +303,6 @@ def open_pipeline(
 
 
 def _prepared(pipe: Any, call: Mapping[str, Any], seed: int, name: str) -> dict[str, Any]:
-    from olss_fast.adapters.diffusers.pipeline_calls import takes
-
     own = [argument for argument in OWN if argument in call]
     if own:
         raise InputError(f"{name} has {own[0]}={call[own[0]]!r}: the steps are tuned, leave it out")

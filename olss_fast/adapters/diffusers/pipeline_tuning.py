@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,17 +184,11 @@ def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwo
 def _captured_at(kind: Any, scheduler: Any, off: Mapping[str, bool], nfe: int) -> Plan | None:
     """The plan of a scheduler class with `nfe` evaluations: PNDM needs one more than its steps, Heun twice as many."""
     for steps in dict.fromkeys([nfe, nfe - 1, (nfe + 1) // 2]):
-        plan = _captured(kind, scheduler, off, steps)
-        if plan is not None and plan.nfe == nfe:
-            return plan
+        with suppress(Exception):  # settings or steps that this class does not take: one rival less
+            plan = capture(kind.from_config(scheduler.config, **off), steps)
+            if plan.nfe == nfe:
+                return plan
     return None
-
-
-def _captured(kind: Any, scheduler: Any, off: Mapping[str, bool], steps: int) -> Plan | None:
-    try:
-        return capture(kind.from_config(scheduler.config, **off), steps) if steps else None
-    except Exception:  # settings that this class does not take: one rival less
-        return None
 
 
 def _labelled(result: TuneResult, pipe: Any, calls: Sequence[Call], network: PipelineNetwork) -> TuneResult:
@@ -205,18 +199,17 @@ def _labelled(result: TuneResult, pipe: Any, calls: Sequence[Call], network: Pip
         facts["guidance_scale"] = " to ".join(dict.fromkeys(repr(scale) for scale in (scales[0], scales[-1])))
     if network.begin and (strength := argument(pipe, calls[0], "strength")) is not None:
         facts["strength"] = repr(float(strength))
-    teacher = result.report.teacher
-    runs = {nfe: network.steps_for(nfe) if network.begin else (nfe, 0) for nfe in result.plans}
-    whole = network.steps_for(teacher.nfe) if network.begin else (teacher.nfe, 0)
+    places: dict[int, dict[str, str]] = {}
+    for nfe in {*result.plans, result.report.teacher.nfe} if network.begin else ():
+        steps, begin = network.steps_for(nfe)
+        places[nfe] = {"num_inference_steps": str(steps), "begin": str(begin)} if begin else {}
 
-    def label(plan: Plan, run: tuple[int, int] | None = None) -> Plan:
-        steps, begin = run or runs[plan.nfe]
-        places = {"num_inference_steps": str(steps), "begin": str(begin)} if begin else {}
-        return plan.replace(metadata={**plan.metadata, **facts, **places})
+    def label(plan: Plan) -> Plan:
+        return plan.replace(metadata={**plan.metadata, **facts, **places.get(plan.nfe, {})})
 
     candidates = tuple(replace(each, plan=label(each.plan)) for each in result.report.candidates)
     settings = {**result.report.settings, "guidance_scale": list(scales), "pipeline": type(pipe).__name__}
-    report = replace(result.report, candidates=candidates, settings=settings, teacher=label(teacher, whole))
+    report = replace(result.report, candidates=candidates, settings=settings, teacher=label(result.report.teacher))
     return TuneResult({nfe: label(plan) for nfe, plan in result.plans.items()}, report)
 
 

@@ -7,38 +7,60 @@ pass, and refuses everything else.
 
 from __future__ import annotations
 
-import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from olss_fast.capturing.facts import CapturedFacts, begin_of, captured_facts, name_of, scheduler_class, steps_of
-from olss_fast.errors import InputError, ScheduleError
-from olss_fast.executors.stepwise import check_runnable
+from olss_fast.adapters.diffusers.levels import NoiseLevels, latents_of, noise_levels
+from olss_fast.adapters.diffusers.step_arguments import StepArguments, step_arguments_of
+from olss_fast.capturing.facts import (
+    GRIDS,
+    CapturedFacts,
+    begin_of,
+    captured_facts,
+    known_schedule,
+    name_of,
+    scheduler_class,
+    steps_of,
+)
+from olss_fast.errors import InputError
+from olss_fast.executors.stepwise import Layout, check_runnable, lay_out
 from olss_fast.plan.plan import Floats, Plan
 from olss_fast.sampling.starts import later_start
 from olss_fast.schedule.from_diffusers import check_config
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.text import quoted
 
-REMEMBERED = 16  # derived plans: a pipeline's image sizes and strengths
+REMEMBERED = 32  # entries and later starts: a pipeline's image sizes and strengths
 SHOWN, WIDTH = 8, 120  # plans, and characters per line, of a summary
-GRIDS = ("timesteps", "sigmas")
+Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """A plan and what selects it: `steps` as pipelines count them, its only start if that is not 0, its `order`."""
+    """A plan ready to run, and what selects it: `steps` as pipelines count them, its only start if that is not 0.
+
+    timesteps: of the whole run, `begin` fillers and then the plan's. expected: the arguments of its steps. facts: of
+    the scheduler that it was captured from, if it was.
+    """
 
     plan: Plan
     steps: int
     begin: int
-    order: int
-    timesteps: Floats  # of the whole run: `begin` fillers, then the plan's
+    timesteps: Floats
+    layout: Layout
+    levels: NoiseLevels
+    expected: StepArguments
+    facts: CapturedFacts | None
+
+    @property
+    def class_name(self) -> str:
+        """Of the scheduler that the plan was captured from; "" if it was not."""
+        return self.facts.class_name if self.facts else ""
 
 
 @dataclass
@@ -47,7 +69,7 @@ class PlanBook:
 
     plans: tuple[Plan, ...]
     network: Mapping[str, Any] | None
-    _derived: dict[str, Plan] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.plans:
@@ -78,7 +100,8 @@ class PlanBook:
     @cached_property
     def schedule(self) -> NoiseSchedule | None:
         """The network's training schedule; None without a config or if its noise levels are of an unknown kind."""
-        return None if self.network is None else training_schedule(self.network)
+        # A shift by the size of the image only moves timesteps.
+        return None if self.network is None else known_schedule({**self.network, "use_dynamic_shifting": False})
 
     def choose(self, steps: int | None, asked: Mapping[str, Any]) -> Entry:
         """The entry for `set_timesteps(steps, **asked)`. InputError if there is none."""
@@ -90,13 +113,19 @@ class PlanBook:
                 f"there is no plan for num_inference_steps={steps!r}; this PlanScheduler has {have}. Ask for one of "
                 "these, or make a PlanScheduler with a plan for that number of steps as well"
             )
-        return self._entry(self._grid(self._by_steps[steps], steps, asked), steps)
+        return self._remember(f"{steps} {asked}", lambda: self._entry(steps, asked))
 
-    def begun_at(self, entry: Entry, begin: int) -> Plan:
-        """The plan of a run that begins at evaluation `begin` of the entry. InputError if there is none."""
+    def begun_at(self, entry: Entry, begin: int) -> Layout:
+        """The layout of a run that begins at evaluation `begin` of the entry. InputError if there is none."""
         if begin == entry.begin:
-            return entry.plan
-        return self._remember(f"{_key(entry.plan)} {begin}", lambda: later_start(entry.plan, begin, self.schedule))
+            return entry.layout
+        return self._remember((entry, begin), lambda: self._laid_out(later_start(entry.plan, begin, self.schedule)))
+
+    def _laid_out(self, plan: Plan) -> Layout:
+        return lay_out(plan, latents_of(plan, self.network).scales)
+
+    def __deepcopy__(self, memo: Any) -> PlanBook:
+        return self  # it never changes
 
     def _grid(self, plan: Plan, steps: int, asked: Mapping[str, Any]) -> Plan:
         """The plan on the requested timesteps, sigmas or mu."""
@@ -119,58 +148,48 @@ class PlanBook:
                 f"{name_of(plan)} is fitted to its timesteps {_text(plan.timesteps)}, but {_text(times)} were given; "
                 "call the pipeline without timesteps"
             )
-        schedule = self._known_schedule(plan)
-        return self._remember(f"{_key(plan)} {np.asarray(times).tolist()}", lambda: rederive(plan, schedule, times))
+        if self.schedule is None:
+            raise InputError(
+                f"{name_of(plan)} has to be derived again for other timesteps, which needs the network's noise "
+                "schedule; make it PlanScheduler(plan, scheduler=…) with the scheduler that "
+                "the network was trained with, or PlanScheduler.from_pipe(pipe, plan)"
+            )
+        return rederive(plan, self.schedule, times)
 
     def _captured(self, plan: Plan, facts: CapturedFacts, steps: int, asked: Mapping[str, Any]) -> Plan:
         changed = {name: value for name, value in asked.items() if not _is_met(name, value, steps, facts)}
         _check_shifted(plan, facts, asked, changed)
         if not changed and (not facts.begin or scheduler_class(facts.class_name) is None):
             return plan
-        key = f"{_key(plan)} {json.dumps(changed, sort_keys=True, default=str)}"
-        return self._remember(key, lambda: _recaptured(plan, begin=0, **changed))
+        from olss_fast.capturing.capturing import recapture  # like the solvers: most runs use a plan unchanged
 
-    def _entry(self, plan: Plan, steps: int) -> Entry:
+        return recapture(plan, begin=0, **changed)
+
+    def _entry(self, steps: int, asked: Mapping[str, Any]) -> Entry:
+        plan = self._grid(self._by_steps[steps], steps, asked)
         begin = begin_of(plan)
         schedule = self.schedule if begin else None
         first, second = plan.timesteps[0], plan.timesteps[min(1, plan.nfe - 1)]
         noisiest = schedule.first if schedule is not None else first + (begin * (first - second) or begin)
         fillers = np.linspace(noisiest, first, begin + 1)[:-1]
-        facts = captured_facts(plan)
-        return Entry(plan, steps, begin, facts.order if facts else 1, np.concatenate([fillers, plan.timesteps]))
+        return Entry(
+            plan,
+            steps,
+            begin,
+            timesteps=np.concatenate([fillers, plan.timesteps]),
+            layout=self._laid_out(plan),
+            levels=noise_levels(plan, begin, latents_of(plan, self.network), self.schedule),
+            expected=step_arguments_of(plan),
+            facts=captured_facts(plan),
+        )
 
-    def _known_schedule(self, plan: Plan) -> NoiseSchedule:
-        schedule = self.schedule
-        if schedule is None:
-            raise InputError(
-                f"{name_of(plan)} has to be derived again for other timesteps, which needs the network's noise "
-                "schedule; make it PlanScheduler(plan, scheduler=…) with the scheduler that "
-                "the network was trained with, or PlanScheduler.from_pipe(pipe, plan)"
-            )
-        return schedule
-
-    def _remember(self, key: str, derive: Callable[[], Plan]) -> Plan:
-        plan = self._derived.get(key)
-        if plan is None:
-            for oldest in list(self._derived)[: 1 - REMEMBERED]:  # other threads may do the same
-                self._derived.pop(oldest, None)
-            plan = self._derived[key] = derive()
-        return plan
-
-
-def _recaptured(plan: Plan, **changes: Any) -> Plan:
-    """Imported when first needed, like the solvers: most runs use a plan unchanged."""
-    from olss_fast.capturing.capturing import recapture
-
-    return recapture(plan, **changes)
-
-
-def training_schedule(network: Mapping[str, Any]) -> NoiseSchedule | None:
-    """From a scheduler's config; a shift by image size is ignored, since it only moves timesteps."""
-    try:
-        return NoiseSchedule.from_diffusers({**network, "use_dynamic_shifting": False})
-    except ScheduleError:
-        return None
+    def _remember(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        made: Made | None = self._made.get(key)
+        if made is None:
+            for oldest in list(self._made)[: 1 - REMEMBERED]:  # other threads may do the same
+                self._made.pop(oldest, None)
+            made = self._made[key] = make()
+        return made
 
 
 def whole(what: str, value: Any) -> int:
@@ -233,10 +252,6 @@ def _equal(one: Any, other: Any) -> bool:
     except (TypeError, ValueError):
         return bool(one == other)
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-9)
-
-
-def _key(plan: Plan) -> str:
-    return f"{hash(plan)} {plan.metadata.get('scheduler', plan.metadata.get('method'))}"
 
 
 def _text(times: Any) -> str:

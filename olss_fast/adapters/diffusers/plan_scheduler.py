@@ -42,15 +42,14 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from olss_fast.adapters.diffusers.levels import StepOutput, latents_of, noise_levels, untimed_amplitude
+from olss_fast.adapters.diffusers.levels import StepOutput, latents_of, untimed_amplitude
 from olss_fast.adapters.diffusers.plan_book import PlanBook, whole
-from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_from, plans_to_config, visible_config
-from olss_fast.adapters.diffusers.sessions import Loaded, OwnSession, Session, Sessions
+from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_from, visible_config
+from olss_fast.adapters.diffusers.sessions import OwnSession, Session, Sessions, first_index, places
 from olss_fast.adapters.diffusers.stand_in import StandIn, check_slot
-from olss_fast.adapters.diffusers.step_arguments import first_index, places, step_arguments_of
 from olss_fast.capturing.facts import ENDS_AT_CLEAN, captured_facts, name_of
 from olss_fast.errors import InputError, NetworkError
-from olss_fast.executors.stepwise import Run, lay_out
+from olss_fast.executors.stepwise import Run
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.fits import mismatch
 from olss_fast.support.text import quoted
@@ -86,7 +85,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
     def __init__(self, plans: Plan | Mapping[str, Any] | Iterable[Any], scheduler: Any = None) -> None:
         given = plans_from(plans)
         network = network_config(scheduler, given)
-        config = {"_plans": plans_to_config(given), "_scheduler": network, **visible_config(network, given)}
+        config = {"_plans": [plan.to_dict() for plan in given], "_scheduler": network, **visible_config(network, given)}
         self.register_to_config(**config)  # type: ignore[no-untyped-call]
         self._book = PlanBook(given, network)
         if scheduler is not None and not isinstance(scheduler, Mapping):
@@ -185,14 +184,12 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         entry = self._book.choose(
             num_inference_steps, {key: value for key, value in asked.items() if value is not None}
         )
+        closing = [0.0] if entry.class_name in ENDS_AT_CLEAN else []
         dtype = torch.int64 if np.all(entry.timesteps == np.round(entry.timesteps)) else torch.float32
         with torch.inference_mode(False):  # views of a plain tensor can be told apart from copies in every mode
-            grid = torch.tensor(entry.timesteps.tolist() + _closing(entry.plan), dtype=dtype, device=device or "cpu")
-        loaded = self._loaded(entry.plan, grid.device)
-        levels = noise_levels(entry, loaded.latents, self._book.schedule)
-        expected = step_arguments_of(entry.plan)
-        session = Session(entry, levels, expected, levels.sigmas(), whole=loaded, loaded=loaded, offset=entry.begin)
-        self._sessions.hold(session, grid)
+            grid = torch.tensor(entry.timesteps.tolist() + closing, dtype=dtype, device=device or "cpu")
+        layout = entry.layout.ready_on(grid.device)
+        self._sessions.hold(Session(entry, entry.levels.sigmas(), layout, offset=entry.begin), grid)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at this index of `timesteps`. Plans are derived again for it. InputError if that is impossible."""
@@ -204,13 +201,13 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """The network input of the next step: the sample times the input scale of the plan's own scheduler."""
-        if (loaded := self._session.loaded) is None or not loaded.latents.scaled:
+        if (layout := self._session.layout) is None or not layout.scaled:
             return sample
         session = self._sessions.at(timestep, sample)
         if session.run is None or session.run.step == 0:
             self._find_start(session, timestep)
-        assert session.loaded is not None
-        scales = session.loaded.latents.scales
+        assert session.layout is not None
+        scales = session.layout.scales
         k = 0 if session.run is None else min(session.run.step, scales.size - 1)
         return sample * float(scales[k])
 
@@ -222,9 +219,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
 
         timesteps: a number or (B,) on any device; not read on the host.
         """
-        levels = self._session.levels
-        if levels is None:
-            raise InputError("add_noise was called before set_timesteps, which chooses the plan; call that first")
+        levels = self._chosen().levels
         alpha, sigma = levels.at_index(self._place()) or levels.at(timesteps, original_samples)
         try:
             return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
@@ -280,12 +275,12 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         """
         if positional:
             named = {"generator": generator, "return_dict": return_dict, "eta": eta, **other}
-            named |= self._step_arguments().named(positional)
+            named |= self._chosen().expected.named(positional)
             return self.step(model_output, timestep, sample, **named)
         previous = other.pop("prev_timestep", None)
         session = self._sessions.at(timestep, sample)
         if eta is not None or other:
-            self._step_arguments().check({"eta": eta, **other})
+            self._chosen().expected.check({"eta": eta, **other})
         run = session.run
         if run is None or run.step == 0:
             run = self._start(session, timestep, sample)
@@ -297,8 +292,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
             self.require_finite()
         if not return_dict:
             return row, row
-        at = session.loaded, run.step - 1, sample, model_output
-        return SchedulerOutput(row) if compiled else StepOutput(row, at)
+        return SchedulerOutput(row) if compiled else StepOutput(row, (run.layout, run.step - 1, sample, model_output))
 
     def require_finite(self) -> None:
         """NetworkError naming the first output of this run with NaN or infinity. Synchronises with the device."""
@@ -316,11 +310,11 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
 
     def _start(self, session: Session, timestep: Any, sample: Tensor) -> Run:
         """A run from the first timestep passed."""
-        if session.loaded is None:
-            raise InputError("step was called before set_timesteps, which chooses the plan; call that first")
+        class_name = self._chosen().class_name
         self._find_start(session, timestep)
         session.check_sigmas()
-        session.run = Run(session.loaded.layout, sample, _noise_dtype(session.loaded.noise_of, sample))
+        assert session.layout is not None
+        session.run = Run(session.layout, sample, _noise_dtype(class_name, sample))
         return session.run
 
     def _find_start(self, session: Session, timestep: Any) -> None:
@@ -334,18 +328,8 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
     def _begin_at(self, session: Session, index: int) -> None:
         """Loads the plan for a run that begins at this index of `timesteps`."""
         assert session.entry is not None
-        plan = self._book.begun_at(session.entry, index)
-        if session.loaded is None or plan is not session.loaded.layout.plan:
-            session.loaded = self._loaded(plan, self.timesteps.device)
+        session.layout = self._book.begun_at(session.entry, index).ready_on(self.timesteps.device)
         session.offset = index
-
-    def _loaded(self, plan: Plan, device: torch.device) -> Loaded:
-        latents = latents_of(plan, self._book.network)
-        layout = lay_out(plan, latents.scales)
-        for dtype in (torch.float16, torch.float32):
-            layout.weights_on(device, layout.dtype_of_sums(dtype, device))
-        facts = captured_facts(plan) if plan.noises else None
-        return Loaded(layout, latents, facts.class_name if facts else "")
 
     def _stands_for(self) -> Mapping[str, Any] | None:
         """The config of the scheduler that the plan was captured from, else of the network's."""
@@ -366,11 +350,6 @@ def _noise_dtype(kind: str, sample: Any) -> torch.dtype | None:
     """The dtype in which scheduler class `kind` draws noise; None for the model output's. Another gives other noise."""
     wide = kind == "FlowMatchLCMScheduler" and getattr(sample, "dtype", None) != torch.float64  # else float64 itself
     return torch.float32 if wide or kind in DRAWS_FLOAT32 else None
-
-
-def _closing(plan: Plan) -> list[float]:
-    facts = captured_facts(plan)
-    return [0.0] if facts and facts.class_name in ENDS_AT_CLEAN else []
 
 
 def _shape(tensor: Any) -> Any:

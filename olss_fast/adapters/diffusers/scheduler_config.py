@@ -11,9 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from olss_fast.capturing.facts import captured_facts
+from olss_fast.capturing.facts import captured_facts, plain
 from olss_fast.errors import InputError, OlssError
 from olss_fast.plan.plan import Plan
 
@@ -23,7 +21,7 @@ KEPT = ("_class_name", "_use_default_values")
 
 
 def plans_from(given: Any) -> tuple[Plan, ...]:
-    """Plans (also the values of a mapping), or the result of `plans_to_config`. InputError for anything else."""
+    """Plans (also the values of a mapping), or such plans as `Plan.to_dict` gives. InputError for anything else."""
     if isinstance(given, Mapping) and all(isinstance(item, Plan) for item in given.values()):
         given = given.values()  # by number of steps, as returned by tuning
     items = [given] if isinstance(given, (Plan, Mapping)) else given
@@ -33,11 +31,6 @@ def plans_from(given: Any) -> tuple[Plan, ...]:
             "(read plan files with Plan.load)"
         )
     return tuple(item if isinstance(item, Plan) else _plan(item) for item in items)
-
-
-def plans_to_config(plans: Sequence[Plan]) -> list[Config]:
-    """The plans as JSON values, which `plans_from` reads."""
-    return [plan.to_dict() for plan in plans]
 
 
 def network_config(scheduler: Any, plans: Sequence[Plan]) -> Config | None:
@@ -53,8 +46,8 @@ def network_config(scheduler: Any, plans: Sequence[Plan]) -> Config | None:
     if "_plans" in config:
         inner = config.get("_scheduler")
         return dict(inner) if isinstance(inner, Mapping) else None
-    plain = {key: value for key, value in _plain(config).items() if not key.startswith("_") or key in KEPT}
-    return plain if isinstance(scheduler, Mapping) else plain | {"_class_name": type(scheduler).__name__}
+    kept = {key: value for key, value in _plain(config).items() if not key.startswith("_") or key in KEPT}
+    return kept if isinstance(scheduler, Mapping) else kept | {"_class_name": type(scheduler).__name__}
 
 
 def visible_config(network: Mapping[str, Any] | None, plans: Sequence[Plan]) -> Config:
@@ -76,13 +69,8 @@ def _plan(data: Any) -> Plan:
 
 
 def _plain(config: Mapping[str, Any]) -> Config:
-    def listed(value: Any) -> Any:
-        if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "tolist"):
-            return value.tolist()
-        raise TypeError(f"a {type(value).__name__}")
-
     try:
-        return dict(json.loads(json.dumps(dict(config), default=listed)))
+        return dict(json.loads(json.dumps(dict(config), default=plain)))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"the scheduler's config cannot be written as JSON: {error}; expected numbers, text and lists of them"

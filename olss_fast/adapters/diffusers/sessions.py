@@ -10,44 +10,35 @@ from __future__ import annotations
 import copy
 import threading
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from olss_fast.adapters.diffusers.step_arguments import StepArguments, first_index, places
-from olss_fast.capturing.facts import captured_facts
 from olss_fast.errors import InputError
 from olss_fast.executors.stepwise import Layout, Run
+from olss_fast.plan.plan import Floats
+from olss_fast.support.text import quoted
 
 if TYPE_CHECKING:
-    from olss_fast.adapters.diffusers.levels import Latents, NoiseLevels
     from olss_fast.adapters.diffusers.plan_book import Entry
 
-
-class Loaded(NamedTuple):
-    """A plan prepared to run. noise_of: the scheduler class whose noises it draws, "" if none."""
-
-    layout: Layout
-    latents: Latents
-    noise_of: str
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(eq=False)
 class Session:
     """The choice of `set_timesteps`, and its run. It does not reference `timesteps`, which keeps it alive.
 
-    loaded: for a run that begins at index `offset` of the timesteps; `whole`: for one that begins where the plan does.
-    returned: the sample of the last step.
+    layout: of the run, which begins at index `offset` of the timesteps. returned: the sample of the last step.
     """
 
     entry: Entry | None = None
-    levels: NoiseLevels | None = None
-    expected: StepArguments | None = None
     sigmas: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
-    whole: Loaded | None = None
-    loaded: Loaded | None = None
+    layout: Layout | None = None
     offset: int = 0
     begin_index: int | None = None
     run: Run | None = None
@@ -67,14 +58,12 @@ class Session:
         """InputError for a pipeline that writes into the scheduler's sigmas to change the steps (Cosmos 2)."""
         if torch.compiler.is_compiling() or type(self.sigmas) is not Tensor:  # of fake ones nothing is known
             return
-        assert self.loaded is not None
-        assert self.levels is not None
-        facts = captured_facts(self.loaded.layout.plan)
-        if facts and not torch.equal(self.sigmas, self.levels.sigmas()):
+        assert self.entry is not None
+        if self.entry.facts and not torch.equal(self.sigmas, self.entry.levels.sigmas()):
             raise InputError(
-                f"the pipeline writes into scheduler.sigmas, from which {facts.class_name} takes its steps, and the "
-                "coefficients of a plan stay what was captured. Run this pipeline with its own scheduler, or with a "
-                "fitted plan"
+                f"the pipeline writes into scheduler.sigmas, from which {self.entry.class_name} takes its steps, and "
+                "the coefficients of a plan stay what was captured. Run this pipeline with its own scheduler, or with "
+                "a fitted plan"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -83,8 +72,9 @@ class Session:
 
     def afresh(self) -> Session:
         """The same choice, before its run."""
-        begin = 0 if self.entry is None else self.entry.begin
-        return replace(self, loaded=self.whole, offset=begin, run=None, returned=None)
+        if self.entry is None:
+            return replace(self)
+        return replace(self, layout=self.entry.layout, offset=self.entry.begin, run=None, returned=None)
 
 
 class Held(NamedTuple):
@@ -215,7 +205,8 @@ class OwnSession:
     @property
     def order(self) -> int:
         """Evaluations per step of the selected plan."""
-        return 1 if (entry := self._session.entry) is None else entry.order
+        entry = self._session.entry
+        return entry.facts.order if entry and entry.facts else 1
 
     @property
     def _session(self) -> Session:
@@ -223,10 +214,49 @@ class OwnSession:
 
     def _chosen(self) -> Entry:
         if (entry := self._session.entry) is None:
-            raise InputError("no plan is chosen before set_timesteps; call that first")
+            raise InputError("no plan is chosen before set_timesteps: call that before step and add_noise")
         return entry
 
-    def _step_arguments(self) -> StepArguments:
-        self._chosen()
-        assert self._session.expected is not None
-        return self._session.expected
+
+def first_index(timestep: Any, timesteps: Tensor, values: Floats) -> int:
+    """The index of a run's first timestep in `timesteps`, whose numbers are `values`; 0 if it cannot be determined.
+
+    Of equal timesteps the second is used, as in diffusers: the first belongs to the step before (Heun). InputError for
+    a number, or a tensor on the CPU, that is not among them.
+    """
+    found = places(timestep, timesteps, values)
+    if found is None:
+        return 0
+    if not found:
+        shown = ", ".join(f"{value:g}" for value in values[:4]) + (", …" if len(values) > 4 else "")
+        raise InputError(
+            f"the first timestep of this run is {quoted(timestep)}, and the plan has {shown}; hand step the entries of "
+            "`timesteps`, or say with set_begin_index where the run begins"
+        )
+    return found[min(1, len(found) - 1)]
+
+
+def places(timestep: Any, timesteps: Tensor, values: Floats) -> list[int] | None:
+    """All indices of a timestep; None if reading it would wait for a device or break a compiled graph.
+
+    A view of `timesteps` gives its index by its offset. Numbers and CPU tensors are compared in float32, or in the
+    tensor's dtype if that is coarser. InputError for other than numbers.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    grid = values.astype(np.float32)
+    if isinstance(timestep, Tensor) and timestep.numel():
+        if timestep._base is timesteps:
+            return [int(timestep.storage_offset())]
+        if timestep.device.type != "cpu":
+            return None
+        if timestep.dtype in HALF:
+            grid = torch.from_numpy(grid).to(timestep.dtype).float().numpy()
+        timestep = timestep.flatten()[0].item()
+    try:
+        number = np.float32(timestep)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or np.ndim(number):
+        raise InputError(f"the timestep of a step is {quoted(timestep)}; expected a number or a tensor of one")
+    return [int(i) for i in np.flatnonzero(number == (np.trunc(grid) if isinstance(timestep, Integral) else grid))]

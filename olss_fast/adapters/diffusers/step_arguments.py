@@ -1,6 +1,4 @@
-"""The arguments of `step` besides output and sample: the index of a timestep in the run, and further arguments.
-
-A plan's coefficients hold for one value of each argument, eta, s_churn and the like.
+"""The further arguments of `step`. A plan's coefficients hold for one value of each, eta, s_churn and the like.
 
 A captured plan expects the value it was captured with: `step_arguments`, else the default in the signature of the
 scheduler's own class. So pipe(eta=0.0) with a plan of a TCDScheduler, whose default is 0.3, does not go unnoticed.
@@ -13,16 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from numbers import Integral
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Generator, Tensor
 
 from olss_fast.capturing.facts import captured_facts, name_of, scheduler_class
 from olss_fast.errors import InputError
-from olss_fast.plan.plan import Floats, Plan
+from olss_fast.plan.plan import Plan
 from olss_fast.support.text import quoted
 
 NEUTRAL = {"s_noise": 1.0, "s_tmax": math.inf}
@@ -102,50 +98,3 @@ def _optional(class_name: str) -> Mapping[str, Any]:
 def _is_generator(value: Any) -> bool:
     several = value if isinstance(value, list) else [value]
     return bool(several) and all(isinstance(each, Generator) for each in several)
-
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-def first_index(timestep: Any, timesteps: Tensor, values: Floats) -> int:
-    """The index of a run's first timestep in `timesteps`, whose numbers are `values`; 0 if it cannot be determined.
-
-    Of equal timesteps the second is used, as in diffusers: the first belongs to the step before (Heun). InputError for
-    a number, or a tensor on the CPU, that is not among them.
-    """
-    found = places(timestep, timesteps, values)
-    if found is None:
-        return 0
-    if not found:
-        shown = ", ".join(f"{value:g}" for value in values[:4]) + (", …" if len(values) > 4 else "")
-        raise InputError(
-            f"the first timestep of this run is {quoted(timestep)}, and the plan has {shown}; hand step the entries of "
-            "`timesteps`, or say with set_begin_index where the run begins"
-        )
-    return found[min(1, len(found) - 1)]
-
-
-def places(timestep: Any, timesteps: Tensor, values: Floats) -> list[int] | None:
-    """All indices of a timestep; None if reading it would wait for a device or break a compiled graph.
-
-    A view of `timesteps` gives its index by its offset. Numbers and CPU tensors are compared in float32, or in the
-    tensor's dtype if that is coarser. InputError for other than numbers.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    grid = values.astype(np.float32)
-    if isinstance(timestep, Tensor) and timestep.numel():
-        if timestep._base is timesteps:
-            return [int(timestep.storage_offset())]
-        if timestep.device.type != "cpu":
-            return None
-        if timestep.dtype in HALF:
-            grid = torch.from_numpy(grid).to(timestep.dtype).float().numpy()
-        timestep = timestep.flatten()[0].item()
-    try:
-        number = np.float32(timestep)
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or np.ndim(number):
-        raise InputError(f"the timestep of a step is {quoted(timestep)}; expected a number or a tensor of one")
-    return [int(i) for i in np.flatnonzero(number == (np.trunc(grid) if isinstance(timestep, Integral) else grid))]
