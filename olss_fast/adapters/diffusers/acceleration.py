@@ -18,6 +18,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -90,14 +91,7 @@ class LoopScheduler(PlanScheduler):
         if self.finished is None:
             raise InputError("the pipeline came to its scheduler's step without a call of its unet")
         finished, self.finished = self.finished, None
-        return Finished(finished) if return_dict else (finished, finished)
-
-
-class Finished:
-    """The output of a network and a scheduler, under both names."""
-
-    def __init__(self, sample: Tensor) -> None:
-        self.sample = self.prev_sample = sample
+        return SimpleNamespace(prev_sample=finished) if return_dict else (finished, finished)
 
 
 class LoopNetwork(torch.nn.Module):
@@ -127,7 +121,7 @@ class LoopNetwork(torch.nn.Module):
             guidance_scale=float(pipe.guidance_scale) if doubled else 1.0,
         )
         scheduler.finished = self.loops.run(work)
-        return (sample,) if arguments.get("return_dict") is False else Finished(sample)
+        return (sample,) if arguments.get("return_dict") is False else SimpleNamespace(sample=sample)
 
 
 def _asking(network: Any, held: Any) -> Ask:

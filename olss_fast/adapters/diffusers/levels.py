@@ -23,7 +23,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from olss_fast.capturing.facts import CapturedFacts, captured_facts, name_of, scheduler_class
+from olss_fast.capturing.facts import captured_facts, name_of, scheduler_class
 from olss_fast.errors import InputError, PlanError
 from olss_fast.plan.plan import Floats, Integers, Plan
 from olss_fast.plan.point_mass import exact_output_of
@@ -44,26 +44,18 @@ SCALING = {
 LEAST_SIGNAL = 2.0**-12  # if a schedule ends without signal, diffusers' schedulers use sigma = 4096
 
 
-@dataclass(frozen=True)
-class Latents:
-    """scales: (S,) network input / state. alphas, sigmas: (S+1,) levels of `add_noise` to begin at each evaluation.
+def scales_of(plan: Plan, network: Mapping[str, Any] | None) -> Floats:
+    """(S,) network input / state, for a plan in the slot of a scheduler with the config `network`.
 
-    by_index: after `set_begin_index`, `add_noise` uses the index of the run, not the timestep passed to it.
+    InputError for unreadable metadata of a captured plan, which has those of its scheduler.
     """
-
-    scales: Floats
-    alphas: Floats
-    sigmas: Floats
-    by_index: bool = False
-
-
-def latents_of(plan: Plan, network: Mapping[str, Any] | None) -> Latents:
-    """Those of a plan in the slot of a scheduler with the config `network`. InputError for unreadable metadata."""
     if facts := captured_facts(plan):
-        return _captured(plan, facts)
+        scales = _numbers(plan, "scales", facts.scales, (plan.nfe,))
+        if scales is not None and not np.all(scales > 0.0):
+            raise InputError(f"the scales of {name_of(plan)} are {quoted(facts.scales)}; expected positive numbers")
+        return np.ones(plan.nfe) if scales is None else scales
     scaling = network is not None and network.get("_class_name") in SCALING
-    scales = np.maximum(plan.alphas[:-1], LEAST_SIGNAL) if scaling else np.ones(plan.nfe)
-    return _scaled(plan, scales)
+    return np.maximum(plan.alphas[:-1], LEAST_SIGNAL) if scaling else np.ones(plan.nfe)
 
 
 def untimed_amplitude(plan: Plan) -> float | None:
@@ -72,8 +64,7 @@ def untimed_amplitude(plan: Plan) -> float | None:
     None if the plan was not captured, diffusers has no such class, or the class does not define it.
     """
     facts = captured_facts(plan)
-    kind = None if facts is None else scheduler_class(facts.class_name)
-    if facts is None or kind is None:
+    if facts is None or (kind := scheduler_class(facts.class_name)) is None:
         return None
     check_config(facts.config)
     try:
@@ -109,22 +100,6 @@ class StepOutput(SchedulerOutput):
         return (sigma * weight * f - b * weight * scale * sample).to(sample.dtype)
 
 
-def _captured(plan: Plan, facts: CapturedFacts) -> Latents:
-    scales = _numbers(plan, "scales", facts.scales, (plan.nfe,))
-    if scales is not None and not np.all(scales > 0.0):
-        raise InputError(f"the scales of {name_of(plan)} are {quoted(facts.scales)}; expected positive numbers")
-    latents = _scaled(plan, np.ones(plan.nfe) if scales is None else scales)
-    noised = _numbers(plan, "noised", facts.noised, (plan.nfe + 1, 2))
-    alphas, sigmas = (latents.alphas, latents.sigmas) if noised is None else noised.T
-    return Latents(latents.scales, alphas, sigmas, bool(facts.noised_by_index))
-
-
-def _scaled(plan: Plan, scales: Floats) -> Latents:
-    """Levels of the rows themselves, in the unit of the states."""
-    ends = np.append(scales, 1.0)
-    return Latents(scales, plan.alphas / ends, plan.sigmas / ends)
-
-
 def _numbers(plan: Plan, name: str, value: Any, shape: tuple[int, ...]) -> Floats | None:
     if value is None:
         return None
@@ -145,16 +120,20 @@ POINTS = 1001  # of a training schedule that is not a table itself
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Of the run of a plan from index `begin` of its timesteps.
+    """Of the states of a plan whose run begins at index `begin` of its timesteps.
 
-    table: (3, n), timesteps rising, alphas, sigmas. complete: it covers the whole training schedule.
+    alphas, sigmas: (S+1,) of `add_noise` to begin at each evaluation. by_index: after `set_begin_index`, `add_noise`
+    uses the index of the run, not the timestep passed to it. table: (3, n), timesteps rising, alphas, sigmas.
+    complete: it covers the whole training schedule.
     """
 
-    table: Floats
-    complete: bool
     plan: Plan
     begin: int
-    latents: Latents
+    alphas: Floats
+    sigmas: Floats
+    by_index: bool
+    table: Floats
+    complete: bool
     _on_device: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def table_on(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -197,12 +176,12 @@ class NoiseLevels:
 
     def at_index(self, index: int | None) -> tuple[float, float] | None:
         """alpha and sigma at an index of `timesteps`; None if the timestep decides."""
-        if index is None or not self.latents.by_index or index < self.begin:
+        if index is None or not self.by_index or index < self.begin:
             return None
         row = min(index - self.begin, self.plan.nfe)
-        return float(self.latents.alphas[row]), float(self.latents.sigmas[row])
+        return float(self.alphas[row]), float(self.sigmas[row])
 
-    def sigmas(self) -> Tensor:
+    def ratios(self) -> Tensor:
         """(S+1,) float32 on the CPU, as in diffusers: sigma / alpha of every row, or sigma of flow matching."""
         alphas, sigmas = self.plan.alphas, self.plan.sigmas
         flow = np.allclose(alphas + sigmas, 1.0)
@@ -210,15 +189,19 @@ class NoiseLevels:
             return torch.tensor(sigmas if flow else sigmas / alphas, dtype=torch.float32, device="cpu")
 
 
-def noise_levels(plan: Plan, begin: int, latents: Latents, schedule: NoiseSchedule | None) -> NoiseLevels:
-    """Levels at the plan's own timesteps, and of the training schedule if known."""
+def noise_levels(plan: Plan, begin: int, scales: Floats, schedule: NoiseSchedule | None) -> NoiseLevels:
+    """Levels at the plan's own timesteps, and of the training schedule if known; for states of these input scales."""
+    facts, ends = captured_facts(plan), np.append(scales, 1.0)
+    noised = _numbers(plan, "noised", facts.noised, (plan.nfe + 1, 2)) if facts else None
+    alphas, sigmas = (plan.alphas / ends, plan.sigmas / ends) if noised is None else noised.T
     times = plan.timesteps.astype(np.float32).astype(np.float64)
     own, places = _second_places(times)
-    table = np.stack([own, latents.alphas[places], latents.sigmas[places]])
+    table = np.stack([own, alphas[places], sigmas[places]])
     if schedule is not None:
-        trained = _trained(schedule, bool(np.any(latents.scales != 1.0)))
+        trained = _trained(schedule, bool(np.any(scales != 1.0)))
         table = np.concatenate([table, trained[:, ~np.isin(trained[0], own)]], axis=1)
-    return NoiseLevels(table[:, table[0].argsort()], schedule is not None, plan, begin, latents)
+    by_index, table = bool(facts and facts.noised_by_index), table[:, table[0].argsort()]
+    return NoiseLevels(plan, begin, alphas, sigmas, by_index, table, complete=schedule is not None)
 
 
 def _second_places(times: Floats) -> tuple[Floats, Integers]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from olss_fast.adapters.diffusers.levels import NoiseLevels, latents_of, noise_levels
+from olss_fast.adapters.diffusers.levels import NoiseLevels, noise_levels, scales_of
 from olss_fast.adapters.diffusers.step_arguments import StepArguments, step_arguments_of
 from olss_fast.capturing.facts import (
     GRIDS,
@@ -122,7 +122,7 @@ class PlanBook:
         return self._remember((entry, begin), lambda: self._laid_out(later_start(entry.plan, begin, self.schedule)))
 
     def _laid_out(self, plan: Plan) -> Layout:
-        return lay_out(plan, latents_of(plan, self.network).scales)
+        return lay_out(plan, scales_of(plan, self.network))
 
     def __deepcopy__(self, memo: Any) -> PlanBook:
         return self  # it never changes
@@ -172,13 +172,14 @@ class PlanBook:
         first, second = plan.timesteps[0], plan.timesteps[min(1, plan.nfe - 1)]
         noisiest = schedule.first if schedule is not None else first + (begin * (first - second) or begin)
         fillers = np.linspace(noisiest, first, begin + 1)[:-1]
+        layout = self._laid_out(plan)
         return Entry(
             plan,
             steps,
             begin,
             timesteps=np.concatenate([fillers, plan.timesteps]),
-            layout=self._laid_out(plan),
-            levels=noise_levels(plan, begin, latents_of(plan, self.network), self.schedule),
+            layout=layout,
+            levels=noise_levels(plan, begin, layout.scales, self.schedule),
             expected=step_arguments_of(plan),
             facts=captured_facts(plan),
         )

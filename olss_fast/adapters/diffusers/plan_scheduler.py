@@ -42,7 +42,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from olss_fast.adapters.diffusers.levels import StepOutput, latents_of, untimed_amplitude
+from olss_fast.adapters.diffusers.levels import StepOutput, scales_of, untimed_amplitude
 from olss_fast.adapters.diffusers.plan_book import PlanBook, whole
 from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_from, visible_config
 from olss_fast.adapters.diffusers.sessions import OwnSession, Session, Sessions, first_index, places
@@ -152,7 +152,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         return starts.pop()
 
     def _amplitude(self, plan: Plan) -> float:
-        return float(plan.rows[0, 0] / latents_of(plan, self._book.network).scales[0])
+        return float(plan.rows[0, 0] / scales_of(plan, self._book.network)[0])
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -189,7 +189,7 @@ class PlanScheduler(OwnSession, StandIn, SchedulerMixin, ConfigMixin):  # type: 
         with torch.inference_mode(False):  # views of a plain tensor can be told apart from copies in every mode
             grid = torch.tensor(entry.timesteps.tolist() + closing, dtype=dtype, device=device or "cpu")
         layout = entry.layout.ready_on(grid.device)
-        self._sessions.hold(Session(entry, entry.levels.sigmas(), layout, offset=entry.begin), grid)
+        self._sessions.hold(Session(entry, entry.levels.ratios(), layout, offset=entry.begin), grid)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at this index of `timesteps`. Plans are derived again for it. InputError if that is impossible."""

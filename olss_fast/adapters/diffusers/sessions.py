@@ -59,7 +59,7 @@ class Session:
         if torch.compiler.is_compiling() or type(self.sigmas) is not Tensor:  # of fake ones nothing is known
             return
         assert self.entry is not None
-        if self.entry.facts and not torch.equal(self.sigmas, self.entry.levels.sigmas()):
+        if self.entry.facts and not torch.equal(self.sigmas, self.entry.levels.ratios()):
             raise InputError(
                 f"the pipeline writes into scheduler.sigmas, from which {self.entry.class_name} takes its steps, and "
                 "the coefficients of a plan stay what was captured. Run this pipeline with its own scheduler, or with "
