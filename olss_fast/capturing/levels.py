@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,20 +80,14 @@ def noising(driver: Driver, scales: list[float], plan: Plan) -> dict[str, Any]:
     if len(noised) < driver.nfe:
         return facts
     levels = np.stack([plan.alphas, plan.sigmas], axis=1) / np.append(scales, 1.0)[:, None]
+    end: Pair | None = None
     if driver.nfe > 1 and _noised(driver, driver.begin, indices[-1]) == noised[0] != noised[-1]:
         facts["noised_by_index"] = True
-    end = _noised_at_the_end(driver) if "noised_by_index" in facts else None
+        with suppress(IndexError):  # the scheduler's tables may end before
+            end = _noised(driver, len(driver.timesteps), indices[-1])
     noised.append(end or (float(levels[-1, 0]), float(levels[-1, 1])))
     same = np.allclose(noised, levels, rtol=1e-7, atol=1e-7)  # float32 tables
     return facts if same else facts | {"noised": noised}
-
-
-def _noised_at_the_end(driver: Driver) -> Pair | None:
-    """`_noised` after the last step; None if the scheduler's tables end before it."""
-    try:
-        return _noised(driver, len(driver.timesteps), len(driver.timesteps) - 1)
-    except IndexError:
-        return None
 
 
 def check_falling(driver: Driver, levels: Levels) -> None:

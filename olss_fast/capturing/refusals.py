@@ -116,7 +116,7 @@ def checked_arguments(
 
 
 def _check_grid(name: str, value: Any, config: Mapping[str, Any], scheduler: str) -> None:
-    grid = _numbers(name, value)
+    grid = row_of_numbers(name, value)
     check_count(grid.size, f"{name} has length")
     high = np.inf
     if name == "timesteps":
@@ -129,7 +129,7 @@ def _check_grid(name: str, value: Any, config: Mapping[str, Any], scheduler: str
         raise InputError(f"{name}[{bad[0]}] is {grid[bad[0]]:g}; {scheduler} takes finite numbers {above}")
 
 
-def _numbers(name: str, value: Any) -> Floats:
+def row_of_numbers(name: str, value: Any) -> Floats:
     """(N,), N >= 1, from a list, tuple, array or tensor of real numbers. InputError otherwise."""
     try:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

@@ -22,6 +22,7 @@ from olss_fast.schedule.curves import FLOW_ALPHA_FLOOR, Curve
 from olss_fast.schedule.fits import mismatch
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.table import TABLE, display_name
+from olss_fast.support.text import first_few
 
 _READERS: Mapping[str, Callable[[str], Any]] = {"order": int, "variant": str, "eta": float}
 
@@ -45,8 +46,8 @@ def rederive(plan: Plan, schedule: NoiseSchedule, timesteps: npt.ArrayLike, *, u
     again = solver(schedule, timesteps=nodes, start=start)
     if again.nfe != times.size or not np.allclose(again.timesteps, times, rtol=1e-6):
         raise InputError(
-            f"{display_name(plan)} evaluates at {_text(again.timesteps)}, and cannot begin or stop in the "
-            f"middle of a step as {_text(times)} would have it; choose another start or other timesteps"
+            f"{display_name(plan)} evaluates at {first_few(again.timesteps)}, and cannot begin or stop in the "
+            f"middle of a step as {first_few(times)} would have it; choose another start or other timesteps"
         )
     return again
 
@@ -137,8 +138,3 @@ def _solver(plan: Plan, schedule: NoiseSchedule) -> Callable[..., Plan]:
     if "runge_kutta" in takes:
         given["runge_kutta"] = told.get("variant") == "runge_kutta"
     return partial(solver, **given)
-
-
-def _text(times: Floats) -> str:
-    shown = ", ".join(f"{time:g}" for time in times[:4])
-    return f"{shown}, …" if times.size > 4 else shown

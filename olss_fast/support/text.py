@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 
@@ -23,3 +24,8 @@ def quoted(value: object, width: int = 60) -> str:
 def a(value: Any) -> str:
     """The type and value, for a message: "a str 'five.safetensors'"."""
     return "None" if value is None else f"a {type(value).__name__} {quoted(value)}"
+
+
+def first_few(numbers: Collection[Any]) -> str:
+    """The first four of some numbers: "999, 749, 499, 249, …"."""
+    return ", ".join(f"{float(number):g}" for number in list(numbers)[:4]) + (", …" if len(numbers) > 4 else "")

@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,20 +33,18 @@ SAME_ANSWER = 1e-3  # of the norm: above the difference of two runs of the same 
 OWN = ("num_inference_steps", "timesteps", "sigmas")  # arguments of a call that are ours to choose
 
 
+@dataclass(eq=False)
 class Session:
     """One call of a pipeline, suspended inside the scheduler's step."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        call: Mapping[str, Any],
-        name: str,
-        scheduler: Any,
-        teacher_steps: int,
-        repeats: int | None = None,
-    ) -> None:
-        self.pipe, self.call, self.name = pipe, call, name
-        self.scheduler, self.teacher_steps, self.repeats = scheduler, teacher_steps, repeats
+    pipe: Any
+    call: Mapping[str, Any]
+    name: str
+    scheduler: Any
+    teacher_steps: int
+    repeats: int | None = None
+
+    def __post_init__(self) -> None:
         self.run: greenlet | None = None
         self.asked = 0  # evaluations of the whole call
         self._open()

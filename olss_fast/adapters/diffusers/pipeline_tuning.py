@@ -77,9 +77,7 @@ def tune_pipeline(
     scheduler's noise levels are of an unknown kind), `StoreError`.
     """
     calls = check_calls(pipe, calls)
-    checked_count("seed", seed, least=0)
-    check_steps(teacher_steps, "teacher_steps")
-    wanted = steps_to_teach(steps, teacher_steps)
+    wanted = steps_to_teach(steps, check_steps(teacher_steps, "teacher_steps"))
     if guidance_scales is not None:
         calls = with_guidance(pipe, calls, guidance_scales)
     with _opened(pipe, calls, teacher_steps, seed, progress) as (network, how):
@@ -127,9 +125,8 @@ def compare_pipeline(
     Arguments and errors as in `tune_pipeline`; `plans` are scored at their own NFE.
     """
     calls, plans = check_calls(pipe, calls), checked_plans(plans, "plans")
-    checked_count("seed", seed, least=0)
-    check_steps(teacher_steps, "teacher_steps")
-    wanted = sorted({*steps_to_teach(list(steps), teacher_steps), *(plan.nfe for plan in plans)})
+    taught = steps_to_teach(list(steps), check_steps(teacher_steps, "teacher_steps"))
+    wanted = sorted({*taught, *(plan.nfe for plan in plans)})
     with _opened(pipe, calls, teacher_steps, seed, progress) as (network, how):
         return compare(
             network,
@@ -153,6 +150,7 @@ def _opened(
     pipe: Any, calls: Sequence[Call], teacher_steps: int, seed: int, progress: bool
 ) -> Iterator[tuple[PipelineNetwork, dict[str, Any]]]:
     """The pipeline as a network, and its arguments: the conditioning is the index of the sample."""
+    checked_count("seed", seed, least=0)
     bar = evaluation_bar("Calls", None, progress)
     with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
         bar.close()

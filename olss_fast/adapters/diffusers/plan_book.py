@@ -27,13 +27,15 @@ from olss_fast.capturing.facts import (
     scheduler_class,
     steps_of,
 )
+from olss_fast.capturing.refusals import row_of_numbers
 from olss_fast.errors import InputError
 from olss_fast.executors.stepwise import Layout, check_runnable, lay_out
 from olss_fast.plan.plan import Floats, Plan
 from olss_fast.sampling.starts import later_start
 from olss_fast.schedule.from_diffusers import check_config
 from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.support.text import quoted
+from olss_fast.support.arguments import checked_number
+from olss_fast.support.text import first_few, quoted
 
 REMEMBERED = 32  # entries and later starts: a pipeline's image sizes and strengths
 SHOWN, WIDTH = 8, 120  # plans, and characters per line, of a summary
@@ -145,8 +147,8 @@ class PlanBook:
 
         if not is_analytic(plan):
             raise InputError(
-                f"{name_of(plan)} is fitted to its timesteps {_text(plan.timesteps)}, but {_text(times)} were given; "
-                "call the pipeline without timesteps"
+                f"{name_of(plan)} is fitted to its timesteps {first_few(plan.timesteps)}, but {first_few(times)} were "
+                "given; call the pipeline without timesteps"
             )
         if self.schedule is None:
             raise InputError(
@@ -204,15 +206,10 @@ def whole(what: str, value: Any) -> int:
 def _checked(name: str, value: Any) -> Any:
     """An argument of set_timesteps as plain numbers, if it is one common to all schedulers."""
     plain = value.tolist() if hasattr(value, "tolist") else value
-    if name not in (*GRIDS, "mu"):
-        return plain
-    try:
-        array = np.asarray(plain, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} is {quoted(value)}; expected numbers") from error
-    if array.ndim != int(name in GRIDS) or not array.size or not np.isfinite(array).all():
-        expected = "a list of at least one finite number" if name in GRIDS else "a finite number"
-        raise InputError(f"{name} is {quoted(value)}; expected {expected}")
+    if name == "mu":
+        checked_number(name, plain)
+    elif name in GRIDS and not np.isfinite(row_of_numbers(name, plain)).all():
+        raise InputError(f"{name} is {quoted(value)}; expected finite numbers")
     return plain
 
 
@@ -253,7 +250,3 @@ def _equal(one: Any, other: Any) -> bool:
     except (TypeError, ValueError):
         return bool(one == other)
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-9)
-
-
-def _text(times: Any) -> str:
-    return ", ".join(f"{float(time):g}" for time in list(times)[:4]) + (", …" if len(times) > 4 else "")

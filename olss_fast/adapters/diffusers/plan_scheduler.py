@@ -44,9 +44,8 @@ from torch import Tensor
 
 from olss_fast.adapters.diffusers.levels import StepOutput, scales_of, untimed_amplitude
 from olss_fast.adapters.diffusers.plan_book import PlanBook, whole
-from olss_fast.adapters.diffusers.scheduler_config import network_config, plans_from, visible_config
 from olss_fast.adapters.diffusers.sessions import OwnSession, Session, Sessions, first_index, places
-from olss_fast.adapters.diffusers.stand_in import StandIn, check_slot
+from olss_fast.adapters.diffusers.stand_in import StandIn, check_slot, network_config, plans_from, visible_config
 from olss_fast.capturing.facts import ENDS_AT_CLEAN, captured_facts, name_of
 from olss_fast.errors import InputError, NetworkError
 from olss_fast.executors.stepwise import Run

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from olss_fast.errors import InputError
 from olss_fast.executors.stepwise import Layout, Run
 from olss_fast.plan.plan import Floats
-from olss_fast.support.text import quoted
+from olss_fast.support.text import first_few, quoted
 
 if TYPE_CHECKING:
     from olss_fast.adapters.diffusers.plan_book import Entry
@@ -228,10 +228,9 @@ def first_index(timestep: Any, timesteps: Tensor, values: Floats) -> int:
     if found is None:
         return 0
     if not found:
-        shown = ", ".join(f"{value:g}" for value in values[:4]) + (", …" if len(values) > 4 else "")
         raise InputError(
-            f"the first timestep of this run is {quoted(timestep)}, and the plan has {shown}; hand step the entries of "
-            "`timesteps`, or say with set_begin_index where the run begins"
+            f"the first timestep of this run is {quoted(timestep)}, and the plan has {first_few(values)}; hand step "
+            "the entries of `timesteps`, or say with set_begin_index where the run begins"
         )
     return found[min(1, len(found) - 1)]
 
