@@ -17,8 +17,7 @@ from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import transfer
-from olss_fast.solvers.level import CLEAN, Level, Output, Vector
-from olss_fast.solvers.tape import Tape, evaluation_levels
+from olss_fast.solvers.tape import CLEAN, Level, Output, Tape, Vector, evaluation_levels
 from olss_fast.support.arguments import checked_number
 
 
@@ -37,7 +36,7 @@ def ddim(
     levels, spacing_name = evaluation_levels(schedule, steps, timesteps, spacing)
     tape = Tape(schedule, len(levels), noises=len(levels) - 1 if eta else 0, start=start)
     state = tape.start(levels[0])
-    for level, target in zip(levels, [*levels[1:], CLEAN], strict=True):
+    for level, target in tape.path(levels):
         output = tape.evaluate(state, level)
         if eta and target is not CLEAN:
             state = _noisy(tape, output, target, eta)

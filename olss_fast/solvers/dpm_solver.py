@@ -23,8 +23,7 @@ import numpy.typing as npt
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import Node, Rule, Space, correction, lagrange_rule, midpoint_rule, moments, transfer
-from olss_fast.solvers.level import CLEAN, Level, Vector
-from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
+from olss_fast.solvers.tape import Level, Tape, Vector, check_choice, evaluation_levels
 
 _SPACES = {"noise": Space.NOISE, "data": Space.DATA}
 
@@ -60,7 +59,7 @@ def group_orders(steps: int, order: int) -> list[int]:
 
 def _singlestep(tape: Tape, levels: Sequence[Level], orders: Sequence[int], rule: Rule, space: Space) -> Vector:
     state = base = tape.start(levels[0])
-    for level, target, order in zip(levels, [*levels[1:], CLEAN], orders, strict=True):
+    for (level, target), order in zip(tape.path(levels), orders, strict=True):
         output = tape.evaluate(state, level)
         if order == 1:
             base, first, later = state, output, list[Node]()

@@ -32,8 +32,7 @@ from olss_fast.solvers.exponential import (
     moments,
     multistep,
 )
-from olss_fast.solvers.level import Vector
-from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
+from olss_fast.solvers.tape import Tape, Vector, check_choice, evaluation_levels
 
 
 def dpm_solver_pp(

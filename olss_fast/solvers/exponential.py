@@ -14,19 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from olss_fast.solvers.level import CLEAN, Level, Output, Vector
-
 if TYPE_CHECKING:
-    from olss_fast.solvers.tape import Tape
+    from olss_fast.solvers.tape import Level, Output, Tape, Vector
 
-Rule = Callable[[float, Sequence[float], "Space"], Vector]
+Rule: TypeAlias = "Callable[[float, Sequence[float], Space], Vector]"
 """rule(h, ratios, space) -> one weight for every ratio r_j."""
 
-Node = tuple[Level, Vector]
+Node: TypeAlias = "tuple[Level, Vector]"
 """A level and the value (x0 or eps) found there."""
 
 GROWTH_LIMIT = 25.0
@@ -120,7 +118,7 @@ def multistep(tape: Tape, levels: Sequence[Level], orders: Sequence[int], rule: 
     """A linear multistep run over `levels` and on to the clean sample; step i uses the last orders[i] answers."""
     state = tape.start(levels[0])
     nodes: list[Node] = []
-    for level, target, order in zip(levels, [*levels[1:], CLEAN], orders, strict=True):
+    for (level, target), order in zip(tape.path(levels), orders, strict=True):
         output = tape.evaluate(state, level)
         nodes = [(level, space.of(output)), *nodes]
         state = transfer(state, output.x0, level, target) + correction(target, nodes[:order], rule, space)

@@ -18,8 +18,7 @@ import numpy.typing as npt
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import transfer
-from olss_fast.solvers.level import CLEAN, Level, Output, Vector
-from olss_fast.solvers.tape import Tape, evaluation_levels
+from olss_fast.solvers.tape import CLEAN, Level, Output, Tape, Vector, evaluation_levels
 from olss_fast.support.arguments import check_steps
 
 
@@ -43,7 +42,7 @@ def heun(
 def _trapezoids(tape: Tape, levels: Sequence[Level], euler_steps: int) -> Vector:
     straight = tape.straight_coordinates
     state = tape.start(levels[0])
-    for i, (level, target) in enumerate(zip(levels, [*levels[1:], CLEAN], strict=True)):
+    for i, (level, target) in enumerate(tape.path(levels)):
         here = tape.evaluate(state, level)
         state = transfer(state, here.x0, level, target)
         if target is not CLEAN and i >= euler_steps:

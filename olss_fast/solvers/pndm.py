@@ -19,8 +19,7 @@ from olss_fast.errors import InputError
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.solvers.exponential import SIGNAL_RATIO_LIMIT, transfer
-from olss_fast.solvers.level import CLEAN, Level, Output, Vector, levels_of
-from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
+from olss_fast.solvers.tape import CLEAN, Level, Output, Tape, Vector, check_choice, evaluation_levels, levels_of
 from olss_fast.support.arguments import check_steps
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -99,7 +98,7 @@ def _adams_bashforth(
 ) -> Vector:
     """From `state` at levels[0] on to the clean sample; `history` holds earlier answers, newest first."""
     outputs = list(history)
-    for level, target in zip(levels, [*levels[1:], CLEAN], strict=True):
+    for level, target in tape.path(levels):
         outputs = [tape.evaluate(state, level), *outputs][:order]
         state = _averaged(state, outputs[0], target, outputs, ADAMS_BASHFORTH[len(outputs) - 1])
     return state

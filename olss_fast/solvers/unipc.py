@@ -29,8 +29,7 @@ from olss_fast.solvers.exponential import (
     midpoint_rule,
     transfer,
 )
-from olss_fast.solvers.level import CLEAN, Level, Vector
-from olss_fast.solvers.tape import Tape, check_choice, evaluation_levels
+from olss_fast.solvers.tape import CLEAN, Level, Tape, Vector, check_choice, evaluation_levels
 
 
 def unipc(

@@ -14,8 +14,7 @@ from olss_fast.errors import InputError, ScheduleError
 from olss_fast.plan.plan import Plan
 from olss_fast.schedule.noise_schedule import SPACINGS, NoiseSchedule
 from olss_fast.solvers.exponential import Space, fit_weights, lagrange_rule, midpoint_rule, moments
-from olss_fast.solvers.level import levels_of
-from olss_fast.solvers.tape import Tape
+from olss_fast.solvers.tape import Tape, levels_of
 from olss_fast.solvers.unipc import predict_and_correct
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012}
