@@ -120,16 +120,13 @@ class Driver:
         """Number of network evaluations of a run."""
         return len(self.timesteps) - self.begin
 
-    @property
-    def _starts_twice(self) -> bool:
-        """True if the first timesteps are equal: a scheduler that looks up its index by timestep starts too late."""
-        return len(self.timesteps) > 1 and bool(self.timesteps[0] == self.timesteps[1])
-
     @torch.no_grad()
     def run(self, start: Tensor, outputs: Answer, noises: Answer) -> Trace:
         """One run from x_T = `start`, or with begin > 0 from the network input `start`."""
         scheduler, trace = copy.deepcopy(self.scheduler), Trace()
-        if (self.begin or self._starts_twice) and hasattr(scheduler, "set_begin_index"):
+        # Of equal first timesteps, a scheduler that looks its index up starts at the second.
+        starts_twice = len(self.timesteps) > 1 and bool(self.timesteps[0] == self.timesteps[1])
+        if (self.begin or starts_twice) and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.begin)
         step = _step_function(scheduler, self.timesteps, self._step_arguments)
         with np.errstate(all="ignore"), _Watch(start.shape, noises, trace):
@@ -176,29 +173,24 @@ def _step_function(
 ) -> Callable[[Tensor, int, Tensor], Tensor]:
     """step(output, index of the timestep, state) -> next state, as the pipelines of the scheduler call it."""
     name = type(scheduler).__name__
+    memory: Tensor | None = None
 
-    def following(index: int) -> Tensor | None:
-        return timesteps[index + 1] if index + 1 < len(timesteps) else None
-
-    def ordinary(output: Tensor, index: int, state: Tensor) -> Tensor:
+    def step(output: Tensor, index: int, state: Tensor) -> Tensor:
+        nonlocal memory
         timestep = timesteps[index]
+        if name == "CogVideoXDPMScheduler":
+            back = timesteps[index - 1] if memory is not None else None
+            state, memory = scheduler.step(output, memory, timestep, back, state, **arguments)
+            return state
         if name == "DDPMWuerstchenScheduler":  # one timestep per sample
             timestep = timestep.expand(len(state))
-        extra = {"prev_timestep": following(index)} if name == "UnCLIPScheduler" else {}
+        following = timesteps[index + 1] if index + 1 < len(timesteps) else None
+        extra = {"prev_timestep": following} if name == "UnCLIPScheduler" else {}
         result = scheduler.step(output, timestep, state, **extra, **arguments)
         following_state: Tensor = result.prev_sample if hasattr(result, "prev_sample") else result[0]
         return following_state
 
-    if name != "CogVideoXDPMScheduler":
-        return ordinary
-    memory: list[Tensor | None] = [None]
-
-    def with_memory(output: Tensor, index: int, state: Tensor) -> Tensor:
-        back = timesteps[index - 1] if memory[0] is not None else None
-        state, memory[0] = scheduler.step(output, memory[0], timesteps[index], back, state, **arguments)
-        return state
-
-    return with_memory
+    return step
 
 
 def _timesteps(name: str, value: Any) -> Tensor:

@@ -89,9 +89,10 @@ class Layout:
         return self._on_device[key]
 
 
-def lay_out(plan: Plan, scales: Floats) -> Layout:
+def lay_out(plan: Plan, scales: Floats | None = None) -> Layout:
     """The layout of the scheduler's states, row k / scales[k], k < S. InputError for a plan no scheduler can run."""
     check_runnable(plan)
+    scales = np.ones(plan.nfe) if scales is None else scales
     states = plan.rows.copy()
     states[:-1] /= scales[:, None]
     shares = states[:, 0] / states[0, 0]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,10 +184,15 @@ class NoiseLevels:
 
     def ratios(self) -> Tensor:
         """(S+1,) float32 on the CPU, as in diffusers: sigma / alpha of every row, or sigma of flow matching."""
+        return torch.tensor(self._ratios, dtype=torch.float32, device="cpu")
+
+    @cached_property
+    def _ratios(self) -> list[float]:
         alphas, sigmas = self.plan.alphas, self.plan.sigmas
         flow = np.allclose(alphas + sigmas, 1.0)
         with np.errstate(divide="ignore"):
-            return torch.tensor(sigmas if flow else sigmas / alphas, dtype=torch.float32, device="cpu")
+            ratios: list[float] = (sigmas if flow else sigmas / alphas).tolist()
+        return ratios
 
 
 def noise_levels(plan: Plan, begin: int, scales: Floats, schedule: NoiseSchedule | None) -> NoiseLevels:

@@ -3,12 +3,9 @@
     pipe.scheduler = olss_fast.PlanScheduler.from_pipe(pipe, plan)
     image = pipe("a cat", num_inference_steps=8).images[0]
 
-A pipeline's `latents` are the state that the plan's own scheduler would have: row k of the plan, the next network
-input, divided by that scheduler's input scale (1 for most; see `levels`). `scale_model_input` multiplies by it,
-`init_noise_sigma` is rows[0, 0] divided by it, and `add_noise` mixes image and noise as that scheduler does to begin at
-a timestep. Between two steps only the history [f_0 z.. | … | f_{k-1} z.. | x_k], in the precision of
-`Layout.dtype_of_sums`, and the index k are kept; `step` is one copy into the history and one matrix-vector product (and
-a cast, if that is wider than the sample).
+A pipeline's `latents` are the state that the plan's own scheduler would have (see `levels`): row k of the plan, the
+next network input, divided by that scheduler's input scale. `scale_model_input` multiplies by it, `init_noise_sigma` is
+rows[0, 0] divided by it. A step is one of `executors.stepwise`.
 
 Start of a run: `set_begin_index`, else the index of the first timestep in `timesteps` (of which pipelines pass views;
 numbers and CPU tensors are looked up), else the beginning. Inside torch.compile only `set_begin_index` counts.
@@ -18,13 +15,10 @@ continues from the sample passed to it, like samplers that use only x_k and f_k:
 (`olss_fast.executors.increments`). If a fitted plan's rows do not allow that, the difference d to row k counts as a
 change of the initial noise by d / rows[k, 0].
 
-Split runs (SDXL's `denoising_end` and `denoising_start`, a callback that interrupts): the latents are those of the
-scheduler that a plan was captured from, else of the scheduler that it replaces, so either part may use a plan or that
-scheduler.
+Split runs (SDXL's `denoising_end` and `denoising_start`, a callback that interrupts): either part may use a plan or the
+scheduler that it was captured from, else the one that it replaces.
 
-Threads: each has its own run, to which its `timesteps`, `step_index`, … belong. A run may continue in another thread:
-`step` recognises it by the entry of `timesteps` passed to it; a number or a copy means the calling thread's run. If it
-cannot tell, it raises InputError.
+Threads: each has its own run, to which its `timesteps`, `step_index`, … belong; see `sessions`.
 
 A NaN from the network: on the CPU the last step checks for it; on accelerators that would synchronise, so call
 `require_finite()`.
