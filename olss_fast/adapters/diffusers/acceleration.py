@@ -5,10 +5,9 @@ one timestep; the network, when called there, runs the whole loop by the fused o
 it received (prompt embeddings and all) and the call's guidance scale. What the pipeline does with that output has no
 effect, and the scheduler's step returns the finished latents.
 
-The pipeline itself has the plan as a `PlanScheduler`, and its network is unchanged: other pipelines with the same
-components run step by step, and threads do not interfere. A call also runs step by step, with a warning, if it asks
-for anything that may matter between steps (a callback, `guidance_rescale`, `denoising_end`, an unknown argument), or
-if its plan draws fresh noise.
+The pipeline itself has the plan as a `PlanScheduler`, and its network is unchanged: threads do not interfere. A call
+runs step by step if anything may matter between steps (also `guidance_rescale`, `denoising_end`, an unknown argument),
+or if its plan draws fresh noise.
 """
 
 from __future__ import annotations

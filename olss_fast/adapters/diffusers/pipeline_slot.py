@@ -31,9 +31,7 @@ ENOUGH = 2
 
 
 class Slot:
-    """The stand-in for a pipeline's scheduler while it is evaluated from outside.
-
-    The pipeline sees the teacher's `teacher_steps` timesteps, each repeated: whatever share of them an image-to-image
+    """Shows the teacher's `teacher_steps` timesteps, each repeated: whatever share of them an image-to-image
     call skips (`strength`), it begins at one of the teacher's timesteps, index `begin`.
     """
 
@@ -190,7 +188,8 @@ def questions(
 
     arguments: of the call, by its number of steps. InputError if the call fails.
     """
-    for count in _counts(scheduler, steps):
+    planned = [steps_of(plan) for plan in scheduler.plans] if isinstance(scheduler, PlanScheduler) else None
+    for count in planned or dict.fromkeys([steps, min(steps, STEPS)]):  # a PlanScheduler takes only those of its plans
         asked: list[Question] = []
         pipe.scheduler = watched(scheduler, asked)
         try:
@@ -205,13 +204,6 @@ def questions(
         f"{name} of {type(pipe).__name__} failed with its own {type(scheduler).__name__}: "
         f"{type(problem).__name__}: {problem}"
     ) from problem
-
-
-def _counts(scheduler: Any, steps: int) -> list[int]:
-    """Numbers of steps to try. A PlanScheduler takes only those of its plans."""
-    if isinstance(scheduler, PlanScheduler):
-        return [steps_of(plan) for plan in scheduler.plans]
-    return list(dict.fromkeys([steps, min(steps, STEPS)]))
 
 
 def watched(scheduler: Any, asked: list[Question]) -> Any:

@@ -284,10 +284,8 @@ def _count(asked: Mapping[str, Any]) -> int | None:
 
 def _is_met(name: str, value: Any, steps: int, facts: CapturedFacts) -> bool:
     """True if a captured plan already has an argument: the same, or the plain grid if it was captured on its own."""
-    arguments = facts.arguments
-    if name in arguments:
-        return _equal(value, arguments[name]) or (name == "sigmas" and _is_plain(value, steps))
-    return name == "sigmas" and "timesteps" in arguments and _is_plain(value, steps)
+    same = name in facts.arguments and _equal(value, facts.arguments[name])
+    return same or (name == "sigmas" and not facts.arguments.keys().isdisjoint(GRIDS) and _is_plain(value, steps))
 
 
 def _is_plain(sigmas: Any, steps: int) -> bool:
