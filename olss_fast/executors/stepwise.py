@@ -64,7 +64,9 @@ class Layout:
 
     def ready_on(self, device: torch.device) -> Layout:
         """Itself, with its weights on `device` for samples of 16 or 32 bits: a step then moves nothing."""
-        self._on_device = {key: each for key, each in self._on_device.items() if type(each[0]) is Tensor}  # no fakes
+        for key, weights in list(self._on_device.items()):  # other threads may do the same
+            if type(weights[0]) is not Tensor:  # fake ones of an earlier run
+                self._on_device.pop(key, None)
         for dtype in (torch.float16, torch.float32):
             self.weights_on(device, self.dtype_of_sums(dtype, device))
         return self
@@ -82,11 +84,11 @@ class Layout:
     def weights_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """`weights` in one transfer; kept for the next run."""
         key = device, dtype
-        if key not in self._on_device:
+        if (weights := self._on_device.get(key)) is None:
             with torch.inference_mode(False):  # usable in every later mode
                 flat = torch.tensor(np.concatenate(self.weights).tolist(), dtype=dtype, device=device)
-                self._on_device[key] = torch.split(flat, [len(each) for each in self.weights])
-        return self._on_device[key]
+                weights = self._on_device[key] = torch.split(flat, [len(each) for each in self.weights])
+        return weights
 
 
 def lay_out(plan: Plan, scales: Floats | None = None) -> Layout:
