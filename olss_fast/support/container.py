@@ -28,10 +28,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from threading import Lock
 from typing import Any, BinaryIO, NoReturn
 
 from olss_fast.errors import OlssError
@@ -42,11 +43,12 @@ from olss_fast.support.text import quoted
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**40
 PIECE = 16 * 2**20
-BLOCK = 2**20  # bytes per read of a file that is not kept
+BLOCK = 2**20  # bytes per read
 MOST_AXES = 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 Row = tuple[str, str, tuple[int, ...], int, int]  # of a tensor: name, dtype, shape, begin and end in the data
+Content = Callable[[int, int], Iterable[memoryview]]  # the bytes from begin to end
 
 _BLANK = "0" * 64
 _COPY_AGAIN = "copy the file again, or make it again"
@@ -114,7 +116,7 @@ def encode(format: Format, entry: Mapping[str, object], blobs: Mapping[str, Blob
     _check_bounds(format, len(text), 8 + len(text) + end)
     blank = len(text).to_bytes(8, "little") + text.encode()
     data = [blob.data.cast("B") if blob.data.nbytes else memoryview(b"") for blob in blobs.values()]
-    found = digest([memoryview(blank), *data])
+    found = digest(8 + len(text) + end, _in_buffers([memoryview(blank), *data]))
     return [memoryview(blank.replace(_BLANK.encode(), found.encode(), 1)), *data]
 
 
@@ -135,7 +137,7 @@ def _check_bounds(format: Format, header: int, whole: int) -> None:
 
 
 def read(path: AnyPath, format: Format, *, sha256: str | None = None) -> tuple[dict[str, Any], dict[str, Blob]]:
-    """Entry and tensors of a file, which is verified in full before any tensor is returned.
+    """Entry and tensors of a file, which is verified in full before any tensor is loaded.
 
     sha256: the expected SHA-256 of the file, in lower case, or its checksum.
 
@@ -148,16 +150,16 @@ def read(path: AnyPath, format: Format, *, sha256: str | None = None) -> tuple[d
 def read_from(file: BinaryIO, format: Format, *, sha256: str | None = None) -> tuple[dict[str, Any], dict[str, Blob]]:
     """The same of an open file. Raises `Refused`."""
     head, entry, rows = _head(file, format)
-    blobs = {name: Blob(dtype, shape, _next(file, end - begin)) for name, dtype, shape, begin, end in rows}
-    data, claimed = [blob.data for blob in blobs.values()], entry["sha256"]
+    size, claimed = _size(file), entry["sha256"]
     blank = head.replace(claimed.encode(), _BLANK.encode(), 1)
-    if (found := digest([memoryview(blank), *data])) != claimed:
+    if (found := digest(size, _in_file(blank, file))) != claimed:
         refuse(
             f"its content has the SHA-256 {found[:12]}… and it says {claimed[:12]}…: damaged or altered; {_COPY_AGAIN}"
         )
-    if sha256 not in (None, claimed) and (found := _sha256([head, *data]).hex()) != sha256:
+    if sha256 not in (None, claimed) and (found := _sha256(_in_file(head, file)(0, size)).hex()) != sha256:
         refuse(f"its sha256 is {found}; expected {sha256}: it is another file than you mean")
-    return entry, blobs
+    file.seek(len(head))
+    return entry, {name: Blob(dtype, shape, _next(file, end - begin)) for name, dtype, shape, begin, end in rows}
 
 
 def read_header(path: AnyPath, format: Format) -> tuple[dict[str, Any], dict[str, int]]:
@@ -171,18 +173,22 @@ def read_header(path: AnyPath, format: Format) -> tuple[dict[str, Any], dict[str
 def file_sha256(path: AnyPath, format: Format) -> str:
     """The SHA-256 of a file, as `sha256sum` prints it. Raises the format's error."""
     with naming(path, format), opened(path, error=format.error) as file:
-        return _sha256(iter(lambda: file.read(BLOCK), b"")).hex()
+        return _sha256(_in_file(b"", file)(0, _size(file))).hex()
 
 
 def _head(file: BinaryIO, format: Format) -> tuple[bytes, dict[str, Any], list[Row]]:
     """The bytes before the data, the entry and the table, each checked before it is used."""
-    size = file.seek(0, os.SEEK_END)
+    size = _size(file)
     file.seek(0)
     first = file.read(8)
     length = _header_length(first, size, format)
     text = bytes(_next(file, length))
     header = _json_object(text, "the safetensors header")
     return first + text, _entry(header, format), list(_table(header, size - 8 - length))
+
+
+def _size(file: BinaryIO) -> int:
+    return file.seek(0, os.SEEK_END)
 
 
 def _next(file: BinaryIO, count: int) -> memoryview:
@@ -192,30 +198,47 @@ def _next(file: BinaryIO, count: int) -> memoryview:
     return memoryview(data)
 
 
-def digest(buffers: Sequence[memoryview]) -> str:
-    """The checksum of consecutive buffers, in which its own digits are already zeros."""
-    begins = range(0, sum(map(len, buffers)), PIECE)
+def digest(size: int, content: Content) -> str:
+    """The checksum of `content`, whose own digits are already zeros."""
+    begins = range(0, size, PIECE)
     if len(begins) == 1:
-        return _sha256(buffers).hex()
+        return _sha256(content(0, size)).hex()
     from concurrent.futures import ThreadPoolExecutor  # slow to import, and not needed for small files
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib releases the interpreter lock
-        sums = pool.map(lambda begin: _sha256(_between(buffers, begin, begin + PIECE)), begins)
+        sums = pool.map(lambda begin: _sha256(content(begin, min(begin + PIECE, size))), begins)
         return hashlib.sha256(b"".join(sums)).hexdigest()
 
 
-def _sha256(blocks: Iterable[bytes | memoryview]) -> bytes:
+def _sha256(blocks: Iterable[memoryview]) -> bytes:
     total = hashlib.sha256()
     for each in blocks:
         total.update(each)
     return total.digest()
 
 
-def _between(buffers: Sequence[memoryview], begin: int, end: int) -> Iterator[memoryview]:
-    """The bytes from begin to end."""
-    for buffer in buffers:
-        yield buffer[max(begin, 0) : max(end, 0)]
-        begin, end = begin - len(buffer), end - len(buffer)
+def _in_buffers(buffers: Sequence[memoryview]) -> Content:
+    def content(begin: int, end: int) -> Iterator[memoryview]:
+        for buffer in buffers:
+            yield buffer[max(begin, 0) : max(end, 0)]
+            begin, end = begin - len(buffer), end - len(buffer)
+
+    return content
+
+
+def _in_file(head: bytes, file: BinaryIO) -> Content:
+    """The file's content with its beginning replaced by `head`. Thread-safe."""
+    lock = Lock()
+
+    def content(begin: int, end: int) -> Iterator[memoryview]:
+        yield memoryview(head)[begin:end]
+        for at in range(max(begin, len(head)), end, BLOCK):
+            with lock:
+                file.seek(at)
+                block = _next(file, min(BLOCK, end - at))
+            yield block
+
+    return content
 
 
 # --- the header ----------------------------------------------------------------------------------------------------
