@@ -4,7 +4,7 @@ A captured plan is captured again (its metadata holds the scheduler), an analyti
 is fixed: its timesteps are absolute, so it accepts any `mu` and the plain grid of `sigmas` that flow pipelines always
 pass, and refuses everything else.
 
-Its coefficients hold for one value of each further argument of `step`, eta, s_churn and the like. A captured plan
+A plan's coefficients hold for one value of each further argument of `step`, eta, s_churn and the like. A captured plan
 expects the value it was captured with: `step_arguments`, else the default in the signature of the scheduler's own
 class. So pipe(eta=0.0) with a plan of a TCDScheduler, whose default is 0.3, does not go unnoticed.
 """
