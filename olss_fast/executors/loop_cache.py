@@ -145,15 +145,14 @@ class LoopCache:
             return result
 
     def reset(self) -> None:
-        """Frees all buffers and graphs: for changes of a network that go unnoticed, such as adapter scales."""
+        """See `Sampler.reset`."""
         with self._lock:
             self._kept.clear()
             self._not_captured.clear()
         self._threads = threading.local()
 
     def require_finite(self) -> None:
-        """NetworkError naming the first non-finite evaluation of this thread's last run. Synchronises with the device.
-        InputError if another thread has used the same buffers since."""
+        """See `Sampler.require_finite`."""
         last: tuple[Kept, int] | None = getattr(self._threads, "last", None)
         if last is None:
             return

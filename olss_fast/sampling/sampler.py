@@ -97,7 +97,7 @@ class Sampler:
 
     def __repr__(self) -> str:
         scale = f", guidance_scale={self.guidance_scale:g}" if self._unconditional is not None else ""
-        names = ", ".join(_name_of(each) for each in self.networks)
+        names = ", ".join(getattr(each, "__name__", type(each).__name__) for each in self.networks)
         return f"Sampler({names}, {self.plan!r}{scale}, backend={self.backend!r}, device={str(self.device or 'any')!r})"
 
     @property
@@ -197,7 +197,3 @@ class Sampler:
                 on_step=on_step,
             )
             return self._loops.run(work)
-
-
-def _name_of(network: Any) -> str:
-    return getattr(network, "__name__", type(network).__name__)

@@ -235,7 +235,7 @@ def test_network_that_reuses_its_output_buffer_keeps_its_guidance(plan: olss_fas
 @pytest.mark.parametrize(
     "change",
     [
-        {"unconditional": {"y": None}},
+        {"unconditional": {"y": "none"}},
         {"conditioning": torch.zeros(6)},
         {"guidance_scale": "a"},
         {"guidance_scale": None},
