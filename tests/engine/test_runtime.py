@@ -270,7 +270,11 @@ def test_bad_command_lines_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [(np.array([0.0, 1.5]), "no int64"), (np.array([0.0, 1e19]), "no int64"), (np.array([0.0, np.nan]), "no int64")],
+    [
+        (np.array([0.0, 1.5]), "do not fit int64"),
+        (np.array([0.0, 1e19]), "do not fit int64"),
+        (np.array([0.0, np.nan]), "do not fit int64"),
+    ],
 )
 def test_values_are_cast_exactly_or_not_at_all(tmp_path: Path, values: np.ndarray[Any, Any], text: str) -> None:
     np.save(tmp_path / "x.npy", values)
@@ -282,7 +286,7 @@ def test_values_are_cast_exactly_or_not_at_all(tmp_path: Path, values: np.ndarra
 
 def test_float_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
     arguments = ["--set", "added.text=1", "--set", "added.table=1", "--set", "added.strength=1e60"]
-    assert "no float32" in refusal(engine_file("nested"), *arguments, "--out", tmp_path / "x.npy")
+    assert "do not fit float32" in refusal(engine_file("nested"), *arguments, "--out", tmp_path / "x.npy")
 
 
 def test_describe_help_and_version() -> None:
