@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from olss_fast.methods import ANALYTIC, kind_of, title_of
 from olss_fast.network import OwnStart
@@ -35,10 +36,12 @@ def recorded(
     split: Split | None = None,
     store: str | Path | None = None,
     batch_size: int | None = None,
+    check: Callable[[Tensor], object] = lambda samples: None,
 ) -> Iterator[Task]:
     """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
 
     The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`.
+    `check` gets the first samples made.
     Raises `InputError` for an unusable `batch_size`, `NetworkError`, `StoreError`.
     """
     denoiser, samples = clock.denoiser, clock.denoiser.samples
@@ -54,7 +57,9 @@ def recorded(
     with torch.no_grad(), ExitStack() as stack:
         with clock.stage("record", f"Teacher, {teacher.nfe} steps", samples * teacher.nfe) as tick:
             opened = stack.enter_context(open_store(store, question, lambda: probe(teacher, denoiser)))
-            recording = record(teacher, denoiser, store=opened, split=split, batch_size=size, progress=tick)
+            recording = record(
+                teacher, denoiser, store=opened, split=split, batch_size=size, progress=tick, check=check
+            )
         yield Task(recording, denoiser, schedule, fixed_start=isinstance(denoiser.networks[0], OwnStart))
 
 

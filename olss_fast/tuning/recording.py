@@ -117,10 +117,11 @@ def record(
     split: Split,
     batch_size: int,
     progress: Callable[[int], object] = lambda evaluations: None,
+    check: Callable[[Tensor], object] = lambda samples: None,
 ) -> Recording:
     """Run `teacher` on all noise, chunk by chunk; finished chunks in the store are not run again.
 
-    `progress` is told how many evaluations of a sample that skips.
+    `progress` is told how many evaluations of a sample that skips, `check` gets the first samples made.
     Raises `NetworkError` (evaluation and sample named) and `StoreError`.
     """
     recording = Recording(teacher, store, split, batch_size, len(split.fit) * denoiser.noise[0].numel())
@@ -130,6 +131,8 @@ def record(
             progress((chunk.stop - chunk.start) * teacher.nfe)
         else:
             store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, chunk, chunk.start in split.fit))
+            if chunk.start == 0:
+                check(recording.result(chunk))
     return recording
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from olss_fast.methods import METHODS, OLSS, Method
 from olss_fast.network import Conditioning, Denoiser, Network
 from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import Candidate, Report
+from olss_fast.sampling.checking import checked
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.arguments import checked_count
 from olss_fast.support.identity import digest
@@ -94,7 +96,8 @@ def tune(
     wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
     split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
     effort = effort or Effort()
-    with recorded(teacher, schedule, clock=clock, split=split, store=store, batch_size=batch_size) as task:
+    check = partial(checked, denoiser, schedule)
+    with recorded(teacher, schedule, clock=clock, split=split, store=store, batch_size=batch_size, check=check) as task:
         judge = Judge(task, clock, rivals, stage="accept", first=max(3, len(split.held_out) // 8))
         candidates = [each for n in wanted for each in _candidates(Study(task, effort, clock, seed, n), judge)]
     settings = {
