@@ -41,8 +41,10 @@ def main(
         torch.set_num_threads(threads)
     model = demo.load()
     noise, labels = draw_noise(model, samples, 0), pick_labels(model, samples)
-    how = arguments(model, labels)
-    result = tune(model.network, noise=noise, schedule=model.schedule, steps=STEPS, store=store, **how)
+    how = arguments(model, labels) | {"teacher_steps": 100}
+    result = tune(
+        model.network, noise=noise, schedule=model.schedule, steps=STEPS, teacher_steps=100, store=store, **how
+    )
     print(result.report.table())
     out.parent.mkdir(parents=True, exist_ok=True)
     result.report.to_json(out.with_name(out.name + "-report.json"))
@@ -72,7 +74,7 @@ def _later(model: demo.DemoModel, noise: torch.Tensor, labels: list[int], store:
     kept = store / "analytic-at-more-steps.json" if store else None
     if kept and kept.exists():
         return olss_fast.Report.from_json(kept)
-    how = arguments(model, labels)
+    how = arguments(model, labels) | {"teacher_steps": 100}
     report = comparison.compare(model.network, noise=noise, schedule=model.schedule, steps=MORE_STEPS, **how)
     if kept:
         report.to_json(kept)

@@ -87,7 +87,7 @@ def tune(
             "--samples", "-n", min=4, max=options.MOST_SAMPLES, help="A quarter judge. Default: 256, with --prompts 64."
         ),
     ] = None,
-    teacher_steps: options.TeacherOption = 100,
+    teacher_steps: options.TeacherOption = None,
     guidance_scale: options.GuidanceOption = None,
     guidance_range: Annotated[
         str | None,
@@ -204,7 +204,7 @@ def compare(
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=2, max=options.MOST_SAMPLES, help="Noises to judge on.")
     ] = 64,
-    teacher_steps: options.TeacherOption = 100,
+    teacher_steps: options.TeacherOption = None,
     guidance_scale: options.GuidanceOption = None,
     null_class: options.NullClassOption = None,
     batch_size: options.BatchOption = None,

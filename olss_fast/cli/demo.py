@@ -52,7 +52,7 @@ def run_demo(
         f"Tuning the embedded model on {device_of(subject.loaded)}: {samples} samples, light polish. "
         "`olss-fast tune --model demo` takes more of both, and finds better plans."
     )
-    result = subject.tune(samples, None, steps=list(steps), effort=Effort.light())
+    result = subject.tune(samples, None, steps=list(steps), teacher_steps=100, effort=Effort.light())
     written = write_result(result, out)
     others = NetworkSubject(DEMO, device, seed=seed + GRID_SEED, progress=False)
     written.append(draw_grid(result.report, others, out / "grid.png", progress=progress))

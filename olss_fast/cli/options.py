@@ -47,7 +47,10 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for plans, 
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the noise.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples at once.")]
 TeacherOption = Annotated[
-    int, typer.Option("--teacher-steps", min=1, max=MAX_EVALUATIONS, help="NFE of the DDIM teacher.")
+    int | None,
+    typer.Option(
+        "--teacher-steps", min=1, max=MAX_EVALUATIONS, help="NFE of a DDIM teacher. Default: a measured teacher."
+    ),
 ]
 OrderOption = Annotated[int | None, typer.Option("--order", min=1, help="Order of the solver.")]
 SpacingOption = Annotated[str | None, typer.Option("--spacing", metavar="NAME", help="Time spacing of the solver.")]

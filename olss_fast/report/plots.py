@@ -272,11 +272,11 @@ def _draw_levels(axes: Axes, teacher: Plan) -> None:
 
 def _draw_path(axes: Axes, report: Report, fit: Candidate, row: int) -> None:
     planned = log_snr(fit.plan)
-    uniform = log_snr(report.teacher)[np.arange(fit.nfe) * report.teacher.nfe // fit.nfe]
     axes.plot(planned, np.full_like(planned, row), "-", color=ACCENT, linewidth=1.0, alpha=0.35, zorder=1)
-    axes.plot(
-        uniform, np.full_like(uniform, row + 0.24), "o", color=MUTED, markerfacecolor="white", markersize=4.5, zorder=2
-    )
+    for even in report.at(fit.nfe, "olss-uniform"):
+        uniform = log_snr(even.plan)
+        style: dict[str, Any] = {"color": MUTED, "markerfacecolor": "white", "markersize": 4.5, "zorder": 2}
+        axes.plot(uniform, np.full_like(uniform, row + 0.24), "o", **style)
     axes.plot(planned, np.full_like(planned, row), "o", color=ACCENT, markeredgecolor="white", markersize=8.5, zorder=3)
 
 

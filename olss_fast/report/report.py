@@ -25,6 +25,7 @@ from olss_fast.support.folders import PathLike, make_folder
 
 FORMAT = "olss_fast.report"
 VERSION = 1
+NEAR = 3.0  # times the teacher's own error, below which a student's is no longer all its own
 LARGEST_FILE = 2**30  # bytes
 
 
@@ -33,7 +34,7 @@ class Candidate:
     """One sampler with its score.
 
     `kind` is "analytic" or one of `methods.METHODS`; `errors` are per-sample RMSEs on the first `len(errors)` held-out
-    samples (inf where the sampler diverged); `path` holds the teacher's steps that a fit was planned at; `accepted`
+    samples (inf where the sampler diverged); `path` holds the steps of the grid that a fit was planned at; `accepted`
     marks the best of its NFE.
     """
 
@@ -146,6 +147,18 @@ class Report:
         most = max((candidate.samples for candidate in self.candidates), default=0)
         if most > self.held_out:
             raise InputError(f"a candidate was scored on {most} samples, but held_out is {self.held_out}")
+
+    @property
+    def own_error(self) -> float | None:
+        """By how much the teacher's samples move when its steps are doubled; None if that was not measured."""
+        told = self.teacher.metadata.get("own_error")
+        return None if told is None else float(told)
+
+    @property
+    def near_teacher(self) -> list[int]:
+        """Where the best candidate comes so near to the teacher that its own error counts (`NEAR` times it)."""
+        error = self.own_error or 0.0
+        return [nfe for nfe in self.nfes if (best := self.find(nfe)) and best.mean < NEAR * error]
 
     @property
     def nfes(self) -> tuple[int, ...]:

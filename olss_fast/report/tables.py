@@ -45,6 +45,11 @@ def summary_table(report: Report) -> Table:
         f"analytic needs: NFE at which the best analytic solver equals OLSS. scored: on all {report.held_out} "
         "samples, of those tried; the others were dropped after a few."
     )
+    if near := report.near_teacher:
+        caption += (
+            f" At {', '.join(map(str, near))} NFE errors come near to the teacher's own: they could as well be smaller "
+            "or larger. Give a longer teacher."
+        )
     table = _table(_title(report), columns, caption, words="which")
     for nfe in report.nfes:
         if any(candidate.kind != ANALYTIC for candidate in report.at(nfe, partial=True)):
@@ -148,4 +153,6 @@ def render(table: Table, *, width: int | None = None) -> str:
 
 
 def _title(report: Report) -> str:
-    return f"RMSE to the {report.teacher.nfe}-step teacher from the same noise, mean over {report.held_out} samples"
+    own = "" if report.own_error is None else f" (its own error {report.own_error:.4f})"
+    steps = report.teacher.nfe
+    return f"RMSE to the {steps}-step teacher{own} from the same noise, mean over {report.held_out} samples"

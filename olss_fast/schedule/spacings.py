@@ -39,11 +39,10 @@ def space_timesteps(
     if not isinstance(spacing, str) or spacing not in _RULES:
         raise ScheduleError(f"spacing {spacing!r} is unknown; choose one of {', '.join(_RULES)}")
     times = _RULES[spacing](curve, steps, leading_offset)
-    if whole:  # of equal ones the noisier move up, as far as there is room
+    if whole:  # of equal ones the noisier move up
         ranks = np.arange(steps)[::-1]
         times = np.maximum.accumulate((np.round(times) - ranks)[::-1])[::-1] + ranks
-        times = np.minimum(times, curve.first - ranks[::-1])
-    if np.any(np.diff(times) >= 0) or (whole and times[-1] < np.floor(curve.last)):
+    if np.any(np.diff(times) >= 0) or (whole and times[0] > curve.first):
         raise ScheduleError(f"{steps} steps are more than {spacing} spacing can tell apart on {curve.describe()}")
     return times
 

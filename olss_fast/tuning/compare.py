@@ -17,7 +17,8 @@ from olss_fast.solvers.table import display_name
 from olss_fast.support.arguments import check_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, recorded
-from olss_fast.tuning.preparation import checked_teacher, whole_steps
+from olss_fast.tuning.preparation import whole_steps
+from olss_fast.tuning.teacher import checked_teacher
 
 FIRST = 8  # samples on which every candidate is scored
 
@@ -29,7 +30,7 @@ def compare(
     schedule: NoiseSchedule,
     steps: Sequence[int],
     plans: Iterable[Plan] = (),
-    teacher_steps: int = 100,
+    teacher_steps: int | None = None,
     teacher: Plan | None = None,
     rivals: Sequence[Plan] = (),
     conditioning: Conditioning | None = None,
@@ -55,7 +56,8 @@ def compare(
     for plan in plans:
         check_plan_fits(plan, denoiser)
     clock = Clock(denoiser, progress)
-    with recorded(teacher, schedule, clock=clock, batch_size=batch_size) as task:
+    with recorded(teacher, schedule, most_steps=wanted[-1], clock=clock, batch_size=batch_size) as task:
+        teacher = task.recording.teacher.plan
         judge = Judge(task, clock, rivals, stage="score", first=FIRST)
         candidates = [
             each for nfe in wanted for each in judge.candidates(nfe, [plan for plan in plans if plan.nfe == nfe])

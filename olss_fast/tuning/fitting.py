@@ -8,6 +8,10 @@ over all M pixels of the fit samples, with m_j the mean square of column j (so `
 an analytic solver at the same times (Duan et al. 2023, section 4, with the shrinkage target moved from 0 to p).
 *Teacher-forced* rows, as originally published, use the teacher's outputs for A; *on-policy* rows use the outputs on
 the student's own rollout, row after row, and so correct the drift of the earlier rows.
+
+A finished rollout is one small Gram matrix a sample: with y the teacher's sample and G_p = [A | y]^T [A | y] of sample
+p, the error of a last row w is rmse_p(w)^2 = (w, -1) G_p (w, -1)^T / pixels for every w, so the last row is solved
+exactly for any weighting of the samples, without the images.
 """
 
 from __future__ import annotations
@@ -104,10 +108,10 @@ def analytic_student(task: Task, timesteps: Float64) -> Student:
 
 def begun_student(task: Task, path: Sequence[int]) -> tuple[Student, Student]:
     """The analytic student at a path's times, and one to be fitted, of which row 0 is the teacher's."""
-    teacher = task.recording.teacher
-    prior = analytic_student(task, teacher.timesteps[list(path)])
+    grid = task.recording.grid
+    prior = analytic_student(task, grid.timesteps[list(path)])
     student = Student(np.zeros_like(prior.rows), prior.timesteps)
-    student.rows[0, 0] = teacher.rows[0, 0]
+    student.rows[0, 0] = grid.rows[0, 0]
     return prior, student
 
 
@@ -134,11 +138,11 @@ def fitted_row(
 
 def teacher_forced(task: Task, path: Sequence[int], ridge: float) -> Student:
     """All rows from the triangle alone, on the teacher's own outputs (as originally published). No network calls."""
-    r, teacher = task.recording.r, task.recording.teacher
+    r, grid = task.recording.r, task.recording.grid
     prior, student = begun_student(task, path)
-    for k, target in enumerate([*path[1:], teacher.nfe]):
+    for k, target in enumerate([*path[1:], grid.nfe]):
         columns = [0, *(1 + i for i in path[: k + 1])]
-        both = np.concatenate([r[:, columns], (r @ teacher.rows[target])[:, None]], axis=1)
+        both = np.concatenate([r[:, columns], (r @ grid.rows[target])[:, None]], axis=1)
         student.rows[k + 1, : k + 2] = ridge_solve(both, ridge, prior.rows[k + 1, : k + 2])
     return student
 
@@ -153,7 +157,7 @@ def on_policy(task: Task, path: Sequence[int], ridge: float) -> Student:
     prior, student = begun_student(task, path)
     with recording.store.scratch() as folder:
         history = History(folder, task, chunks)
-        for k, target in enumerate([*path[1:], recording.teacher.nfe], start=1):
+        for k, target in enumerate([*path[1:], recording.grid.nfe], start=1):
             columns = (history.advance(chunk, student) for chunk in chunks)
             known = student.known(k)
             student.rows[k, :known] = fitted_row(recording, chunks, columns, target, ridge, prior.rows[k, :known])
@@ -193,3 +197,40 @@ class History:
         require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
         self._append(chunk, outputs)
         return loop.columns
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Gram matrices (P, C+1, C+1) of the columns and the teacher's sample, each summed over `pixels` of a sample."""
+
+    gram: Float64
+    pixels: int
+
+    def errors(self, row: Float64) -> Float64:
+        """Root mean square distance (P,) between row . columns and the teacher's sample."""
+        v = np.append(row, -1.0)
+        squares: Float64 = np.einsum("i,pij,j->p", v, self.gram, v) / self.pixels
+        return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
+
+    def best_row(self, weights: Float64, *, ridge: float, prior: Float64) -> Float64:
+        """argmin_w of the weighted sum of squared errors, with the ridge toward `prior` of `fitting`."""
+        total = np.einsum("p,pij->ij", weights / weights.sum(), self.gram)
+        a, b = total[:-1, :-1], total[:-1, -1]
+        correction: Float64 = np.linalg.lstsq(a + ridge * np.diag(np.diag(a)), b - a @ prior, rcond=None)[0]
+        return prior + correction
+
+
+def roll(task: Task, student: Student, samples: range) -> Rollout:
+    """Run the student on `samples` (n evaluations each)."""
+    grams = []
+    for chunk in task.recording.chunks(samples):
+        columns = task.rollout(student, chunk).columns
+        target = task.recording.result(chunk).to(columns)
+        both = torch.cat([columns, target[None]]).flatten(2).transpose(0, 1)
+        grams.append((both @ both.transpose(1, 2)).cpu().numpy())
+    return Rollout(np.concatenate(grams), task.noise[0].numel())
+
+
+def huber(errors: Float64, threshold: float) -> float:
+    """Mean of e^2 / (2 threshold) up to `threshold` and of e - threshold / 2 beyond it (Huber 1964, scaled)."""
+    return float(np.mean(np.where(errors > threshold, errors - threshold / 2, errors**2 / (2 * threshold))))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from olss_fast.methods import ANALYTIC, kind_of, title_of
 from olss_fast.network import OwnStart
@@ -23,43 +23,46 @@ from olss_fast.tuning.fitting import Task
 from olss_fast.tuning.recording import Split, probe, record
 from olss_fast.tuning.scoring import expected_evaluations, kept_scores, tournament
 from olss_fast.tuning.store import open_store
+from olss_fast.tuning.teacher import Teacher, grid_for, measured_teacher
 
 LARGEST_CHUNK = 2**28  # bytes of basis, in float64 and float32, in memory at once by default
 
 
 @contextmanager
 def recorded(
-    teacher: Plan,
+    teacher: Plan | None,
     schedule: NoiseSchedule,
     *,
+    most_steps: int = 0,
     clock: Clock,
     split: Split | None = None,
     store: str | Path | None = None,
     batch_size: int | None = None,
-    check: Callable[[Tensor], object] = lambda samples: None,
 ) -> Iterator[Task]:
     """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
 
+    Without a `teacher` one is measured that is good enough for students of `most_steps` (`teacher.measured_teacher`).
     The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`.
-    `check` gets the first samples made.
     Raises `InputError` for an unusable `batch_size`, `NetworkError`, `StoreError`.
     """
     denoiser, samples = clock.denoiser, clock.denoiser.samples
     split = split or Split(range(0), range(0), range(samples))
-    most = min(64, max(1, LARGEST_CHUNK // (12 * teacher.columns * denoiser.noise[0].numel())))
+    grid = grid_for(teacher, schedule)
+    columns = grid.columns + (teacher or grid).columns
+    most = min(64, max(1, LARGEST_CHUNK // (12 * columns * denoiser.noise[0].numel())))
     size = most if batch_size is None else checked_count("batch_size", batch_size)
     question = {
-        "teacher": (teacher.rows, teacher.timesteps),
+        "teacher": (teacher.rows, teacher.timesteps) if teacher else ("measured", most_steps),
         "schedule": schedule,
         "split": (split.fit, split.validation, split.held_out, size),
         **denoiser.what_is_asked(),
     }
     with torch.no_grad(), ExitStack() as stack:
-        with clock.stage("record", f"Teacher, {teacher.nfe} steps", samples * teacher.nfe) as tick:
-            opened = stack.enter_context(open_store(store, question, lambda: probe(teacher, denoiser)))
-            recording = record(
-                teacher, denoiser, store=opened, split=split, batch_size=size, progress=tick, check=check
-            )
+        with clock.stage("record", "Teacher", samples * (teacher or grid).nfe) as tick:
+            opened = stack.enter_context(open_store(store, question, lambda: probe(grid, denoiser)))
+            plan = teacher or opened.plan("teacher", lambda: measured_teacher(denoiser, schedule, most_steps))
+            how: dict[str, Any] = {"store": opened, "split": split, "batch_size": size, "progress": tick}
+            recording = record(Teacher(plan, grid), denoiser, schedule, **how)
         yield Task(recording, denoiser, schedule, fixed_start=isinstance(denoiser.networks[0], OwnStart))
 
 

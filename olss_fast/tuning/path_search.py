@@ -66,7 +66,7 @@ class PathSearch:
             student.rows[:changed] = base.rows[:changed]
             columns = [whole[: student.known(changed)] for whole in base.columns]
         loops = [Loop(student, each) for each in columns]
-        for k, target in list(enumerate([*path, task.recording.teacher.nfe]))[changed:]:
+        for k, target in list(enumerate([*path, task.recording.grid.nfe]))[changed:]:
             if k > 0:
                 some, known = [loop.columns for loop in loops[: len(self.fit_chunks)]], student.known(k)
                 row = fitted_row(task.recording, self.fit_chunks, some, target, RIDGE, prior.rows[k, :known])
@@ -96,7 +96,7 @@ class PathSearch:
 
     def _moved(self, best: Trial, k: int, move: int) -> Trial:
         path = (*best.path[:k], best.path[k] + move, *best.path[k + 1 :])
-        if np.any(np.diff([*path, self.task.recording.teacher.nfe]) <= 0):
+        if np.any(np.diff([*path, self.task.recording.grid.nfe]) <= 0):
             return best
         tried = self.trial(path, base=best, changed=k)
         return tried if tried.error < WORTH * best.error else best

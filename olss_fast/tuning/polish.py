@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,11 +22,8 @@ from torch import Tensor
 
 from olss_fast.errors import NetworkError
 from olss_fast.executors.reference import Loop
-from olss_fast.tuning.gram import huber, roll
+from olss_fast.tuning.fitting import Student, Task, huber, roll
 from olss_fast.tuning.recording import Float64, triangle
-
-if TYPE_CHECKING:
-    from olss_fast.tuning.fitting import Student, Task
 
 EXACT = 1e-7  # root mean square errors below this are rounding of the float32 teacher
 STATE_STEP = 1e-2  # forward-difference step, root mean square of the change of a network input

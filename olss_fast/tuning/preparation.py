@@ -1,4 +1,4 @@
-"""The checked inputs of a tuning: its teacher, its numbers of steps, and the split of the samples."""
+"""The checked inputs of a tuning: its numbers of steps, and the split of the samples."""
 
 from __future__ import annotations
 
@@ -10,27 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from olss_fast.errors import InputError
-from olss_fast.plan.plan import Plan, checked_plan
-from olss_fast.schedule.fits import check_prediction
-from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
-from olss_fast.solvers.ddim import ddim
-from olss_fast.solvers.tape import check_whole
-from olss_fast.support.arguments import check_steps
 from olss_fast.support.text import quoted
 from olss_fast.tuning.recording import Split
 
 PIXELS_PER_COEFFICIENT = 10
-
-
-def checked_teacher(teacher: Plan | None, steps: int, schedule: NoiseSchedule) -> Plan:
-    """`teacher`, or DDIM of so many trailing steps; `InputError` for what cannot teach on this schedule."""
-    if teacher is None:
-        return ddim(schedule, check_steps(steps, "teacher_steps"), spacing="trailing")
-    if checked_plan(teacher, "teacher").noises or teacher.branches != 1 or teacher.models.any():
-        raise InputError("a teacher must be a deterministic plan of one network with guidance inside its outputs")
-    check_prediction(teacher, checked_schedule(schedule))
-    check_whole(schedule, teacher.timesteps, "the teacher's timesteps")
-    return teacher
 
 
 def whole_steps(steps: int | Sequence[int]) -> list[int]:
@@ -42,13 +25,13 @@ def whole_steps(steps: int | Sequence[int]) -> list[int]:
 
 
 def steps_to_teach(steps: int | Sequence[int], most: int) -> list[int]:
-    """Numbers of steps, each once and in order, that a teacher of `most` evaluations can teach."""
+    """Numbers of steps, each once and in order, of at most `most`, those that paths choose from."""
     wanted = whole_steps(steps)
     if not wanted:
         raise InputError(f"steps must be a whole number or a list of them, got {quoted(steps)}")
     bad = [n for n in wanted if not 1 <= n <= most]
     if bad:
-        raise InputError(f"steps must lie between 1 and the teacher's {most}, got {bad}")
+        raise InputError(f"steps must lie between 1 and the {most} times that paths choose from, got {bad}")
     return sorted({*wanted})
 
 

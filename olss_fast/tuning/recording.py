@@ -1,9 +1,10 @@
 """Record a teacher: the triangle R that all path planning needs, and its states on disk in chunks.
 
-The teacher is a Plan, so each of its states is a known combination of its basis [x_T, f_0 .. f_{T-1}]. Every chunk's
-basis is folded into an R factor (float64, R <- qr([R; chunk])), after which path planning works on a (T+1) x (T+1)
-triangle whatever the number of samples. R factors of several processes merge by one QR of their stack. What fits read
-again and again are the states that a student is to reach: they are kept in float32, the basis is not kept.
+The teacher is a Plan, so each of its states, and each output at the times of a grid of G, is a known combination of its
+basis [x_T, f_0 .. f_{T-1}]. Every chunk's [x_T | outputs at the grid] is folded into an R factor (float64,
+R <- qr([R; chunk])), after which path planning works on a (G+1) x (G+1) triangle whatever the number of samples. R
+factors of several processes merge by one QR of their stack. What fits read again and again are the states that a
+student is to reach: they are kept in float32, the basis is not kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +21,13 @@ from torch import Tensor
 
 from olss_fast.executors.reference import Loop
 from olss_fast.network import Denoiser, batches, require_finite
-from olss_fast.plan.plan import Plan
 from olss_fast.tuning.store import Store
+
+if TYPE_CHECKING:
+    from olss_fast.plan.plan import Plan
+    from olss_fast.schedule.noise_schedule import NoiseSchedule
+    from olss_fast.solvers.dense import Dense
+    from olss_fast.tuning.teacher import Teacher
 
 PROBED = 4  # samples, to check that a network is the one that a store belongs to
 Float64 = npt.NDArray[np.float64]
@@ -60,15 +67,20 @@ def triangle(columns: Tensor) -> Float64:
 class Recording:
     """A finished teacher run; `pixels` are those of all fit samples."""
 
-    teacher: Plan
+    teacher: Teacher
     store: Store
     split: Split
     batch_size: int
     pixels: int
 
+    @property
+    def grid(self) -> Plan:
+        """The evaluations that paths are made of."""
+        return self.teacher.grid
+
     @cached_property
     def r(self) -> Float64:
-        """The triangle (T+1, T+1) of the fit samples' basis."""
+        """The triangle (G+1, G+1) of the fit samples' [x_T | outputs at the grid]."""
         chunks = batches(self.split.fit, self.batch_size)
         return merge_triangles([self.store.read(chunk_name(chunk), "r").numpy() for chunk in chunks])
 
@@ -93,8 +105,8 @@ class Recording:
         return self.store.read(name, "result", place)
 
     def state(self, chunk: slice, index: int) -> Tensor:
-        """The teacher's state `index` (its network input there, T: its sample) of a fit chunk, (B, ...) float64."""
-        if index == self.teacher.nfe:
+        """The teacher's state `index` (its network input there, G: its sample) of a fit chunk, (B, ...) float64."""
+        if index == self.grid.nfe:
             return self.result(chunk).to(torch.float64)
         name, place = self._place(chunk)
         return self.store.read(name, "states", (index, place)).to(torch.float64)
@@ -110,49 +122,49 @@ def chunk_name(chunk: slice) -> str:
 
 
 def record(
-    teacher: Plan,
+    teacher: Teacher,
     denoiser: Denoiser,
+    schedule: NoiseSchedule,
     *,
     store: Store,
     split: Split,
     batch_size: int,
     progress: Callable[[int], object] = lambda evaluations: None,
-    check: Callable[[Tensor], object] = lambda samples: None,
 ) -> Recording:
     """Run `teacher` on all noise, chunk by chunk; finished chunks in the store are not run again.
 
-    `progress` is told how many evaluations of a sample that skips, `check` gets the first samples made.
+    `progress` is told how many evaluations of a sample that skips.
     Raises `NetworkError` (evaluation and sample named) and `StoreError`.
     """
+    rows = teacher.rows(schedule)
     recording = Recording(teacher, store, split, batch_size, len(split.fit) * denoiser.noise[0].numel())
     for chunk in recording.recorded():
         if store.has(chunk_name(chunk)):
             store.entry(chunk_name(chunk))
-            progress((chunk.stop - chunk.start) * teacher.nfe)
+            progress((chunk.stop - chunk.start) * teacher.plan.nfe)
         else:
-            store.write(chunk_name(chunk), _run_chunk(teacher, denoiser, chunk, chunk.start in split.fit))
-            if chunk.start == 0:
-                check(recording.result(chunk))
+            wanted = rows if chunk.start in split.fit else None
+            store.write(chunk_name(chunk), _run_chunk(teacher.plan, denoiser, chunk, wanted))
     return recording
 
 
-def _run_chunk(teacher: Plan, denoiser: Denoiser, chunk: slice, fits: bool) -> dict[str, Tensor]:
-    """The teacher's samples; of those to fit on also its states and their triangle, which nobody asks of the others."""
+def _run_chunk(plan: Plan, denoiser: Denoiser, chunk: slice, rows: Dense | None) -> dict[str, Tensor]:
+    """The samples of `plan`; with `rows` of a grid also the states there, and the triangle of the outputs."""
     noise, evaluate = denoiser.noise[chunk], denoiser.asking(chunk)
-    loop, states = Loop(teacher, noise[None]), noise.new_empty((fits * teacher.nfe, *noise.shape), dtype=torch.float32)
+    loop = Loop(plan, noise[None])
     while not loop.done:
-        if fits:
-            states[loop.evaluation] = loop.x
-        outputs = loop.ask(evaluate)
-        require_finite(outputs, step=loop.evaluation - 1, first_sample=chunk.start)
+        require_finite(loop.ask(evaluate), step=loop.evaluation - 1, first_sample=chunk.start)
     tensors = {"result": loop.x.to(torch.float32)}
-    if fits:
-        tensors |= {"states": states, "r": torch.from_numpy(triangle(loop.columns))}
+    if rows is not None:
+        basis = loop.columns.flatten(1)
+        inputs, outputs = (torch.tensor(each, device=basis.device) @ basis for each in (rows.inputs, rows.outputs))
+        tensors["states"] = inputs.to(torch.float32).reshape(-1, *noise.shape)
+        tensors["r"] = torch.from_numpy(triangle(torch.cat([basis[:1], outputs])))
     return tensors
 
 
-def probe(teacher: Plan, denoiser: Denoiser) -> Tensor:
-    """The network's outputs (samples, questions, ...) for a few samples at a teacher's noisiest, middle and last time.
+def probe(plan: Plan, denoiser: Denoiser) -> Tensor:
+    """The network's outputs (samples, questions, ...) for a few samples at a plan's noisiest, middle and last time.
 
     It is asked about states of these levels whose image is another sample's noise: no teacher need have run.
     """
@@ -160,8 +172,8 @@ def probe(teacher: Plan, denoiser: Denoiser) -> Tensor:
     samples = slice(0, denoiser.samples, stride)
     x, ask = denoiser.noise[samples].double(), denoiser.asking(samples)
     answers = []
-    for i in sorted({0, teacher.nfe // 2, teacher.nfe - 1}):
-        mixed = float(teacher.alphas[i]) * x.roll(1, 0) + float(teacher.sigmas[i]) * x
-        state = mixed if i else float(teacher.rows[0, 0]) * x
-        answers.append(ask(state, float(teacher.timesteps[i]))[0])
+    for i in sorted({0, plan.nfe // 2, plan.nfe - 1}):
+        mixed = float(plan.alphas[i]) * x.roll(1, 0) + float(plan.sigmas[i]) * x
+        state = mixed if i else float(plan.rows[0, 0]) * x
+        answers.append(ask(state, float(plan.timesteps[i]))[0])
     return torch.stack(answers, 1)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +23,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from olss_fast.errors import StoreError
+from olss_fast.errors import PlanFileError, StoreError
+from olss_fast.plan.plan import Plan
 from olss_fast.support import container
 from olss_fast.support.container import Blob, Format
 from olss_fast.support.identity import differences, digest, identity, moving
@@ -94,6 +95,20 @@ class Store:
                 advice = ANOTHER if name == MANIFEST else "Delete this file and resume"
                 raise StoreError(f"{error}. {advice}") from error
         return self._entries[name]
+
+    def plan(self, name: str, make: Callable[[], Plan]) -> Plan:
+        """The plan that an earlier run kept under this name, or what `make` returns, kept from now on. A damaged one is
+        made again: that is cheaper than asking what to do."""
+        file = self.path(name)
+        if file.exists():
+            with suppress(PlanFileError):
+                return Plan.load(file)
+        plan = make()
+        try:
+            plan.save(file)
+        except PlanFileError as error:
+            raise StoreError(f"{error}. {self.advice}") from error
+        return plan
 
     def read(self, name: str, key: str, index: Any = slice(None)) -> Tensor:
         """The part `index` of a tensor of a checked file, on the CPU. Raises `StoreError`."""

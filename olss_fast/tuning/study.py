@@ -12,8 +12,7 @@ import numpy as np
 from olss_fast.plan.plan import Plan
 from olss_fast.tuning import fitting, path_planning
 from olss_fast.tuning.clock import Clock
-from olss_fast.tuning.fitting import Student, Task
-from olss_fast.tuning.gram import roll
+from olss_fast.tuning.fitting import Student, Task, roll
 from olss_fast.tuning.path_search import Path, PathSearch, bent_paths
 from olss_fast.tuning.polish import evaluations_of_jacobian, polish
 
@@ -85,23 +84,23 @@ class Study:
         """The path whose worst stride on the teacher's own outputs is the least (`path_planning.plan_path`)."""
         recording = self.task.recording
         return path_planning.plan_path(
-            recording.r, recording.teacher.rows, self.steps, samples_count=recording.pixels
+            recording.r, recording.grid.rows, self.steps, samples_count=recording.pixels
         ).path
 
     @cached_property
     def uniform(self) -> Path:
         """The evenly spaced path."""
-        return path_planning.uniform_path(self.task.recording.teacher.nfe, self.steps)
+        return path_planning.uniform_path(self.task.recording.grid.nfe, self.steps)
 
     @cached_property
     def searched(self) -> Path:
         """The path that does best on the student's own rollout: of the planned one, what the triangle makes of it, and
         bends of the uniform one, with nodes then moved."""
         recording, effort, steps = self.task.recording, self.effort, self.steps
-        refined = path_planning.refine_all(recording.r, recording.teacher.rows, self.planned)
-        starts = [self.planned, *(each.path for each in refined), *bent_paths(recording.teacher.nfe, steps)]
+        refined = path_planning.refine_all(recording.r, recording.grid.rows, self.planned)
+        starts = [self.planned, *(each.path for each in refined), *bent_paths(recording.grid.nfe, steps)]
         paths = list(dict.fromkeys(starts))
-        scales = sorted({max(1, scale * recording.teacher.nfe // 100) for scale in effort.node_moves}, reverse=True)
+        scales = sorted({max(1, scale * recording.grid.nfe // 100) for scale in effort.node_moves}, reverse=True)
         few, some = max(2, effort.path_samples // 4), effort.path_samples
         trials = SHORTLIST + len(scales) * (steps - 1)  # two moves a node, each half a rollout on average
         total = 2 * steps * (few * len(paths) + some * trials)

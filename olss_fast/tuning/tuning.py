@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from olss_fast.errors import InputError, PlanFileError, StoreError
+from olss_fast.errors import InputError
 from olss_fast.methods import METHODS, OLSS, Method
 from olss_fast.network import Conditioning, Denoiser, Network
 from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import Candidate, Report
-from olss_fast.sampling.checking import checked
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.arguments import checked_count
 from olss_fast.support.identity import digest
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, recorded
-from olss_fast.tuning.preparation import checked_teacher, split_samples, steps_to_teach
+from olss_fast.tuning.preparation import split_samples, steps_to_teach
 from olss_fast.tuning.study import Effort, Study
+from olss_fast.tuning.teacher import checked_teacher, grid_for
 
 __all__ = ["Effort", "TuneResult", "tune"]
 
@@ -49,7 +48,7 @@ def tune(
     noise: Tensor,
     schedule: NoiseSchedule,
     steps: int | Sequence[int],
-    teacher_steps: int = 100,
+    teacher_steps: int | None = None,
     teacher: Plan | None = None,
     rivals: Sequence[Plan] = (),
     conditioning: Conditioning | None = None,
@@ -68,7 +67,8 @@ def tune(
     `network(x, timestep, **conditioning)` returns the raw output for x (B, ...) at timestep (B,); `noise` (P, ...) is
     unit Gaussian, one sample a row, and arguments of the conditioning whose first dimension is P belong to the
     samples. The last `held_out` samples (default: a quarter) judge, an eighth stops the polish, all others are fitted
-    on. The teacher is DDIM with `teacher_steps` evaluations unless a `teacher` plan is given. `rivals` are plans that
+    on. The teacher is the cheapest plan whose own error is a tenth of what students can reach, found by measurement on
+    a few samples (`teacher`); or DDIM with `teacher_steps` evaluations; or the plan `teacher`. `rivals` are plans that
     are judged beside the analytic ones, each at its own number of evaluations. `store` is a folder for the recording,
     the finished fits and their judgement: a killed run that is started again with the same folder resumes, and one
     that asks something else (another weight, attribute, argument, schedule; see `identity`) is refused by name. The
@@ -93,11 +93,13 @@ def tune(
     if held_out is not None:
         checked_count("held_out", held_out)
     teacher = checked_teacher(teacher, teacher_steps, schedule)
-    wanted, rivals = steps_to_teach(steps, teacher.nfe), checked_plans(rivals, "rivals")
+    wanted = steps_to_teach(steps, grid_for(teacher, schedule).nfe)
+    rivals = checked_plans(rivals, "rivals")
     split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
     effort = effort or Effort()
-    check = partial(checked, denoiser, schedule)
-    with recorded(teacher, schedule, clock=clock, split=split, store=store, batch_size=batch_size, check=check) as task:
+    how: dict[str, Any] = {"split": split, "store": store, "batch_size": batch_size}
+    with recorded(teacher, schedule, most_steps=wanted[-1], clock=clock, **how) as task:
+        teacher = task.recording.teacher.plan
         judge = Judge(task, clock, rivals, stage="accept", first=max(3, len(split.held_out) // 8))
         candidates = [each for n in wanted for each in _candidates(Study(task, effort, clock, seed, n), judge)]
     settings = {
@@ -128,21 +130,16 @@ def _candidates(study: Study, judge: Judge) -> list[Candidate]:
 
 def _made(study: Study, kind: str, method: Method) -> Plan:
     """The method's plan: of an earlier run with the same store, effort and seed, or made now and kept there."""
-    task, store = study.task, study.task.recording.store
+    task, teacher = study.task, study.task.recording.teacher.plan
+
+    def make() -> Plan:
+        plan = method.make(study)
+        facts = {
+            "variant" if plan.metadata.get("method") == OLSS else "kind": kind,
+            "teacher": f"{teacher.metadata.get('method', 'plan')} {teacher.nfe}",
+            "guidance_scale": repr(task.denoiser.guidance_scale),
+        }
+        return plan.replace(metadata={**plan.metadata, **facts})
+
     key = digest(repr((VERSION, study.effort, study.seed, task.fixed_start)))[:16]
-    file = store.path(f"fit-{study.steps:03d}-{kind}-{key}")
-    if file.exists():
-        with suppress(PlanFileError):  # damaged: making it again is cheaper than asking what to do
-            return Plan.load(file)
-    plan, teacher = method.make(study), task.recording.teacher
-    facts = {
-        "variant" if plan.metadata.get("method") == OLSS else "kind": kind,
-        "teacher": f"{teacher.metadata.get('method', 'plan')} {teacher.nfe}",
-        "guidance_scale": repr(task.denoiser.guidance_scale),
-    }
-    plan = plan.replace(metadata={**plan.metadata, **facts})
-    try:
-        plan.save(file)
-    except PlanFileError as error:
-        raise StoreError(f"{error}. {store.advice}") from error
-    return plan
+    return task.recording.store.plan(f"fit-{study.steps:03d}-{kind}-{key}", make)

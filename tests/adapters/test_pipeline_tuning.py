@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
 import tiny_pipelines  # noqa: E402
-from efforts import LEAST  # noqa: E402
 from PIL import Image  # noqa: E402
+from small_tunings import LEAST  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import olss_fast  # noqa: E402
@@ -260,7 +260,7 @@ def test_comparing_with_plans_of_ones_own(pipe: Any, tuned: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": [9]}, "between 1 and the teacher's 8"),
+        ({"steps": [9]}, "between 1 and the 8 times"),
         ({"guidance_scales": []}, r"guidance_scales is \[\]"),
         ({"guidance_scales": [-1.0]}, "expected a list of positive numbers"),
         ({"guidance_scales": [float("inf")]}, "expected a list of positive numbers"),

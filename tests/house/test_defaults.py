@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from efforts import LITTLE
 from plan_runs import BETAS, NOISE, SCHEDULE, sampled
+from small_tunings import LITTLE
 from torch import Tensor
 
 import olss_fast

@@ -55,7 +55,7 @@ def test_the_old_name_of_conditioning(call: Callable[..., Any], tmp_path: Any) -
     rest = {"shapes": (2, 4)} if call is build else {"path": tmp_path / "x.onnx", "shape": (2, 4)}
     with (
         pytest.warns(DeprecationWarning, match="takes conditioning= in place of example=") as caught,
-        pytest.raises(InputError, match="conditioning is list"),
+        pytest.raises(InputError, match="conditioning must be a mapping of argument names to values, got list"),
     ):
         call(torch.nn.Identity().eval(), PLAN, example=[1], **rest)
     assert [each.filename for each in caught] == [__file__]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from efforts import LEAST
+from small_tunings import LEAST
 from torch import Tensor
 
 import olss_fast

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from efforts import LEAST
+from small_tunings import LEAST
 from torch import Tensor, nn
 
 import olss_fast

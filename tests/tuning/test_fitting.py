@@ -12,13 +12,22 @@ import olss_fast
 from olss_fast import solvers
 from olss_fast.network import Denoiser
 from olss_fast.testing import NULL_CLASS, ExactMixture
-from olss_fast.tuning.fitting import Student, Task, analytic_student, on_policy, ridge_solve, teacher_forced
-from olss_fast.tuning.gram import huber, roll
+from olss_fast.tuning.fitting import (
+    Student,
+    Task,
+    analytic_student,
+    huber,
+    on_policy,
+    ridge_solve,
+    roll,
+    teacher_forced,
+)
 from olss_fast.tuning.path_search import PathSearch, bent_paths
 from olss_fast.tuning.polish import Direction, Objective, _difference, _directions, evaluations_of_jacobian, polish
 from olss_fast.tuning.recording import Split, merge_triangles, record, triangle
 from olss_fast.tuning.scoring import score, tournament
 from olss_fast.tuning.store import Store
+from olss_fast.tuning.teacher import Teacher
 
 SHAPE = (2, 3, 3)
 SAMPLES = 24
@@ -41,7 +50,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     )
     split = Split.of(SAMPLES, validation=5, held_out=7)
     store = Store(tmp_path_factory.mktemp("store"))
-    return Task(record(TEACHER, denoiser, store=store, split=split, batch_size=5), denoiser, SCHEDULE)
+    recording = record(Teacher(TEACHER, TEACHER), denoiser, SCHEDULE, store=store, split=split, batch_size=5)
+    return Task(recording, denoiser, SCHEDULE)
 
 
 def teacher_basis(task: Task, samples: range) -> torch.Tensor:

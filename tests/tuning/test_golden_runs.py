@@ -18,9 +18,9 @@ import numpy as np
 import plan_runs
 import pytest
 import torch
-from efforts import LEAST, SOME
 from made_plans import split
 from safetensors.numpy import load_file, save_file
+from small_tunings import LEAST, SOME
 
 import olss_fast
 from olss_fast import NoiseSchedule, Plan, Report, solvers

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from efforts import LITTLE
+from small_tunings import LITTLE
 from torch import Tensor, nn
 
 import olss_fast

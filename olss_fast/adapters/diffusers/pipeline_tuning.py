@@ -40,6 +40,7 @@ from olss_fast.tuning.recording import Float64
 from olss_fast.tuning.scoring import kept_scores, score
 from olss_fast.tuning.tuning import Effort, TuneResult, tune
 
+GRID = 100  # timesteps that the pipeline is offered to begin at
 SWEEP_SAMPLES = 8  # held-out samples to try other guidance scales on
 SWEEP = (2 / 3, 1.0, 4 / 3)  # of the tuned scale
 NONLINEAR = ("clip_sample", "thresholding")  # switched off in captured rivals
@@ -49,7 +50,7 @@ def tune_pipeline(
     pipe: Any,
     calls: Sequence[Call],
     steps: int | Sequence[int] = (5, 8),
-    teacher_steps: int = 100,
+    teacher_steps: int | None = None,
     *,
     guidance_scales: Sequence[float] | None = None,
     effort: Effort | None = None,
@@ -63,8 +64,9 @@ def tune_pipeline(
     `calls` are keyword arguments of `pipe(...)`: prompt, image, generator, guidance_scale, …; a call of several images
     counts as that many samples, evaluated together. Give a few dozen that are typical of later use; the last quarter of
     the samples is held out. With `guidance_scales` the calls take these in turn, and the plans are tuned across them.
-    The teacher is DDIM with `teacher_steps` evaluations from where the calls begin: with a `strength` below 1
-    (image-to-image) the plans are for that strength. Rivals are all analytic solvers, and the pipeline's own scheduler
+    The teacher is measured as in `tune`, or DDIM with `teacher_steps` evaluations. With a `strength` below 1
+    (image-to-image) it is DDIM (of 100 steps by default) from where the calls begin, and the plans are for that
+    strength. Rivals are all analytic solvers, and the pipeline's own scheduler
     and its `compatibles`, captured. `store` is a folder for the recording: a killed run that is started again with the
     same folder resumes. The pipeline is restored afterwards, also after an error; nothing is decoded.
 
@@ -77,16 +79,17 @@ def tune_pipeline(
     scheduler's noise levels are of an unknown kind), `StoreError`.
     """
     calls = check_calls(pipe, calls)
-    wanted = steps_to_teach(steps, check_steps(teacher_steps, "teacher_steps"))
+    grid = check_steps(GRID if teacher_steps is None else teacher_steps, "teacher_steps")
+    wanted = steps_to_teach(steps, grid)
     if guidance_scales is not None:
         calls = with_guidance(pipe, calls, guidance_scales)
-    with _opened(pipe, calls, teacher_steps, seed, progress) as (network, how):
+    with _opened(pipe, calls, grid, seed, progress) as (network, how):
         begun = network.evaluations
         result = tune(
             network,
             **how,
             steps=wanted,
-            teacher=teacher_of(network),
+            teacher=None if teacher_steps is None and not network.begin else teacher_of(network),
             rivals=captured_rivals(pipe.scheduler, wanted, network),
             effort=effort,
             held_out=held_out,
@@ -98,9 +101,7 @@ def tune_pipeline(
         places = [place.call for place in network.places[-result.report.held_out :]]
     judges = sorted(set(places))[-SWEEP_SAMPLES:]
     start = time.perf_counter()
-    rows, asked = sweep_guidance(
-        pipe, calls, judges, result.report, teacher_steps, store=store, seed=seed, progress=progress
-    )
+    rows, asked = sweep_guidance(pipe, calls, judges, result.report, grid, store=store, seed=seed, progress=progress)
     report = replace(
         result.report,
         guidance=tuple(rows),
@@ -116,7 +117,7 @@ def compare_pipeline(
     steps: Sequence[int],
     *,
     plans: Iterable[Plan] = (),
-    teacher_steps: int = 100,
+    teacher_steps: int | None = None,
     seed: int = 1000,
     progress: bool = True,
 ) -> Report:
@@ -125,34 +126,34 @@ def compare_pipeline(
     Arguments and errors as in `tune_pipeline`; `plans` are scored at their own NFE.
     """
     calls, plans = check_calls(pipe, calls), checked_plans(plans, "plans")
-    taught = steps_to_teach(list(steps), check_steps(teacher_steps, "teacher_steps"))
-    wanted = sorted({*taught, *(plan.nfe for plan in plans)})
-    with _opened(pipe, calls, teacher_steps, seed, progress) as (network, how):
+    grid = check_steps(GRID if teacher_steps is None else teacher_steps, "teacher_steps")
+    wanted = sorted({*steps_to_teach(list(steps), grid), *(plan.nfe for plan in plans)})
+    with _opened(pipe, calls, grid, seed, progress) as (network, how):
         return compare(
             network,
             **how,
             steps=wanted,
             plans=plans,
-            teacher=teacher_of(network),
+            teacher=None if teacher_steps is None and not network.begin else teacher_of(network),
             rivals=captured_rivals(pipe.scheduler, wanted, network),
             progress=progress,
         )
 
 
 def teacher_of(network: PipelineNetwork) -> Plan:
-    """DDIM on the teacher's grid, from where the calls begin."""
+    """DDIM on the grid, from where the calls begin."""
     times = network.sessions[0].slot.times.double().numpy()
     return solvers.ddim(network.schedule, timesteps=times[network.begin :])
 
 
 @contextmanager
 def _opened(
-    pipe: Any, calls: Sequence[Call], teacher_steps: int, seed: int, progress: bool
+    pipe: Any, calls: Sequence[Call], grid: int, seed: int, progress: bool
 ) -> Iterator[tuple[PipelineNetwork, dict[str, Any]]]:
     """The pipeline as a network, and its arguments: the conditioning is the index of the sample."""
     checked_count("seed", seed, least=0)
     bar = evaluation_bar("Calls", None, progress)
-    with bar, open_pipeline(pipe, calls, teacher_steps=teacher_steps, seed=seed, progress=bar.update) as network:
+    with bar, open_pipeline(pipe, calls, teacher_steps=grid, seed=seed, progress=bar.update) as network:
         bar.close()
         samples = torch.arange(network.start.shape[0], device="cpu")
         yield network, {"noise": network.start, "schedule": network.schedule, "conditioning": {"sample": samples}}
@@ -216,7 +217,7 @@ def sweep_guidance(
     calls: Sequence[Call],
     judges: Sequence[int],
     report: Report,
-    teacher_steps: int,
+    grid: int,
     *,
     store: str | Path | None = None,
     seed: int = 0,
@@ -235,7 +236,7 @@ def sweep_guidance(
     for scale in tqdm(scales, desc=f"{'Guidance scales':<26}", **bar_options(progress)):
         chosen = with_guidance(pipe, [calls[i] for i in judges], [scale])
         folder = None if store is None else Path(store) / f"guidance-{scale:g}"
-        errors, evaluations = _errors(pipe, chosen, plans, report.teacher, teacher_steps, folder, seed + len(calls))
+        errors, evaluations = _errors(pipe, chosen, plans, report.teacher, grid, folder, seed + len(calls))
         asked += evaluations
         means = [float(each.mean()) for each in errors]
         rows += [
@@ -246,16 +247,10 @@ def sweep_guidance(
 
 
 def _errors(
-    pipe: Any,
-    calls: Sequence[Call],
-    plans: Sequence[Plan],
-    teacher: Plan,
-    teacher_steps: int,
-    store: Path | None,
-    seed: int,
+    pipe: Any, calls: Sequence[Call], plans: Sequence[Plan], teacher: Plan, grid: int, store: Path | None, seed: int
 ) -> tuple[list[Float64], int]:
     """Per-sample errors of `plans` to `teacher`, on new noise where the calls have no generator; and evaluations."""
-    with _opened(pipe, calls, teacher_steps, seed, progress=False) as (network, how):
+    with _opened(pipe, calls, grid, seed, progress=False) as (network, how):
         denoiser = Denoiser(network, how["noise"], conditioning=how["conditioning"])
         clock, size = Clock(denoiser, visible=False), denoiser.samples
         opened = recorded(teacher, network.schedule, clock=clock, store=store, batch_size=size)

@@ -1,0 +1,155 @@
+"""The teacher of a tuning: a plan whose samples are near enough to the network's exact ones to be called the truth.
+
+By default it is chosen by measurement. On a few samples, solvers x spacings run with 25 steps; the best of them also
+with 50, 100 and so on, until one is found whose sample moves little when its steps are doubled: less than a tenth of
+the error that students can be expected to reach, which is a share of what the same solvers reach in as many steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from olss_fast.errors import InputError, NetworkError, ScheduleError
+from olss_fast.executors.reference import Loop
+from olss_fast.network import Denoiser, OwnStart
+from olss_fast.plan.plan import Plan, checked_plan
+from olss_fast.schedule.fits import check_prediction
+from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
+from olss_fast.solvers.ddim import ddim
+from olss_fast.solvers.dense import Dense, dense, is_dense
+from olss_fast.solvers.dpm_solver_pp import dpm_solver_pp
+from olss_fast.solvers.tape import check_whole
+from olss_fast.solvers.unipc import unipc
+from olss_fast.support.arguments import check_steps
+from olss_fast.tuning.recording import distance
+
+COUNTS = (25, 50, 100, 200)
+GRIDS = (100, 50, 25, 10, 4, 2, 1)  # evaluations of a grid: the most that the schedule can tell apart
+SOLVERS = (partial(dpm_solver_pp, order=3), partial(dpm_solver_pp, order=2), unipc, ddim)
+SPACINGS = ("karras", "logsnr", "trailing")
+FINALISTS = 3  # solvers x spacings that run with more than the fewest steps
+REACHED = 0.4  # error of a tuned plan, in that of the best analytic one of as many steps
+SHARE = 0.1  # of the error that students reach, which the teacher's may be
+LEAST_SAMPLES, MOST_SAMPLES = 2, 8
+
+Solver = Callable[[int], Plan]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What students learn from.
+
+    plan   makes the samples that they are to make
+    grid   evaluations that a path may take: their times, and rows that lead from one to the next. What the teacher
+           knows there is the dense output of `plan`; the grid may be the plan itself
+    """
+
+    plan: Plan
+    grid: Plan
+
+    def rows(self, schedule: NoiseSchedule) -> Dense:
+        """Rows of the grid's inputs and outputs over the plan's basis."""
+        if self.grid is self.plan:
+            return Dense(self.plan.rows[:-1], np.eye(self.plan.columns)[1:])
+        return dense(self.plan, schedule, self.grid.timesteps)
+
+
+def checked_teacher(teacher: Plan | None, steps: int | None, schedule: NoiseSchedule) -> Plan | None:
+    """`teacher`, or DDIM of so many trailing steps, or None: to be measured. `InputError` for what cannot teach on this
+    schedule."""
+    checked_schedule(schedule)
+    if teacher is None:
+        return None if steps is None else ddim(schedule, check_steps(steps, "teacher_steps"), spacing="trailing")
+    if checked_plan(teacher, "teacher").noises or teacher.branches != 1 or teacher.models.any():
+        raise InputError("a teacher must be a deterministic plan of one network with guidance inside its outputs")
+    check_prediction(teacher, schedule)
+    check_whole(schedule, teacher.timesteps, "the teacher's timesteps")
+    return teacher
+
+
+def grid_for(teacher: Plan | None, schedule: NoiseSchedule) -> Plan:
+    """Evenly spaced times; those of the teacher where they are, or where its run is not known in between."""
+    if teacher is not None and (_is_trailing(teacher, schedule) or not is_dense(teacher, schedule)):
+        return teacher
+    for count in GRIDS:
+        with suppress(ScheduleError):  # a schedule of few whole timesteps
+            return dpm_solver_pp(schedule, count, order=3)
+    raise ScheduleError(f"{schedule.describe()} has fewer than {GRIDS[-1]} timesteps: too few to choose from")
+
+
+def _is_trailing(plan: Plan, schedule: NoiseSchedule) -> bool:
+    with suppress(ScheduleError):
+        return np.allclose(plan.timesteps, schedule.timesteps(plan.nfe))
+    return False
+
+
+def measured_teacher(denoiser: Denoiser, schedule: NoiseSchedule, most_steps: int) -> Plan:
+    """The cheapest teacher good enough for students of `most_steps` evaluations, or else the best one of 200 steps.
+
+    Its metadata say its "own_error": the root mean square by which its samples move when its steps are doubled.
+
+    Raises `NetworkError` if no solver's sample is finite, `ScheduleError` if the schedule has too few timesteps.
+    """
+    trial, network = _Trial(denoiser), denoiser.networks[0]
+    families = list(_families(schedule, network.admits if isinstance(network, OwnStart) else lambda plan: True))
+    if not families:
+        raise ScheduleError(
+            f"no teacher can be measured on {schedule.describe()}: it has fewer than {2 * COUNTS[-1]} timesteps. Give "
+            "teacher_steps, or a plan as teacher"
+        )
+    reference = trial.sample(families[0], COUNTS[2])
+    families = sorted(families, key=lambda solver: trial.distance(trial.sample(solver, COUNTS[0]), reference))
+    if not np.isfinite(trial.distance(trial.sample(families[0], COUNTS[0]), reference)):
+        raise NetworkError("no solver's sample is finite: the network, or its schedule, is not what it was taken for")
+    finalists = families[:FINALISTS]
+    goal = REACHED * SHARE * min(trial.distance(trial.sample(each, most_steps), reference) for each in families)
+    for count in COUNTS:
+        best = min(finalists, key=lambda solver: trial.moved(solver, count))
+        if trial.moved(best, count) <= goal:
+            break
+    plan = best(count)
+    return plan.replace(metadata={**plan.metadata, "own_error": repr(trial.moved(best, count))})
+
+
+def _families(schedule: NoiseSchedule, admits: Callable[[Plan], bool]) -> Iterator[Solver]:
+    """Solvers x spacings that can be made with every number of steps."""
+    for spacing in SPACINGS:
+        for function in SOLVERS:
+            solver = partial(function, schedule, spacing=spacing)
+            try:
+                plans = [solver(count) for count in (COUNTS[0], 2 * COUNTS[-1])]
+            except (InputError, ScheduleError):
+                continue
+            if all(map(admits, plans)):
+                yield solver
+
+
+class _Trial:
+    """Samples of plans on a few noises, each made once."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        count = min(denoiser.samples, max(LEAST_SAMPLES, min(MOST_SAMPLES, denoiser.samples // 16)))
+        stride = -(-denoiser.samples // count) | 1  # odd, for conditioning often repeats
+        self.chosen = slice(0, denoiser.samples, stride)
+        self.denoiser = denoiser
+        self.samples: dict[tuple[Solver, int], Tensor] = {}
+
+    def sample(self, solver: Solver, count: int) -> Tensor:
+        if (solver, count) not in self.samples:
+            loop = Loop(solver(count), self.denoiser.noise[self.chosen][None])
+            self.samples[solver, count] = loop.finish(self.denoiser.asking(self.chosen)).x
+        return self.samples[solver, count]
+
+    def moved(self, solver: Solver, count: int) -> float:
+        """By how much the sample moves when the number of steps is doubled."""
+        return self.distance(self.sample(solver, count), self.sample(solver, 2 * count))
+
+    def distance(self, first: Tensor, second: Tensor) -> float:
+        error = float(distance(first, second).mean())
+        return error if np.isfinite(error) else float("inf")
