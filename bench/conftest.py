@@ -22,7 +22,7 @@ ROUNDS = pytest.StashKey[dict[str, list[Comparison]]]()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROUNDS] = {}
     config.addinivalue_line(
-        "markers", "gated: gives a ratio or counts that bench/compare.py compares with the baseline"
+        "markers", "gated: gives a ratio or counts that bench/gate/compare.py compares with the baseline"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "pipelines.md"
-TABLE = ROOT / "tests" / "helpers" / "every_pipeline.json"
+TABLE = ROOT / "tests" / "helpers" / "pipelines" / "every_pipeline.json"
 
 HEADER = """# diffusers' pipelines with a plan in their scheduler slot
 

@@ -1,7 +1,7 @@
 """PlanScheduler in whole pipelines: a captured plan gives what the original scheduler gives.
 
-The pipelines are tiny and random (tests/helpers/tiny_pipelines.py). Both run in float32 and differ by rounding alone:
-1e-5 of the largest value, which for these untrained networks is up to 50.
+The pipelines are tiny and random (tests/helpers/pipelines/tiny_pipelines.py). Both run in float32 and differ by
+rounding alone: 1e-5 of the largest value, which for these untrained networks is up to 50.
 """
 
 from __future__ import annotations

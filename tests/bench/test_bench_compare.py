@@ -1,4 +1,4 @@
-"""bench/compare.py and bench/interleaved.py, on made-up rows and made-up clocks: nothing is timed here."""
+"""bench/gate/compare.py and bench/gate/interleaved.py, on made-up rows and made-up clocks: nothing is timed here."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 tests/golden/runs.{json,safetensors} hold what `tune`, `compare`, `sample`, `Sampler`, `PlanScheduler` and
 `tune_pipeline` gave. After a change that is meant to move something, write them anew and look at what moved:
 
-    python tests/tuning/test_golden_runs.py
+    PYTHONPATH=tests/helpers:tests/helpers/pipelines python tests/tuning/test_golden_runs.py
 """
 
 from __future__ import annotations

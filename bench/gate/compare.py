@@ -1,7 +1,7 @@
 """Is a run of the benchmarks as good as the baseline?
 
-    pytest bench -m gated --benchmark-json run.json && python bench/compare.py run.json
-    python bench/compare.py --update run-1.json run-2.json run-3.json       # these are the baseline from now on
+    pytest bench -m gated --benchmark-json run.json && python bench/gate/compare.py run.json
+    python bench/gate/compare.py --update run-1.json run-2.json run-3.json       # these are the baseline from now on
 
 Times are compared as ratios to a reference that was measured in the same run, counts exactly; a row of the baseline
 that the run lacks fails too. If a ratio is worse, run again and give all files: only what is worse in every run fails.

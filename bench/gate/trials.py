@@ -1,6 +1,6 @@
-"""Does the gate of bench/compare.py hold? It must pass an unchanged tree every time, and find a slowdown of 20%.
+"""Does the gate of bench/gate/compare.py hold? It must pass an unchanged tree every time, and find a slowdown of 20%.
 
-    python bench/gate.py FOLDER        # 40 runs, an hour; writes bench/baseline.json and bench/results/gate.md
+    python bench/gate/trials.py FOLDER   # 40 runs, an hour; writes bench/gate/baseline.json and bench/results/gate.md
 
 The first runs are the baseline. Then come trials with everything of ours slowed down (see `interleaved.slowed`), then
 of the unchanged tree. Files that are in FOLDER already are not measured again.
@@ -21,14 +21,14 @@ import typer
 from compare import BASELINE, GATE, SLOWDOWN, described, judge
 from rows import Results, read, write_baseline
 
-OUT = Path(__file__).parent / "results" / "gate.md"
+OUT = Path(__file__).parents[1] / "results" / "gate.md"
 ATTEMPTS = 3
 Runs = list[Results]
 
 
 def run(file: Path, slowdown: float = 0.0) -> Results:
     if not file.exists():
-        command = [sys.executable, "-m", "pytest", str(BASELINE.parent), "-m", "gated", "-q"]
+        command = [sys.executable, "-m", "pytest", str(BASELINE.parents[1]), "-m", "gated", "-q"]
         environment = {**os.environ, "OLSS_BENCH_SLOWDOWN": str(slowdown), "OMP_NUM_THREADS": "1"}
         partial = file.with_suffix(".partial")
         subprocess.run([*command, f"--benchmark-json={partial}"], env=environment, check=True, stdout=sys.stderr)
