@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # `as` exports a name to type checkers
     from olss_fast.plan.plan import Plan as Plan
     from olss_fast.report.report import Candidate as Candidate
     from olss_fast.report.report import Report as Report
+    from olss_fast.sampling.checking import Check as Check
+    from olss_fast.sampling.checking import check as check
     from olss_fast.sampling.sampler import Sampler as Sampler
     from olss_fast.sampling.sampling import sample as sample
     from olss_fast.schedule.noise_schedule import NoiseSchedule as NoiseSchedule
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 _SUBMODULES = {"demo", "errors", "metrics", "solvers"}
 _HOME = {
     "Candidate": "report.report",
+    "Check": "sampling.checking",
     "Effort": "tuning.study",
     "Engine": "engine.engine",
     "NoiseSchedule": "schedule.noise_schedule",
@@ -56,6 +59,7 @@ _HOME = {
     "accelerate": "adapters.diffusers.acceleration",
     "build": "engine.building",
     "capture": "capturing.capturing",
+    "check": "sampling.checking",
     "export_onnx": "onnx.export",
     "load_engine": "engine.engine",
     "sample": "sampling.sampling",

@@ -49,3 +49,7 @@ class MachineError(OlssError, RuntimeError):
 
 class BuildError(OlssError, RuntimeError):
     """A network cannot be made an engine or an ONNX model: it cannot be exported, or became another function."""
+
+
+class HookUpWarning(UserWarning):
+    """A network does not denoise its own samples as it should: prediction type, sign or timesteps may be mistaken."""

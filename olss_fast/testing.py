@@ -21,7 +21,7 @@ class ExactMixture:
     E[x0 | x] = sum_k p_k (m_k + (alpha s^2 / v) (x - alpha m_k)). Component k belongs to class k modulo `classes`
     (one class each by default). `y` (B,) selects a class; `NULL_CLASS` selects all components, for guidance.
 
-    Shapes: `means` (K, ...), x (B, ...), timestep (B,), all equal within a batch. epsilon and v_prediction.
+    Shapes: `means` (K, ...), x (B, ...), timestep (B,), all equal within a batch.
     """
 
     schedule: NoiseSchedule
@@ -31,15 +31,11 @@ class ExactMixture:
 
     def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
         time = timestep.double().cpu().numpy()
-        alpha, sigma = (
-            torch.as_tensor(np.asarray(f(time)), device=x.device).view(-1, *[1] * (x.ndim - 1))
-            for f in (self.schedule.alpha, self.schedule.sigma)
-        )
-        state = x.double()
-        denoised = self._denoised(state, alpha, sigma, y)
-        noise = (state - alpha * denoised) / sigma
-        raw = noise if self.schedule.prediction_type == "epsilon" else alpha * noise - sigma * denoised
-        return raw.to(x.dtype)
+        schedule, shape = self.schedule, (-1, *[1] * (x.ndim - 1))
+        known = schedule.input_scale(time), *schedule.levels(time)[:2], *schedule.prediction_maps(time)[:2]
+        scale, alpha, sigma, a, b = (torch.as_tensor(np.asarray(each), device=x.device).view(shape) for each in known)
+        state = x.double() / scale
+        return ((self._denoised(state, alpha, sigma, y) - a * state) / b).to(x.dtype)
 
     def _denoised(self, x: Tensor, alpha: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
         variance = alpha**2 * self.scale**2 + sigma**2

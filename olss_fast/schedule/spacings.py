@@ -39,10 +39,11 @@ def space_timesteps(
     if not isinstance(spacing, str) or spacing not in _RULES:
         raise ScheduleError(f"spacing {spacing!r} is unknown; choose one of {', '.join(_RULES)}")
     times = _RULES[spacing](curve, steps, leading_offset)
-    if whole:  # of equal ones the noisier move up
+    if whole:  # of equal ones the noisier move up, as far as there is room
         ranks = np.arange(steps)[::-1]
         times = np.maximum.accumulate((np.round(times) - ranks)[::-1])[::-1] + ranks
-    if np.any(np.diff(times) >= 0) or (whole and times[0] > curve.first):
+        times = np.minimum(times, curve.first - ranks[::-1])
+    if np.any(np.diff(times) >= 0) or (whole and times[-1] < np.floor(curve.last)):
         raise ScheduleError(f"{steps} steps are more than {spacing} spacing can tell apart on {curve.describe()}")
     return times
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from olss_fast.methods import ANALYTIC, kind_of, title_of
 from olss_fast.network import OwnStart
@@ -38,11 +39,13 @@ def recorded(
     split: Split | None = None,
     store: str | Path | None = None,
     batch_size: int | None = None,
+    check: Callable[[Tensor], object] = lambda samples: None,
 ) -> Iterator[Task]:
     """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
 
     Without a `teacher` one is measured that is good enough for students of `most_steps` (`teacher.measured_teacher`).
     The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`.
+    `check` gets the first samples made.
     Raises `InputError` for an unusable `batch_size`, `NetworkError`, `StoreError`.
     """
     denoiser, samples = clock.denoiser, clock.denoiser.samples
@@ -62,7 +65,7 @@ def recorded(
             opened = stack.enter_context(open_store(store, question, lambda: probe(grid, denoiser)))
             plan = teacher or opened.plan("teacher", lambda: measured_teacher(denoiser, schedule, most_steps))
             how: dict[str, Any] = {"store": opened, "split": split, "batch_size": size, "progress": tick}
-            recording = record(Teacher(plan, grid), denoiser, schedule, **how)
+            recording = record(Teacher(plan, grid), denoiser, schedule, check=check, **how)
         yield Task(recording, denoiser, schedule, fixed_start=isinstance(denoiser.networks[0], OwnStart))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from olss_fast.methods import METHODS, OLSS, Method
 from olss_fast.network import Conditioning, Denoiser, Network
 from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import Candidate, Report
+from olss_fast.sampling.checking import checked
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 from olss_fast.support.arguments import checked_count
 from olss_fast.support.identity import digest
@@ -98,6 +100,7 @@ def tune(
     split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
     effort = effort or Effort()
     how: dict[str, Any] = {"split": split, "store": store, "batch_size": batch_size}
+    how["check"] = partial(checked, denoiser, schedule)
     with recorded(teacher, schedule, most_steps=wanted[-1], clock=clock, **how) as task:
         teacher = task.recording.teacher.plan
         judge = Judge(task, clock, rivals, stage="accept", first=max(3, len(split.held_out) // 8))

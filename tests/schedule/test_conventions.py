@@ -156,7 +156,7 @@ def test_tune_asks_at_whole_timesteps_only() -> None:
 def test_spacings_of_whole_timesteps_are_the_nearest_and_distinct(spacing: str) -> None:
     exact = replace(WHOLE, whole_times=False).timesteps(6, spacing)
     np.testing.assert_array_equal(WHOLE.timesteps(6, spacing), exact.round())
-    for steps in (60, 400):  # log-SNR puts 9 of 60 below timestep 5
+    for steps in (60, 400, 1000):  # log-SNR puts 9 of 60 below timestep 5
         crowded = WHOLE.timesteps(steps, spacing)
         np.testing.assert_array_equal(crowded, crowded.round())
         assert np.all(np.diff(crowded) <= -1)
