@@ -86,21 +86,18 @@ def _unit_noise(noise: Floats) -> Floats:
 def exact_output_of(plan: Plan) -> ExactOutput:
     """(alpha, sigma) -> signal and noise of the exact output at alpha m + sigma eps. PlanError if unknown."""
     prediction = plan.metadata.get("prediction_type")
-    if prediction and prediction.startswith("-"):
-        positive = exact_output_of(plan.replace(metadata={**plan.metadata, "prediction_type": prediction[1:]}))
-        return lambda alpha, sigma: _negative(positive(alpha, sigma))
-    if prediction == "edm":
-        return edm_output(_sigma_data(plan))
-    if prediction not in EXACT_OUTPUTS:
+    kind = (prediction or "").removeprefix("-")
+    if kind == "edm":
+        exact = edm_output(_sigma_data(plan))
+    elif kind in EXACT_OUTPUTS:
+        exact = EXACT_OUTPUTS[kind]
+    else:
         raise PlanError(
             f"metadata['prediction_type'] is {prediction!r}; expected one of {', '.join([*EXACT_OUTPUTS, 'edm'])}: "
             "set it with plan.replace(metadata={...})"
         )
-    return EXACT_OUTPUTS[prediction]
-
-
-def _negative(output: tuple[float, float]) -> tuple[float, float]:
-    return -output[0], -output[1]
+    sign = 1.0 if kind == prediction else -1.0
+    return lambda alpha, sigma: (sign * exact(alpha, sigma)[0], sign * exact(alpha, sigma)[1])
 
 
 def _v_prediction(alpha: float, sigma: float) -> tuple[float, float]:

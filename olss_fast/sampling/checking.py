@@ -37,7 +37,7 @@ SUSPECT = 2.0  # an error beyond chance and weak networks
 EXPLAINED = 0.5  # the largest error under a schedule that may be the right one
 CLEARLY, DECISIVELY = 1.5, 4.0  # times smaller under another schedule: worth a warning, and a refusal
 BLOWN_UP = 3.0  # times larger than samples that start where there is signal
-FOLLOWS = 0.5  # of its mean square, by which x0-hat may miss a foreign image next to no noise
+FOLLOWS = 32.0  # an error on foreign images next to no noise: x0-hat misses half of their mean square
 
 
 @dataclass(frozen=True)
@@ -86,25 +86,25 @@ def checked(denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor) -> Che
     require_finite(samples[None], step=0, first_sample=0)
     _check_start(judge, schedule, samples)
     given = _measured(judge, schedule, samples)
-    words, sure = "", False
+    finding, sure = "", False
     if given.error > SOUND and not isinstance(judge.networks[0], OwnStart):  # a pipeline knows its own schedule
-        words, sure = _explained(judge, schedule, given.error)
+        finding, sure = _explained(judge, schedule, given.error)
     denoiser.evaluations += judge.evaluations
-    if not words and given.error > SUSPECT:
-        words = (
-            f"the network denoises its own samples worse than a multiple of the noisy image would (error "
-            f"{given.error:.2g}; expected less than 1), and none of the usual mistakes explains it: prediction type, "
-            "sign, direction or unit of time. Is the schedule that of its training, and the guidance not too large?"
-        )
     if sure:
-        raise NetworkError(words)
-    if words:
-        _warn(words)
-    return replace(given, finding=words)
+        raise NetworkError(finding)
+    if not finding and given.error > SUSPECT:
+        finding = (
+            f"the network denoises its own samples worse than a multiple of the noisy image would (error "
+            f"{given.error:.2g}; expected less than 1). Is the schedule that of its training, and the guidance not too "
+            "large? None of the usual mistakes explains it: prediction type, sign, direction or unit of time"
+        )
+    if finding:
+        _warn(finding)
+    return replace(given, finding=finding)
 
 
 def _check_start(denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor) -> None:
-    """NetworkError if samples are larger for a start next to without signal, by which predictions of noise divide."""
+    """NetworkError if a start with next to no signal, by which noise predictions are divided, makes samples larger."""
     divides = schedule.curve.whole and schedule.time_scale == 1.0 and "epsilon" in schedule.prediction_type
     if not divides or schedule.lam(schedule.first) > LOWEST_LAM:
         return
@@ -112,10 +112,10 @@ def _check_start(denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor) -
     size, less = (float(each.double().square().mean()) ** 0.5 for each in (samples, _samples(denoiser, later)))
     if size > BLOWN_UP * less:
         raise NetworkError(
-            f"samples blow up to a root mean square of {size:.3g}: the first timesteps have next to no signal, "
-            f"alphas_cumprod = {float(schedule.alpha(schedule.first)) ** 2:.1e}, by whose root a noise prediction is "
-            f"divided. From timestep {later.first:g} on it is {less:.3g}: clamp it, as in "
-            "NoiseSchedule.from_alphas_cumprod(np.maximum(alphas_cumprod, 4e-5))"
+            f"samples blow up to a root mean square of {size:.3g}, from {less:.3g} for a start at timestep "
+            f"{later.first:g}: noise predictions are divided by next to no signal, the root of alphas_cumprod = "
+            f"{float(schedule.alpha(schedule.first)) ** 2:.1e}. Clamp it, as in NoiseSchedule.from_alphas_cumprod("
+            "np.maximum(alphas_cumprod, 4e-5))"
         )
 
 
@@ -175,7 +175,7 @@ def _explained(denoiser: Denoiser, schedule: NoiseSchedule, error: float) -> tup
             other = replace(schedule, **changes)
             samples = _samples(denoiser, other)
             found = _measured(denoiser, other, samples).error
-            if 0.0 < found < best and _follows(denoiser, other, -samples):
+            if 0.0 < found < best and _measured(denoiser, other, -samples, SIGNALS[-1:]).error < FOLLOWS:
                 words = f"{why}. It denoises its own samples with an error of {own:.2g}, then of {found:.2g}"
                 best = found
         except Exception:  # a network may refuse such times, and a schedule such a type: then that is not it
@@ -183,12 +183,6 @@ def _explained(denoiser: Denoiser, schedule: NoiseSchedule, error: float) -> tup
         if best < min(SOUND, own / DECISIVELY):
             break
     return words, bool(words) and best < own / DECISIVELY
-
-
-def _follows(denoiser: Denoiser, schedule: NoiseSchedule, images: Tensor) -> bool:
-    """Whether x0-hat is near the images that the network is asked about, next to no noise."""
-    errors = _measured(denoiser, schedule, images, SIGNALS[-1:]).errors
-    return errors[0] < FOLLOWS * (1.0 + SIGNALS[-1] ** 2)
 
 
 def _mistakes(schedule: NoiseSchedule) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -35,6 +35,7 @@ from olss_fast.schedule.curves import (
     FlowCurve,
     TableCurve,
     beta_schedule,
+    check_range,
     number,
     without_terminal_signal,
 )
@@ -290,6 +291,9 @@ class NoiseSchedule:
 
     def levels(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
         """alpha, sigma and lam in one call."""
+        if self.time_scale != 1.0:  # an error then quotes the network's own time
+            ends = self._of_curve(np.array([max(self.curve.end, 0.0), self.curve.first]))
+            check_range("timestep", _real("timestep", timestep), *map(float, np.sort(ends)))
         return self.curve.levels(self._on_curve("timestep", timestep))
 
     def alpha(self, timestep: npt.ArrayLike) -> FloatArray:
@@ -323,25 +327,25 @@ class NoiseSchedule:
 
     def prediction_maps(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """(a, b, c, d) with x0 = a x + b f and eps = c x + d f, for the *state* x (before `input_scale`)."""
-        a, b, c, d = self._positive_maps(timestep)
-        return (a, -b, c, -d) if self.prediction_type.startswith("-") else (a, b, c, d)
-
-    def _positive_maps(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         alpha, sigma, _ = self.levels(timestep)
-        zero, one = np.zeros_like(sigma), np.ones_like(sigma)
+        sign, zero, one = (
+            -1.0 if self.prediction_type.startswith("-") else 1.0,
+            np.zeros_like(sigma),
+            np.ones_like(sigma),
+        )
         if self._predicts == "epsilon":
-            return one / alpha, -sigma / alpha, zero, one
+            return one / alpha, -sign * sigma / alpha, zero, sign * one
         if self._predicts == "sample":
-            return zero, one, one / sigma, -alpha / sigma
+            return zero, sign * one, one / sigma, -sign * alpha / sigma
         if self._predicts == "flow":
             total = alpha + sigma
-            return one / total, -sigma / total, one / total, alpha / total
+            return one / total, -sign * sigma / total, one / total, sign * alpha / total
         if self._predicts == "v_prediction":
             square = alpha**2 + sigma**2
-            norm = np.sqrt(square)
+            norm = sign * np.sqrt(square)
             return alpha / square, -sigma / norm, sigma / square, alpha / norm
         square = sigma**2 + self.sigma_data**2
-        norm = np.sqrt(square)
+        norm = sign * np.sqrt(square)
         return self.sigma_data**2 / square, sigma * self.sigma_data / norm, sigma / square, -self.sigma_data / norm
 
     def timesteps(self, steps: int, spacing: str = "trailing") -> FloatArray:
@@ -357,8 +361,8 @@ class NoiseSchedule:
 
     def _clock(self) -> str:
         """What the network's time is, if not the curve's."""
-        changed = (self.time_scale, self.time_offset) != (1.0, 0.0)
-        return f", asked at timesteps {self.time_offset:g}{self.time_scale:+g}t" if changed else ""
+        own = (self.time_scale, self.time_offset) == (1.0, 0.0)
+        return "" if own else f", asked at timesteps {self.time_offset:g}{self.time_scale:+g}t"
 
     def metadata(self) -> dict[str, str]:
         """The schedule's entries in a plan's metadata."""

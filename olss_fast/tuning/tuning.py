@@ -23,6 +23,7 @@ from olss_fast.plan.plan import Plan, checked_plans
 from olss_fast.report.report import Candidate, Report
 from olss_fast.sampling.checking import checked
 from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.solvers.tape import check_whole
 from olss_fast.support.arguments import checked_count
 from olss_fast.support.identity import digest
 from olss_fast.tuning.clock import Clock
@@ -97,6 +98,8 @@ def tune(
     teacher = checked_teacher(teacher, teacher_steps, schedule)
     wanted = steps_to_teach(steps, grid_for(teacher, schedule).nfe)
     rivals = checked_plans(rivals, "rivals")
+    for rival in rivals:
+        check_whole(schedule, rival.timesteps, "a rival's timesteps")
     split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
     effort = effort or Effort()
     how: dict[str, Any] = {"split": split, "store": store, "batch_size": batch_size}

@@ -54,6 +54,8 @@ def test_plans_for_another_clock_are_told_apart(name: str) -> None:
     np.testing.assert_allclose(solvers.ddim(begun, 4).rows, solvers.ddim(usual.begun_at(600.0), 4).rows, atol=1e-12)
     with pytest.raises(ScheduleError):
         schedule.begun_at(clock(1100.0))
+    with pytest.raises(ScheduleError, match=rf"timestep {clock(1500.0)!r} is outside the schedule's range"):
+        schedule.alpha(clock(1500.0))
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -168,8 +170,11 @@ def test_fractions_are_refused_where_whole_timesteps_are_wanted() -> None:
     with pytest.raises(InputError, match=r"900\.5.*whole_times"):
         solvers.ddim(WHOLE, timesteps=[900.5, 100.0])
     teacher = solvers.ddim(replace(WHOLE, whole_times=False), 10, spacing="logsnr")
+    how = {"noise": torch.randn(24, 2, 4, 4), "schedule": WHOLE, "steps": 2}
     with pytest.raises(InputError, match=r"the teacher's timesteps hold .*whole_times"):
-        olss_fast.tune(LookedUp(WHOLE), noise=torch.randn(24, 2, 4, 4), schedule=WHOLE, steps=2, teacher=teacher)
+        olss_fast.tune(LookedUp(WHOLE), teacher=teacher, **how)
+    with pytest.raises(InputError, match=r"a rival's timesteps hold .*whole_times"):
+        olss_fast.tune(LookedUp(WHOLE), rivals=[teacher], **how)
     with pytest.raises(ScheduleError, match="whole_times"):
         NoiseSchedule.flow(1.0, 1, whole_times=True)
 
