@@ -77,6 +77,9 @@ def tune(
     that asks something else (another weight, attribute, argument, schedule; see `identity`) is refused by name. The
     same `seed` gives bitwise the same plans on the same machine.
 
+    The first samples tell whether network and schedule belong together (`sampling.checking`): a HookUpWarning or
+    `NetworkError` says which of the usual mistakes was made.
+
     Source: Duan et al., Optimal Linear Subspace Search, CIKM 2023; on-policy fit and polish as in `fitting` and
     `polish`. Raises `InputError`, `NetworkError`, `StoreError`.
     """

@@ -24,7 +24,6 @@ from olss_fast.cli import commands  # noqa: E402
 from olss_fast.errors import InputError, StoreError  # noqa: E402
 from olss_fast.report.report import Report  # noqa: E402
 from olss_fast.sampling.sampling import sample  # noqa: E402
-from olss_fast.tuning.tuning import Effort  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -87,7 +86,7 @@ def test_pipelines_that_do_not_scale_their_noise(name: str) -> None:
     if name != "unet2d":
         extra = {**tiny_pipelines.embeddings(pipe), "output_type": "latent", "height": 16, "width": 16}
         calls = [{**call, **extra} for call in calls]
-    result = olss_fast.tune_pipeline(pipe, fresh(calls), **settings(effort=Effort.light()))
+    result = olss_fast.tune_pipeline(pipe, fresh(calls), **settings(effort=olss_fast.Effort.light()))
     assert result.plans[2].rows[0, 0] == pytest.approx(1.0)
     assert all(each.plan.rows[0, 0] == pytest.approx(1.0) for each in result.report.candidates)
     outputs, original = [], pipe.scheduler
@@ -169,6 +168,13 @@ def test_tuning_across_guidance_scales(pipe: Any) -> None:
     result = olss_fast.tune_pipeline(pipe, calls_of(), guidance_scales=[3.0, 6.0], **settings())
     assert result.plans[2].metadata["guidance_scale"] == "3.0 to 6.0"
     assert [row.scale for row in result.report.guidance] == pytest.approx([2.0, 3.0, 6.0, 8.0])
+
+
+def test_whole_timesteps_only() -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    pipe.scheduler.register_to_config(use_karras_sigmas=True)  # relatives that take it ask at fractions
+    report = olss_fast.tune_pipeline(pipe, calls_of(guidance_scale=4.0), whole_times=True, **settings()).report
+    assert not any(np.any(each.plan.timesteps % 1.0) for each in report.candidates)
 
 
 def test_a_killed_run_resumes(pipe: Any, tmp_path: Path) -> None:
@@ -265,7 +271,7 @@ def test_comparing_with_plans_of_ones_own(pipe: Any, tuned: Any) -> None:
         ({"guidance_scales": [-1.0]}, "expected a list of positive numbers"),
         ({"guidance_scales": [float("inf")]}, "expected a list of positive numbers"),
         ({"guidance_scales": 5}, "guidance_scales is 5"),
-        ({"effort": "light"}, "effort is 'light'; expected an Effort"),
+        ({"effort": "light"}, "effort is 'light'; expected an olss_fast.Effort"),
         ({"store": 5}, "store is 5; expected a folder"),
         ({"seed": -1}, "seed is -1; expected a whole number"),
         ({"held_out": 8}, "are too few"),
@@ -345,7 +351,7 @@ def run(*arguments: object) -> Any:
 
 
 def test_tune_compare_and_sample_from_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Effort, "light", staticmethod(lambda: LEAST))
+    monkeypatch.setattr(olss_fast.Effort, "light", staticmethod(lambda: LEAST))
     prompts = folder / "prompts.txt"
     model = ["--model", folder, "--prompts", prompts, "--quiet"]
     teacher = ["--teacher-steps", TEACHER]

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils import logging
 from tqdm import tqdm
@@ -58,6 +59,7 @@ def tune_pipeline(
     store: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
+    whole_times: bool = False,
 ) -> TuneResult:
     """Search the best sampler of each number of `steps` for `pipe`, a diffusers pipeline with a scheduler.
 
@@ -68,7 +70,8 @@ def tune_pipeline(
     (image-to-image) it is DDIM (of 100 steps by default) from where the calls begin, and the plans are for that
     strength. Rivals are all analytic solvers, and the pipeline's own scheduler
     and its `compatibles`, captured. `store` is a folder for the recording: a killed run that is started again with the
-    same folder resumes. The pipeline is restored afterwards, also after an error; nothing is decoded.
+    same folder resumes. With `whole_times` plans ask at whole timesteps only, as some programs need that run them. The
+    pipeline is restored afterwards, also after an error; nothing is decoded.
 
     The result's report shows the error at guidance scales around the tuned ones (`report.guidance`).
 
@@ -85,6 +88,7 @@ def tune_pipeline(
         calls = with_guidance(pipe, calls, guidance_scales)
     with _opened(pipe, calls, grid, seed, progress) as (network, how):
         begun = network.evaluations
+        how["schedule"] = network.schedule = replace(network.schedule, whole_times=whole_times)
         result = tune(
             network,
             **how,
@@ -162,7 +166,8 @@ def _opened(
 def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwork) -> list[Plan]:
     """Plans of `scheduler` and of its `compatibles` with its settings, at each number of evaluations of `steps`.
 
-    Without those that cannot be captured, draw fresh noise, or have another noise schedule; clipping is switched off.
+    Without those that cannot be captured, draw fresh noise, have another noise schedule, or ask between the timesteps
+    where whole ones are wanted; clipping is switched off.
     Empty if the calls begin with noisy images: schedulers then begin at other timesteps.
     """
     if network.begin:
@@ -177,7 +182,8 @@ def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwo
         found = [_captured_at(kind, scheduler, off, nfe) for kind in classes for nfe in steps]
     finally:
         logging.set_verbosity(verbosity)
-    return [plan for plan in found if plan and not plan.noises and plan.metadata.get("schedule") == schedule]
+    fitting = [plan for plan in found if plan and not plan.noises and plan.metadata.get("schedule") == schedule]
+    return [plan for plan in fitting if not network.schedule.whole_times or not np.any(plan.timesteps % 1.0)]
 
 
 def _captured_at(kind: Any, scheduler: Any, off: Mapping[str, bool], nfe: int) -> Plan | None:
