@@ -271,7 +271,7 @@ def test_comparing_with_plans_of_ones_own(pipe: Any, tuned: Any) -> None:
         ({"guidance_scales": [-1.0]}, "expected a list of positive numbers"),
         ({"guidance_scales": [float("inf")]}, "expected a list of positive numbers"),
         ({"guidance_scales": 5}, "guidance_scales is 5"),
-        ({"effort": "light"}, "effort is 'light'; expected an olss_fast.Effort"),
+        ({"effort": "light"}, "effort is 'light'; expected an Effort"),
         ({"store": 5}, "store is 5; expected a folder"),
         ({"seed": -1}, "seed is -1; expected a whole number"),
         ({"held_out": 8}, "are too few"),
