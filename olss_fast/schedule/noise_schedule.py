@@ -328,11 +328,8 @@ class NoiseSchedule:
     def prediction_maps(self, timestep: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """(a, b, c, d) with x0 = a x + b f and eps = c x + d f, for the *state* x (before `input_scale`)."""
         alpha, sigma, _ = self.levels(timestep)
-        sign, zero, one = (
-            -1.0 if self.prediction_type.startswith("-") else 1.0,
-            np.zeros_like(sigma),
-            np.ones_like(sigma),
-        )
+        zero, one = np.zeros_like(sigma), np.ones_like(sigma)
+        sign = -1.0 if self.prediction_type.startswith("-") else 1.0
         if self._predicts == "epsilon":
             return one / alpha, -sign * sigma / alpha, zero, sign * one
         if self._predicts == "sample":
