@@ -36,7 +36,7 @@ SPACINGS = ("karras", "logsnr", "trailing")
 FINALISTS = 3  # solvers x spacings that run with more than the fewest steps
 REACHED = 0.4  # error of a tuned plan, in that of the best analytic one of as many steps
 SHARE = 0.1  # of the error that students reach, which the teacher's may be
-LEAST_SAMPLES, MOST_SAMPLES = 2, 8
+LEAST_SAMPLES, MOST_SAMPLES = 2, 4
 
 Solver = Callable[[int], Plan]
 
@@ -134,7 +134,7 @@ class _Trial:
     """Samples of plans on a few noises, each made once."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        count = min(denoiser.samples, max(LEAST_SAMPLES, min(MOST_SAMPLES, denoiser.samples // 16)))
+        count = min(denoiser.samples, max(LEAST_SAMPLES, min(MOST_SAMPLES, denoiser.samples // 64)))
         stride = -(-denoiser.samples // count) | 1  # odd, for conditioning often repeats
         self.chosen = slice(0, denoiser.samples, stride)
         self.denoiser = denoiser
