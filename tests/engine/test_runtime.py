@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from engine_bytes import EngineBytes
-from engines import CACHE, FOLDER, GUIDED, SCHEDULE, TEXT, engine_file, tiny, tiny_engine
+from engines import CACHE, GUIDED, SCHEDULE, TEXT, engine_file, tiny, tiny_engine
 from PIL import Image
 from runtime_build import olss_run, refusal, user_program
+from shared_builds import once
 from torch import Tensor
 
 import olss_fast
@@ -37,9 +38,7 @@ ORDERS = {
 @functools.cache
 def orders_file() -> Path:
     """The "guided" engine with other plans."""
-    path = Path(FOLDER.name, "orders.olss")
-    tiny("guided").build(plan=ORDERS, cache=CACHE).save(path)
-    return path
+    return once("orders.olss", lambda path: tiny("guided").build(plan=ORDERS, cache=CACHE).save(path))
 
 
 def sampled(path: Path, out: Path, *words: object) -> np.ndarray[Any, Any]:

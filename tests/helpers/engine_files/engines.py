@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from made_plans import split
+from shared_builds import FOLDER, once
 from torch import Tensor, nn
 
 import olss_fast
@@ -19,8 +19,7 @@ from olss_fast.engine.manifest import FORMAT
 from olss_fast.support import container
 
 SCHEDULE = NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012)
-FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-engines-")  # gone when the interpreter ends
-CACHE = Path(FOLDER.name, "cache")
+CACHE = FOLDER / "cache"
 
 
 def folded(plan: Plan, scale: float) -> Plan:
@@ -141,9 +140,7 @@ def tiny(kind: str) -> Tiny:
 @functools.cache
 def engine_file(kind: str) -> Path:
     """An engine file of this kind, for all to read."""
-    path = Path(FOLDER.name, f"{kind}.olss")
-    tiny(kind).build().save(path)
-    return path
+    return once(f"{kind}.olss", lambda path: tiny(kind).build().save(path))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The C++ runtime, and its reader of foreign files under sanitizers; each is compiled once a session."""
+"""The C++ runtime, and its reader of foreign files under sanitizers; each is compiled once a run of the tests."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import functools
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from shared_builds import FOLDER, once
+
 from olss_fast.engine import runtime
 from olss_fast.errors import BuildError
 
-FOLDER = tempfile.TemporaryDirectory(prefix="olss-test-runtime-")  # gone when the interpreter ends
 CHECKER = Path(__file__).parents[2] / "hostile" / "check_files.cpp"
 READERS = ("files", "engine")  # these folders know nothing of torch
 SANITIZED = ["-std=c++20", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -23,7 +23,7 @@ SANITIZED = ["-std=c++20", "-O0", "-fsanitize=address,undefined", "-fno-sanitize
 @functools.cache
 def _built() -> Path | BuildError:
     try:
-        return runtime.build_runtime(Path(FOLDER.name, "runtime")).parents[1]
+        return once("runtime", runtime.build_runtime)
     except BuildError as error:  # kept: each test would spend a minute to find it again
         return error
 
@@ -56,16 +56,18 @@ def refusal(*words: object, cwd: Path | None = None) -> str:
 @functools.cache
 def checker() -> Path:
     """The program of tests/hostile/check_files.cpp."""
+    return once("check-files", _compile_checker)
+
+
+def _compile_checker(program: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     sources = [CHECKER, *(file for folder in READERS for file in sorted((runtime.sources() / folder).glob("*.cpp")))]
-    objects = [Path(FOLDER.name, f"{source.stem}.o") for source in sources]
+    objects = [FOLDER / f"{source.stem}.o" for source in sources]
     base = [compiler, *SANITIZED, "-I", str(runtime.sources()), "-isystem", str(runtime.sources() / "third_party")]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         commands = [[*base, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects, strict=True)]
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
-    program = Path(FOLDER.name, "check-files")
     subprocess.run([*base, *map(str, objects), "-o", str(program), "-lpthread"], check=True)
-    return program
 
 
 def check_files(paths: Sequence[Path], torch: str | None = None) -> list[str]:
@@ -88,8 +90,11 @@ def check_files(paths: Sequence[Path], torch: str | None = None) -> list[str]:
 @functools.cache
 def user_program() -> Path:
     """The program of use_runtime.cpp, against the library; its headers are among the sources, together with others."""
+    return once("use-runtime", _compile_user)
+
+
+def _compile_user(program: Path) -> None:
     built, torch = built_runtime(), runtime._torch()
-    program = Path(FOLDER.name, "use-runtime")
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     flags = ["-std=c++20", "-O0", "-I", str(runtime.sources()), "-isystem", f"{torch}/include"]
     folders = [f"{built}/lib", f"{torch}/lib"]
@@ -97,4 +102,3 @@ def user_program() -> Path:
     source = Path(__file__).with_name("use_runtime.cpp")
     libraries = ["-lolss_runtime", "-ltorch_cpu", "-lc10", "-lpthread"]
     subprocess.run([compiler, *flags, str(source), "-o", str(program), *links, *libraries], check=True)
-    return program
