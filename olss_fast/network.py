@@ -151,13 +151,30 @@ class Denoiser:
         asked = {"noise": self.noise, "guidance_scale": self.guidance_scale}
         return {**asked, **arguments, **dict(zip(names, self.networks, strict=True))}
 
+    def count(self, evaluations: int) -> None:
+        """Adds to `evaluations`."""
+        self.evaluations += evaluations
+        self.tick(evaluations)
+
+    def also(self, network: Network) -> Denoiser:
+        """The same asked of another network, whose evaluations count here too."""
+        other = Denoiser(
+            network,
+            self.noise,
+            conditioning=self.conditioning,
+            unconditional=self.unconditional,
+            guidance_scale=self.guidance_scale,
+            doubled=self.doubled,
+        )
+        other.tick = self.count
+        return other
+
     def __call__(
         self, x: Tensor, timestep: float | Tensor, samples: slice, *, branches: int = 1, model: int = 0
     ) -> Tensor:
         """Raw outputs of shape (branches, B, ...) for x (B, ...), the network inputs of `samples`. Gradients go through
         it, to a timestep too that is a tensor ()."""
-        self.evaluations += x.shape[0]
-        self.tick(x.shape[0])
+        self.count(x.shape[0])
         time = torch.ones(x.shape[0], dtype=torch.float32, device=x.device) * timestep
         doubled = branches == 2 or self.guided
         with self.naming_arguments():

@@ -1,16 +1,36 @@
-"""Networks whose exact answer is known, for tests and benchmarks of samplers."""
+"""Networks whose exact answer is known, and rounded ones, for tests and benchmarks of samplers."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from olss_fast.errors import InputError
 from olss_fast.schedule.noise_schedule import NoiseSchedule
 
 NULL_CLASS = -1
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def rounded(network: Module, bits: int) -> Module:
+    """A copy whose weights of linear and convolution layers are whole multiples of a step: of w_max / (2^(bits-1) - 1)
+    for each output channel, w_max its largest magnitude. Biases and other layers are as they were."""
+    if not 2 <= bits <= 16:
+        raise InputError(f"bits is {bits!r}; expected 2 to 16")
+    network = copy.deepcopy(network)
+    for layer in network.modules():
+        if isinstance(layer, (nn.Linear, _ConvNd)):
+            channel = int(isinstance(layer, _ConvNd) and layer.transposed)
+            others = [axis for axis in range(layer.weight.ndim) if axis != channel]
+            step = layer.weight.detach().abs().amax(others, keepdim=True) / (2 ** (bits - 1) - 1)
+            layer.weight.data = torch.where(step > 0.0, (layer.weight.detach() / step).round() * step, 0.0)
+    return network
 
 
 @dataclass(frozen=True)

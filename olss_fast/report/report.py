@@ -155,6 +155,12 @@ class Report:
         return None if told is None else float(told)
 
     @property
+    def own_run(self) -> tuple[int, float] | None:
+        """Steps and mean error of the network's own long run, where the teacher asks another network; else None."""
+        told = self.settings.get("own_run")
+        return None if told is None else (told["steps"], math.inf if told["error"] is None else told["error"])
+
+    @property
     def near_teacher(self) -> list[int]:
         """Where the best candidate comes so near to the teacher that its own error counts (`NEAR` times it)."""
         error = self.own_error or 0.0

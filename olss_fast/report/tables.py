@@ -154,5 +154,8 @@ def render(table: Table, *, width: int | None = None) -> str:
 
 def _title(report: Report) -> str:
     own = "" if report.own_error is None else f" (its own error {report.own_error:.4f})"
-    steps = report.teacher.nfe
-    return f"RMSE to the {steps}-step teacher{own} from the same noise, mean over {report.held_out} samples"
+    another, long = "", ""
+    if report.own_run:
+        another, long = " of another network", ". The network's own {} steps have {:.4f}".format(*report.own_run)
+    teacher = f"{report.teacher.nfe}-step teacher{another}{own}"
+    return f"RMSE to the {teacher} from the same noise, mean over {report.held_out} samples{long}"

@@ -9,7 +9,7 @@ extrapolated. The error is of fourth order in the distance of the evaluations, b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from olss_fast.solvers.exponential import Node, Space, correction, fit_weights, 
 from olss_fast.solvers.tape import Level, Vector, levels_of
 
 SAME = 1e-9  # lam, within which two times are one
+START = 1e-3  # alpha / (alpha + sigma), within which two starts are one
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,34 @@ def is_dense(plan: Plan, schedule: NoiseSchedule) -> bool:
     return abs(lams[0] - lams[1]) <= SAME and bool(np.all(np.diff(lams[1:]) > SAME))
 
 
-def dense(plan: Plan, schedule: NoiseSchedule, times: npt.ArrayLike) -> Dense:
-    """The plan's run at `times` (G,), timesteps of `schedule` from the plan's first one on. InputError otherwise."""
+def dense(plan: Plan, schedule: NoiseSchedule, times: npt.ArrayLike, wanted: NoiseSchedule | None = None) -> Dense:
+    """The plan's run at `times` (G,), timesteps of `schedule` from the plan's first one on. InputError otherwise.
+
+    With a schedule `wanted` the times are its own, and so are the scale of the inputs and what the outputs predict:
+    states of equal alpha / sigma differ in their scale only.
+    """
     if not is_dense(plan, schedule):
         raise InputError("this plan asks at some noise levels twice, draws noise or begins late; its run is not known")
-    levels, wanted = levels_of(schedule, plan.timesteps), levels_of(schedule, np.asarray(times, dtype=np.float64))
+    norms, levels = _unit_levels(schedule, plan.timesteps)
+    scales, targets = _unit_levels(wanted or schedule, np.asarray(times, dtype=np.float64))
     units = np.eye(plan.columns)[1:]
-    states = plan.rows[:-1] / np.array([[level.input_scale] for level in levels])
+    states = plan.rows[:-1] / norms
     values = [level.maps[0] * states[i] + level.maps[1] * units[i] for i, level in enumerate(levels)]
     run = _Run(levels, states, values)
-    found = [run.at(level) for level in wanted]
-    inputs = [level.input_scale * state for level, (state, _) in zip(wanted, found, strict=True)]
-    outputs = [(x0 - level.maps[0] * state) / level.maps[1] for level, (state, x0) in zip(wanted, found, strict=True)]
-    return Dense(np.stack(inputs), np.stack(outputs))
+    found = [run.at(level) for level in targets]
+    outputs = [(x0 - level.maps[0] * state) / level.maps[1] for level, (state, x0) in zip(targets, found, strict=True)]
+    return Dense(scales * np.stack([state for state, _ in found]), np.stack(outputs))
+
+
+def _unit_levels(schedule: NoiseSchedule, times: Vector) -> tuple[Vector, list[Level]]:
+    """The levels of states x / n, n^2 = alpha^2 + sigma^2, and the factors (G, 1) from these to network inputs."""
+    levels = levels_of(schedule, times)
+    norms = [float(np.hypot(level.alpha, level.sigma)) for level in levels]
+    unit = [
+        replace(level, alpha=level.alpha / n, sigma=level.sigma / n, maps=(level.maps[0] * n, *level.maps[1:]))
+        for n, level in zip(norms, levels, strict=True)
+    ]
+    return np.array([[n * level.input_scale] for n, level in zip(norms, levels, strict=True)]), unit
 
 
 @dataclass(frozen=True)
@@ -69,8 +85,9 @@ class _Run:
         """State and x0 prediction at `target`."""
         lams = [level.lam for level in self.levels]
         i = int(np.searchsorted(lams, target.lam + SAME, side="right")) - 1
-        if i < 0:
+        if i < 0 and not begins_by(self.levels[0], target):
             raise InputError(f"timestep {target.timestep:g} lies before the plan's first, {self.levels[0].timestep:g}")
+        i = max(i, 0)
         if target.lam - lams[i] <= SAME:
             return self.states[i], self.values[i]
         nodes: list[Node] = [(self.levels[j], self.values[j]) for j in (i, i + 1, i - 1, i + 2) if 0 <= j < len(lams)]
@@ -84,6 +101,11 @@ class _Run:
     def _integral(self, i: int, target: Level, nodes: list[Node]) -> Vector:
         step = transfer(self.states[i], self.values[i], self.levels[i], target)
         return np.asarray(step + correction(target, nodes, lagrange_rule, Space.DATA))
+
+
+def begins_by(first: Level, target: Level) -> bool:
+    """Whether a run that begins at `first` has begun when the noise is as low as at `target`."""
+    return _signal(first) < _signal(target) + START
 
 
 def _interpolated(target: Level, nodes: list[Node]) -> Vector:

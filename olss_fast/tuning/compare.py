@@ -16,9 +16,9 @@ from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
 from olss_fast.solvers.table import display_name
 from olss_fast.support.arguments import check_count
 from olss_fast.tuning.clock import Clock
-from olss_fast.tuning.judge import Judge, recorded
+from olss_fast.tuning.judge import Judge, own_run, recorded
 from olss_fast.tuning.preparation import whole_steps
-from olss_fast.tuning.teacher import checked_teacher
+from olss_fast.tuning.teacher import checked_source
 
 FIRST = 8  # samples on which every candidate is scored
 
@@ -32,6 +32,8 @@ def compare(
     plans: Iterable[Plan] = (),
     teacher_steps: int | None = None,
     teacher: Plan | None = None,
+    teacher_network: Network | None = None,
+    teacher_schedule: NoiseSchedule | None = None,
     rivals: Sequence[Plan] = (),
     conditioning: Conditioning | None = None,
     unconditional: Conditioning | None = None,
@@ -49,20 +51,21 @@ def compare(
     plans, rivals = checked_plans(plans, "plans"), checked_plans(rivals, "rivals")
     wanted = sorted({*whole_steps(steps), *(plan.nfe for plan in plans)})
     _check(wanted, plans, checked_schedule(schedule))
-    teacher = checked_teacher(teacher, teacher_steps, schedule)
     denoiser = Denoiser(
         network, noise, conditioning=conditioning, unconditional=unconditional, guidance_scale=guidance_scale
     )
+    source = checked_source(denoiser, schedule, teacher_network, teacher_schedule, teacher, teacher_steps)
     for plan in plans:
         check_plan_fits(plan, denoiser)
     clock = Clock(denoiser, progress)
-    with recorded(teacher, schedule, most_steps=wanted[-1], clock=clock, batch_size=batch_size) as task:
+    with recorded(source, schedule, most_steps=wanted[-1], clock=clock, batch_size=batch_size) as task:
         teacher = task.recording.teacher.plan
         judge = Judge(task, clock, rivals, stage="score", first=FIRST)
         candidates = [
             each for nfe in wanted for each in judge.candidates(nfe, [plan for plan in plans if plan.nfe == nfe])
         ]
-    settings = {"steps": wanted, "teacher_steps": teacher.nfe, "guidance_scale": denoiser.guidance_scale}
+        own = own_run(task, source, clock)
+    settings = {"steps": wanted, "teacher_steps": teacher.nfe, "guidance_scale": denoiser.guidance_scale, **own}
     return Report(tuple(candidates), teacher, denoiser.samples, settings, dict(clock.evaluations), dict(clock.seconds))
 
 

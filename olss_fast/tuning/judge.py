@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olss_fast.errors import NetworkError
 from olss_fast.methods import ANALYTIC, kind_of, title_of
-from olss_fast.network import OwnStart
+from olss_fast.network import Denoiser, OwnStart
 from olss_fast.plan.plan import Plan
 from olss_fast.report.report import Candidate
 from olss_fast.schedule.noise_schedule import NoiseSchedule
@@ -22,16 +23,16 @@ from olss_fast.support.arguments import checked_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.fitting import Task
 from olss_fast.tuning.recording import Split, probe, record
-from olss_fast.tuning.scoring import expected_evaluations, kept_scores, tournament
+from olss_fast.tuning.scoring import expected_evaluations, kept_scores, score, tournament
 from olss_fast.tuning.store import open_store
-from olss_fast.tuning.teacher import Teacher, grid_for, measured_teacher
+from olss_fast.tuning.teacher import Source, Teacher, grid_for, long_plan, measured_teacher
 
 LARGEST_CHUNK = 2**28  # bytes of basis, in float64 and float32, in memory at once by default
 
 
 @contextmanager
 def recorded(
-    teacher: Plan | None,
+    source: Source,
     schedule: NoiseSchedule,
     *,
     most_steps: int = 0,
@@ -41,16 +42,17 @@ def recorded(
     batch_size: int | None = None,
     check: Callable[[Tensor], object] = lambda samples: None,
 ) -> Iterator[Task]:
-    """Runs the teacher on all noise of the clock's denoiser, and yields what fits and scores need of it.
+    """Runs the source's plan on all noise, and yields what fits and scores of the clock's denoiser need of it.
 
-    Without a `teacher` one is measured that is good enough for students of `most_steps` (`teacher.measured_teacher`).
+    Without a plan one is measured that is good enough for students of `most_steps` (`teacher.measured_teacher`).
     The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`.
     `check` gets the first samples made.
     Raises `InputError` for an unusable `batch_size`, `NetworkError`, `StoreError`.
     """
     denoiser, samples = clock.denoiser, clock.denoiser.samples
     split = split or Split(range(0), range(0), range(samples))
-    grid = grid_for(teacher, schedule)
+    teacher, theirs = source.plan, None if source.schedule is schedule else source.schedule
+    grid = grid_for(teacher, schedule, theirs)
     columns = grid.columns + (teacher or grid).columns
     most = min(64, max(1, LARGEST_CHUNK // (12 * columns * denoiser.noise[0].numel())))
     size = most if batch_size is None else checked_count("batch_size", batch_size)
@@ -60,13 +62,48 @@ def recorded(
         "split": (split.fit, split.validation, split.held_out, size),
         **denoiser.what_is_asked(),
     }
+    if source.denoiser is not denoiser:
+        question |= {"teacher_network": source.denoiser.networks[0], "teacher_schedule": source.schedule}
     with torch.no_grad(), ExitStack() as stack:
         with clock.stage("record", "Teacher", samples * (teacher or grid).nfe) as tick:
-            opened = stack.enter_context(open_store(store, question, lambda: probe(grid, denoiser)))
-            plan = teacher or opened.plan("teacher", lambda: measured_teacher(denoiser, schedule, most_steps))
+            opened = stack.enter_context(open_store(store, question, lambda: _probed(grid, denoiser, source)))
+            plan = teacher or opened.plan(
+                "teacher", lambda: measured_teacher(source.denoiser, source.schedule, most_steps)
+            )
             how: dict[str, Any] = {"store": opened, "split": split, "batch_size": size, "progress": tick}
-            recording = record(Teacher(plan, grid), denoiser, schedule, check=check, **how)
+            recording = record(Teacher(plan, grid, theirs), source.denoiser, schedule, check=check, **how)
         yield Task(recording, denoiser, schedule, fixed_start=isinstance(denoiser.networks[0], OwnStart))
+
+
+def _probed(grid: Plan, denoiser: Denoiser, source: Source) -> Tensor:
+    """The answers of the network, and of the source's if that is another. `NetworkError` if it cannot be asked."""
+    answers = probe(grid, denoiser)
+    if source.denoiser is denoiser:
+        return answers
+    try:
+        others = probe(grid_for(None, source.schedule), source.denoiser)
+    except Exception as error:  # whatever a foreign network raises
+        raise NetworkError(
+            f"teacher_network cannot be asked what network is, samples of shape {tuple(denoiser.noise.shape[1:])} with "
+            f"the arguments {sorted(denoiser.conditioning)}: {type(error).__name__}: {error}"
+        ) from error
+    coarser = max(answers.dtype, others.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.cat([answers.to(coarser), others.to(coarser)], 1)
+
+
+def own_run(task: Task, source: Source, clock: Clock) -> dict[str, Any]:
+    """What a long run of the student's network reaches of another network's truth: "steps" and held-out "error" of the
+    teacher's plan, or of one as long if that has another schedule. Empty if the truth is the network's own."""
+    if source.denoiser is task.denoiser:
+        return {}
+    recording = task.recording
+    plan, held_out = recording.teacher.plan, recording.split.held_out
+    if recording.teacher.schedule is not None:
+        plan = long_plan(task.schedule, plan.nfe)
+    with clock.stage("own run", "Own long run", len(held_out) * plan.nfe):
+        (errors,) = kept_scores(recording.store, [plan], "own", lambda: score([plan], task, held_out))
+    error = float(errors.mean())
+    return {"own_run": {"steps": plan.nfe, "error": error if np.isfinite(error) else None}}
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from olss_fast.errors import InputError, NetworkError, ScheduleError
 from olss_fast.executors.reference import Loop
-from olss_fast.network import Denoiser, OwnStart
+from olss_fast.network import Denoiser, Network, OwnStart
 from olss_fast.plan.plan import Plan, checked_plan
 from olss_fast.schedule.fits import check_prediction
 from olss_fast.schedule.noise_schedule import NoiseSchedule, checked_schedule
 from olss_fast.solvers.ddim import ddim
-from olss_fast.solvers.dense import Dense, dense, is_dense
+from olss_fast.solvers.dense import Dense, begins_by, dense, is_dense
 from olss_fast.solvers.dpm_solver_pp import dpm_solver_pp
-from olss_fast.solvers.tape import check_whole
+from olss_fast.solvers.tape import check_whole, levels_of
 from olss_fast.solvers.unipc import unipc
 from olss_fast.support.arguments import check_steps
 from olss_fast.tuning.recording import distance
@@ -45,19 +45,58 @@ Solver = Callable[[int], Plan]
 class Teacher:
     """What students learn from.
 
-    plan   makes the samples that they are to make
-    grid   evaluations that a path may take: their times, and rows that lead from one to the next. What the teacher
-           knows there is the dense output of `plan`; the grid may be the plan itself
+    plan      makes the samples that they are to make
+    grid      evaluations that a path may take: their times, and rows that lead from one to the next. What the teacher
+              knows there is the dense output of `plan`; the grid may be the plan itself
+    schedule  of the plan, if it is not that of the grid
     """
 
     plan: Plan
     grid: Plan
+    schedule: NoiseSchedule | None = None
 
     def rows(self, schedule: NoiseSchedule) -> Dense:
-        """Rows of the grid's inputs and outputs over the plan's basis."""
+        """Rows of the grid's inputs and outputs over the plan's basis; `schedule` is the grid's."""
         if self.grid is self.plan:
             return Dense(self.plan.rows[:-1], np.eye(self.plan.columns)[1:])
-        return dense(self.plan, schedule, self.grid.timesteps)
+        return dense(self.plan, self.schedule or schedule, self.grid.timesteps, schedule)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose samples are the truth: a network with its schedule, and its plan, None if one is to be measured."""
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    plan: Plan | None = None
+
+
+def checked_source(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    network: Network | None,
+    own: NoiseSchedule | None,
+    teacher: Plan | None,
+    steps: int | None,
+) -> Source:
+    """The student's own network, or `network`, whose schedule is `own` if it is another; with the plan that
+    `checked_teacher` returns.
+
+    Raises `InputError` for an unusable teacher, and for a schedule that begins with less noise than the student's.
+    """
+    if network is None:
+        if own is not None:
+            raise InputError("teacher_schedule is that of teacher_network: give both")
+        return Source(denoiser, schedule, checked_teacher(teacher, steps, schedule))
+    theirs = checked_schedule(schedule) if own is None else checked_schedule(own)
+    source = Source(denoiser.also(network), theirs, checked_teacher(teacher, steps, theirs))
+    if not begins_by(*(levels_of(each, [each.first])[0] for each in (theirs, schedule))):
+        raise InputError(
+            f"teacher_schedule ({theirs.describe()}) begins with less noise than schedule ({schedule.describe()}), at "
+            f"log-SNR {float(theirs.lam(theirs.first)):.3g} instead of {float(schedule.lam(schedule.first)):.3g}: the "
+            "teacher must be known where students begin"
+        )
+    return source
 
 
 def checked_teacher(teacher: Plan | None, steps: int | None, schedule: NoiseSchedule) -> Plan | None:
@@ -73,14 +112,30 @@ def checked_teacher(teacher: Plan | None, steps: int | None, schedule: NoiseSche
     return teacher
 
 
-def grid_for(teacher: Plan | None, schedule: NoiseSchedule) -> Plan:
-    """Evenly spaced times; those of the teacher where they are, or where its run is not known in between."""
-    if teacher is not None and (_is_trailing(teacher, schedule) or not is_dense(teacher, schedule)):
+def grid_for(teacher: Plan | None, schedule: NoiseSchedule, own: NoiseSchedule | None = None) -> Plan:
+    """Evenly spaced times; those of the teacher where they are, or where its run is not known in between.
+
+    InputError for such a teacher that has a schedule of its `own`.
+    """
+    if own not in (None, schedule):
+        if teacher is not None and not is_dense(teacher, own):
+            raise InputError(
+                "with teacher_schedule the noise must fall from each evaluation of the teacher to the next, from the "
+                "schedule's first timestep on: its run is not known at the student's times"
+            )
+    elif teacher is not None and (_is_trailing(teacher, schedule) or not is_dense(teacher, schedule)):
         return teacher
     for count in GRIDS:
         with suppress(ScheduleError):  # a schedule of few whole timesteps
             return dpm_solver_pp(schedule, count, order=3)
     raise ScheduleError(f"{schedule.describe()} has fewer than {GRIDS[-1]} timesteps: too few to choose from")
+
+
+def long_plan(schedule: NoiseSchedule, steps: int) -> Plan:
+    """A good plan of `steps` evaluations without any measurement; evenly spaced on schedules of few timesteps."""
+    with suppress(ScheduleError):
+        return dpm_solver_pp(schedule, steps, order=3, spacing="karras")
+    return grid_for(None, schedule)
 
 
 def _is_trailing(plan: Plan, schedule: NoiseSchedule) -> bool:

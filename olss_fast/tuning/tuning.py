@@ -27,10 +27,10 @@ from olss_fast.solvers.tape import check_whole
 from olss_fast.support.arguments import checked_count
 from olss_fast.support.identity import digest
 from olss_fast.tuning.clock import Clock
-from olss_fast.tuning.judge import Judge, recorded
+from olss_fast.tuning.judge import Judge, own_run, recorded
 from olss_fast.tuning.preparation import split_samples, steps_to_teach
 from olss_fast.tuning.study import Effort, Study
-from olss_fast.tuning.teacher import checked_teacher, grid_for
+from olss_fast.tuning.teacher import checked_source, grid_for
 
 __all__ = ["Effort", "TuneResult", "tune"]
 
@@ -53,6 +53,8 @@ def tune(
     steps: int | Sequence[int],
     teacher_steps: int | None = None,
     teacher: Plan | None = None,
+    teacher_network: Network | None = None,
+    teacher_schedule: NoiseSchedule | None = None,
     rivals: Sequence[Plan] = (),
     conditioning: Conditioning | None = None,
     unconditional: Conditioning | None = None,
@@ -71,7 +73,10 @@ def tune(
     unit Gaussian, one sample a row, and arguments of the conditioning whose first dimension is P belong to the
     samples. The last `held_out` samples (default: a quarter) judge, an eighth stops the polish, all others are fitted
     on. The teacher is the cheapest plan whose own error is a tenth of what students can reach, found by measurement on
-    a few samples (`teacher`); or DDIM with `teacher_steps` evaluations; or the plan `teacher`. `rivals` are plans that
+    a few samples (`teacher`); or DDIM with `teacher_steps` evaluations; or the plan `teacher`. With `teacher_network`
+    it asks that one, with the same arguments: the full network whose samples a quantised, pruned or smaller one is to
+    make. Students are run and fitted on `network` alone. `teacher_schedule` is the schedule of that network if its
+    noise levels or prediction type are others: states are compared at equal noise. `rivals` are plans that
     are judged beside the analytic ones, each at its own number of evaluations. `store` is a folder for the recording,
     the finished fits and their judgement: a killed run that is started again with the same folder resumes, and one
     that asks something else (another weight, attribute, argument, schedule; see `identity`) is refused by name. The
@@ -98,19 +103,20 @@ def tune(
         raise InputError(f"store is {store!r}; expected a folder")
     if held_out is not None:
         checked_count("held_out", held_out)
-    teacher = checked_teacher(teacher, teacher_steps, schedule)
-    wanted = steps_to_teach(steps, grid_for(teacher, schedule).nfe)
+    source = checked_source(denoiser, schedule, teacher_network, teacher_schedule, teacher, teacher_steps)
+    wanted = steps_to_teach(steps, grid_for(source.plan, schedule, source.schedule).nfe)
     rivals = checked_plans(rivals, "rivals")
     for rival in rivals:
         check_whole(schedule, rival.timesteps, "a rival's timesteps")
     split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
     effort = effort or Effort()
     how: dict[str, Any] = {"split": split, "store": store, "batch_size": batch_size}
-    how["check"] = partial(checked, denoiser, schedule)
-    with recorded(teacher, schedule, most_steps=wanted[-1], clock=clock, **how) as task:
+    how["check"] = partial(_check, {source.denoiser: source.schedule, denoiser: schedule})
+    with recorded(source, schedule, most_steps=wanted[-1], clock=clock, **how) as task:
         teacher = task.recording.teacher.plan
         judge = Judge(task, clock, rivals, stage="accept", first=max(3, len(split.held_out) // 8))
         candidates = [each for n in wanted for each in _candidates(Study(task, effort, clock, seed, n), judge)]
+        own = own_run(task, source, clock)
     settings = {
         "samples": {name: len(part) for name, part in vars(split).items()},
         "teacher_steps": teacher.nfe,
@@ -119,10 +125,17 @@ def tune(
         "effort": asdict(effort),
         "seed": seed,
         "steps": wanted,
+        **own,
     }
     spent = dict(clock.evaluations), dict(clock.seconds)
     report = Report(tuple(candidates), teacher, len(split.held_out), settings, *spent)
     return TuneResult({n: report.best(n).plan for n in wanted}, report)
+
+
+def _check(networks: dict[Denoiser, NoiseSchedule], samples: Tensor) -> None:
+    """The hook-up of each network, on the teacher's first samples."""
+    for denoiser, schedule in networks.items():
+        checked(denoiser, schedule, samples)
 
 
 def _candidates(study: Study, judge: Judge) -> list[Candidate]:

@@ -67,6 +67,27 @@ def test_at_its_own_evaluations_a_run_is_itself(name: str) -> None:
     np.testing.assert_allclose(rows.outputs, np.eye(plan.columns)[1:], atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["epsilon", "v_prediction", "exploding", "edm"])
+def test_a_run_is_read_in_another_schedule(name: str) -> None:
+    """At equal noise: states in the other's scale, outputs of its prediction type."""
+    other = NoiseSchedule.named("linear", prediction_type="sample")
+    noisiest = float(np.exp(-other.lam(other.first)))
+    theirs = {
+        "epsilon": NoiseSchedule.named("linear"),
+        "v_prediction": SCHEDULES["v_prediction"],
+        "exploding": NoiseSchedule.ve(0.01, noisiest, unit_input=True),
+        "edm": NoiseSchedule.edm(0.01, noisiest),
+    }[name]
+    times = other.timesteps(60, "trailing")
+    plan = solvers.dpm_solver_pp(theirs, 50, order=3, spacing="logsnr")
+    rows, columns = dense(plan, theirs, times, other), basis(plan, theirs)
+    own = np.abs((plan.rows[:-1] @ columns - exact(theirs, plan.timesteps)[0]) / theirs.input_scale(plan.timesteps))
+    norm = np.hypot(theirs.alpha(plan.timesteps), theirs.sigma(plan.timesteps))
+    inputs, outputs = exact(other, times)
+    assert np.abs(rows.inputs @ columns - inputs).max() < 1.5 * (own / norm).max()
+    assert np.abs(rows.outputs @ columns - outputs).max() < 1.5 * (own / norm).max()
+
+
 def test_just_before_an_evaluation_it_meets_it() -> None:
     """Whatever the error of a step of a first-order solver: the state has no jump."""
     schedule = SCHEDULES["flow"]

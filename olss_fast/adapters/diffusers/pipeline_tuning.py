@@ -39,6 +39,7 @@ from olss_fast.tuning.judge import recorded
 from olss_fast.tuning.preparation import steps_to_teach
 from olss_fast.tuning.recording import Float64
 from olss_fast.tuning.scoring import kept_scores, score
+from olss_fast.tuning.teacher import Source
 from olss_fast.tuning.tuning import Effort, TuneResult, tune
 
 GRID = 100  # timesteps that the pipeline is offered to begin at
@@ -259,7 +260,8 @@ def _errors(
     with _opened(pipe, calls, grid, seed, progress=False) as (network, how):
         denoiser = Denoiser(network, how["noise"], conditioning=how["conditioning"])
         clock, size = Clock(denoiser, visible=False), denoiser.samples
-        opened = recorded(teacher, network.schedule, clock=clock, store=store, batch_size=size)
+        source = Source(denoiser, network.schedule, teacher)
+        opened = recorded(source, network.schedule, clock=clock, store=store, batch_size=size)
         with opened as task:
             samples = task.recording.split.held_out
             errors = kept_scores(task.recording.store, plans, "all", lambda: score(plans, task, samples))
