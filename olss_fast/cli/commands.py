@@ -88,6 +88,7 @@ def tune(
         ),
     ] = None,
     teacher_steps: options.TeacherOption = None,
+    teacher_model: options.TeacherModelOption = None,
     guidance_scale: options.GuidanceOption = None,
     guidance_range: Annotated[
         str | None,
@@ -114,6 +115,7 @@ def tune(
 
     - `olss-fast tune --model demo --steps 5,8 --out tuned`
     - `olss-fast tune --model path/to/class-conditional-folder --null-class 1000 --guidance-scale 2 --store recording`
+    - `olss-fast tune --model path/to/pruned-folder --teacher-model path/to/full-folder --steps 8`
     - `olss-fast tune --model path/to/stable-diffusion --prompts prompts.txt --guidance-range 5,7.5,10`
     """
     wanted = options.parse_steps(steps)
@@ -128,7 +130,8 @@ def tune(
     folder = try_folders(out)
     subject = jobs.subject(model, prompts, dtype, null_class, device, guidance_scale, batch_size, seed, not quiet)
     effort = Effort.light() if light else Effort()
-    result = subject.tune(samples, scales, steps=wanted, teacher_steps=teacher_steps, effort=effort, store=store)
+    how = {"steps": wanted, "teacher_steps": teacher_steps, "effort": effort, "store": store}
+    result = subject.tune(samples, scales, teacher_model, **how)
     write_result(result, folder)
     typer.echo(result.report.table())
     typer.echo(time_spent(result.report, time.perf_counter() - start))

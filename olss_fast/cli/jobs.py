@@ -83,10 +83,16 @@ class NetworkSubject(Subject):
         check_prediction(chosen, self.loaded.schedule)
         return chosen
 
-    def tune(self, samples: int | None, guidance_scales: Sequence[float] | None, **how: Any) -> olss_fast.TuneResult:
+    def tune(
+        self, samples: int | None, guidance_scales: Sequence[float] | None, teacher_model: str | None = None, **how: Any
+    ) -> olss_fast.TuneResult:
         """`olss_fast.tune`; how: its arguments."""
         if guidance_scales is not None:
             raise InputError("--guidance-range belongs to --prompts: give one --guidance-scale")
+        if teacher_model is not None:
+            full = load_model(teacher_model, device=self.device, null_class=self.null_class)
+            _check_same(self.loaded, full)
+            how |= {"teacher_network": full.network, "teacher_schedule": full.schedule}
         return olss_fast.tune(self.loaded.network, seed=self.seed, **how, **self.question(samples or 256))
 
     def compare(self, samples: int, plans: Sequence[Plan], **how: Any) -> Report:
@@ -148,10 +154,14 @@ class PipelineSubject(Subject):
         how: dict[str, Any] = {"guidance_scale": self.scale(plans), "batch_size": self.batch_size, "seed": self.seed}
         return pipe, prompt_calls(pipe, texts, samples, **how)
 
-    def tune(self, samples: int | None, guidance_scales: Sequence[float] | None, **how: Any) -> olss_fast.TuneResult:
+    def tune(
+        self, samples: int | None, guidance_scales: Sequence[float] | None, teacher_model: str | None = None, **how: Any
+    ) -> olss_fast.TuneResult:
         """`olss_fast.tune_pipeline`; how: its arguments."""
         from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
 
+        if teacher_model is not None:
+            raise InputError("--teacher-model is for networks without prompts: leave it out with --prompts")
         if guidance_scales is not None and self.guidance_scale is not None:
             raise InputError("--guidance-scale and --guidance-range: give one of them")
         opened = self.opened(samples or 64)  # latents have many values each
@@ -177,6 +187,15 @@ class PipelineSubject(Subject):
         pipe.set_progress_bar_config(**bar_options(self.progress))
         prompts = [prompt for call in calls for prompt in call["prompt"]]
         return pipeline_images(pipe, calls, chosen.nfe), chosen.nfe, prompts
+
+
+def _check_same(model: Model, full: Model) -> None:
+    """InputError unless both make samples of one shape and take the same classes."""
+    if (model.shape, model.classes) != (full.shape, full.classes):
+        raise InputError(
+            f"--teacher-model makes samples of shape {full.shape} in {full.classes} classes, --model of {model.shape} "
+            f"in {model.classes}: both must make the same"
+        )
 
 
 def subject(

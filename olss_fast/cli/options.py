@@ -52,6 +52,14 @@ TeacherOption = Annotated[
         "--teacher-steps", min=1, max=MAX_EVALUATIONS, help="NFE of a DDIM teacher. Default: a measured teacher."
     ),
 ]
+TeacherModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher-model",
+        metavar="FOLDER",
+        help="The network whose samples are the aim, if not --model itself: the full one of a distilled or pruned one.",
+    ),
+]
 OrderOption = Annotated[int | None, typer.Option("--order", min=1, help="Order of the solver.")]
 SpacingOption = Annotated[str | None, typer.Option("--spacing", metavar="NAME", help="Time spacing of the solver.")]
 VariantOption = Annotated[str | None, typer.Option("--variant", metavar="NAME", help="Variant of the solver.")]

@@ -78,10 +78,10 @@ def check(
         return checked(denoiser, schedule, _samples(denoiser, checked_schedule(schedule)))
 
 
-def checked(denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor) -> Check:
-    """The check on `samples`, which belong to the first rows of the noise."""
+def checked(denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor, of: str = "") -> Check:
+    """The check on `samples`, which belong to the first rows of the noise. Findings begin with `of`."""
     judge = Denoiser(denoiser.networks, denoiser.noise, conditioning=denoiser.conditioning)
-    judge.tick = denoiser.tick
+    judge.tick = denoiser.count
     samples = samples[_first(denoiser)]
     require_finite(samples[None], step=0, first_sample=0)
     _check_start(judge, schedule, samples)
@@ -89,9 +89,8 @@ def checked(denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor) -> Che
     finding, sure = "", False
     if given.error > SOUND and not isinstance(judge.networks[0], OwnStart):  # a pipeline knows its own schedule
         finding, sure = _explained(judge, schedule, given.error)
-    denoiser.evaluations += judge.evaluations
     if sure:
-        raise NetworkError(finding)
+        raise NetworkError(of + finding)
     if not finding and given.error > SUSPECT:
         finding = (
             f"the network denoises its own samples worse than a multiple of the noisy image would (error "
@@ -99,7 +98,7 @@ def checked(denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor) -> Che
             "large? None of the usual mistakes explains it: prediction type, sign, direction or unit of time"
         )
     if finding:
-        _warn(finding)
+        _warn(of + finding)
     return replace(given, finding=finding)
 
 

@@ -30,7 +30,7 @@ from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.judge import Judge, own_run, recorded
 from olss_fast.tuning.preparation import split_samples, steps_to_teach
 from olss_fast.tuning.study import Effort, Study
-from olss_fast.tuning.teacher import checked_source, grid_for
+from olss_fast.tuning.teacher import Source, checked_source, grid_for
 
 __all__ = ["Effort", "TuneResult", "tune"]
 
@@ -111,7 +111,7 @@ def tune(
     split, clock = split_samples(noise, wanted, held_out), Clock(denoiser, progress)
     effort = effort or Effort()
     how: dict[str, Any] = {"split": split, "store": store, "batch_size": batch_size}
-    how["check"] = partial(_check, {source.denoiser: source.schedule, denoiser: schedule})
+    how["check"] = partial(_check, source, denoiser, schedule)
     with recorded(source, schedule, most_steps=wanted[-1], clock=clock, **how) as task:
         teacher = task.recording.teacher.plan
         judge = Judge(task, clock, rivals, stage="accept", first=max(3, len(split.held_out) // 8))
@@ -132,10 +132,11 @@ def tune(
     return TuneResult({n: report.best(n).plan for n in wanted}, report)
 
 
-def _check(networks: dict[Denoiser, NoiseSchedule], samples: Tensor) -> None:
-    """The hook-up of each network, on the teacher's first samples."""
-    for denoiser, schedule in networks.items():
-        checked(denoiser, schedule, samples)
+def _check(source: Source, denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor) -> None:
+    """The hook-up of the network, and of the source's if that is another, on the teacher's first samples."""
+    if source.denoiser is not denoiser:
+        checked(source.denoiser, source.schedule, samples, "teacher_network: ")
+    checked(denoiser, schedule, samples)
 
 
 def _candidates(study: Study, judge: Judge) -> list[Candidate]:

@@ -230,6 +230,21 @@ def test_tune_then_sample_then_compare(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "compare" / "error.png").exists()
 
 
+def test_tune_toward_the_samples_of_another_model(folder: Path, tmp_path: Path) -> None:
+    full = DDIMPipeline.from_pretrained(folder)
+    scheduler = DDIMScheduler.from_config(full.scheduler.config, prediction_type="v_prediction")
+    DDIMPipeline(full.unet, scheduler).save_pretrained(tmp_path / "full")
+    words = ("tune", "--model", folder, "--null-class", 3, "--device", "cpu", "--quiet", "--steps", 2, "--light")
+    few = ("--teacher-steps", 12, "--samples", 16, "--out", tmp_path / "tuned")
+    text = run(*words, *few, "--teacher-model", tmp_path / "full")
+    assert "12-step teacher of another network" in " ".join(text.split())
+    report = Report.from_json(tmp_path / "tuned" / "report.json")
+    assert report.teacher.metadata["prediction_type"] == "v_prediction"
+    assert report.own_run is not None
+    message = refusal("tune", "--model", folder, "--teacher-model", DEMO, "--out", tmp_path / "out")
+    assert "--teacher-model makes samples of shape (1, 32, 32) in 20 classes, --model of (1, 8, 8) in 4" in message
+
+
 @pytest.mark.parametrize(
     "words", [["--steps", "5,x"], ["--steps", ""], ["--steps", "0"], ["--samples", "1"], ["--samples", "1000001"]]
 )

@@ -119,6 +119,11 @@ def test_teachers_that_do_not_fit_are_named(case: str) -> None:
         olss_fast.tune(mixture(), **EASY, **given)
 
 
+def test_a_teacher_of_the_wrong_schedule_is_named() -> None:
+    with pytest.raises(NetworkError, match=r"teacher_network: .*prediction type seems wrong: 'v_prediction', not 'eps"):
+        olss_fast.tune(mixture(), **EASY, teacher_network=mixture(OTHERS["v_prediction"]))
+
+
 def test_a_store_belongs_to_both_networks(tmp_path: Path) -> None:
     given = EASY | {"effort": LEAST, "store": tmp_path, "teacher_steps": 20}
     first = olss_fast.tune(weak, **given, teacher_network=mixture())
