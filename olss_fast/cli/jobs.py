@@ -158,13 +158,14 @@ class PipelineSubject(Subject):
         self, samples: int | None, guidance_scales: Sequence[float] | None, teacher_model: str | None = None, **how: Any
     ) -> olss_fast.TuneResult:
         """`olss_fast.tune_pipeline`; how: its arguments."""
+        from olss_fast.adapters.diffusers.folders import load_any_pipeline
         from olss_fast.adapters.diffusers.pipeline_tuning import tune_pipeline
 
-        if teacher_model is not None:
-            raise InputError("--teacher-model is for networks without prompts: leave it out with --prompts")
         if guidance_scales is not None and self.guidance_scale is not None:
             raise InputError("--guidance-scale and --guidance-range: give one of them")
         opened = self.opened(samples or 64)  # latents have many values each
+        if teacher_model is not None:
+            how["teacher_pipe"] = load_any_pipeline(teacher_model, device=self.device, dtype=self.dtype)
         return tune_pipeline(*opened, guidance_scales=guidance_scales, seed=self.seed, progress=self.progress, **how)
 
     def compare(self, samples: int, plans: Sequence[Plan], **how: Any) -> Report:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from small_tunings import LEAST, LITTLE, SCHEDULE, mixture, problem
 
@@ -133,6 +134,25 @@ def test_a_store_belongs_to_both_networks(tmp_path: Path) -> None:
     for other in ({"teacher_network": ExactMixture(SCHEDULE, mixture().means * 1.01, 0.2, classes=6)}, {}):
         with pytest.raises(StoreError, match=r"differs in .*teacher_network"):
             olss_fast.tune(weak, **given, **other)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_learns_from_another_one(tmp_path: Path) -> None:
+    """Its samples are those that the other pipeline makes: the report's own run says how far it goes by itself."""
+    pipe, full, larger = (tiny_pipelines.unet2d() for _ in range(3))
+    pipe.unet = rounded(pipe.unet, 3)
+    calls = [{"batch_size": 4}, {"batch_size": 4}]
+    given = {"steps": [2], "teacher_steps": 8, "effort": LEAST, "progress": False}
+    report = olss_fast.tune_pipeline(pipe, calls, teacher_pipe=full, store=tmp_path, **given).report
+    assert report.own_run is not None
+    assert report.own_run[0] == 8
+    assert report.own_run[1] > 1e-3
+    assert report.teacher.nfe == 8
+    with pytest.raises(StoreError, match="teacher_network"):
+        olss_fast.tune_pipeline(pipe, calls, teacher_pipe=tiny_pipelines.unet2d(seed=1), store=tmp_path, **given)
+    larger.unet.register_to_config(sample_size=16)
+    with pytest.raises(InputError, match=r"teacher_pipe begins otherwise than pipe: latents \(8, .*16\) and \(8, "):
+        olss_fast.tune_pipeline(pipe, calls, teacher_pipe=larger, **given)
 
 
 def test_rounded_weights() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from olss_fast import solvers
 from olss_fast.adapters.diffusers.pipeline_calls import Call, argument, check_calls, guidance_scales_of, with_guidance
 from olss_fast.adapters.diffusers.pipeline_network import PipelineNetwork, open_pipeline
 from olss_fast.capturing.capturing import capture
+from olss_fast.errors import InputError
 from olss_fast.methods import ANALYTIC
 from olss_fast.network import Denoiser
 from olss_fast.plan.plan import Plan, checked_plans
@@ -54,6 +55,7 @@ def tune_pipeline(
     steps: int | Sequence[int] = (5, 8),
     teacher_steps: int | None = None,
     *,
+    teacher_pipe: Any = None,
     guidance_scales: Sequence[float] | None = None,
     effort: Effort | None = None,
     held_out: int | None = None,
@@ -67,14 +69,16 @@ def tune_pipeline(
     `calls` are keyword arguments of `pipe(...)`: prompt, image, generator, guidance_scale, …; a call of several images
     counts as that many samples, evaluated together. Give a few dozen that are typical of later use; the last quarter of
     the samples is held out. With `guidance_scales` the calls take these in turn, and the plans are tuned across them.
-    The teacher is measured as in `tune`, or DDIM with `teacher_steps` evaluations. With a `strength` below 1
+    The teacher is measured as in `tune`, or DDIM with `teacher_steps` evaluations; the samples are those of
+    `teacher_pipe`, called the same, if there is one: the full pipeline of a quantised one. With a `strength` below 1
     (image-to-image) it is DDIM (of 100 steps by default) from where the calls begin, and the plans are for that
     strength. Rivals are all analytic solvers, and the pipeline's own scheduler
     and its `compatibles`, captured. `store` is a folder for the recording: a killed run that is started again with the
     same folder resumes. With `whole_times` plans ask at whole timesteps only, as some programs need that run them. The
     pipeline is restored afterwards, also after an error; nothing is decoded.
 
-    The result's report shows the error at guidance scales around the tuned ones (`report.guidance`).
+    The result's report shows the error at guidance scales around the tuned ones (`report.guidance`), but not with a
+    `teacher_pipe`.
 
     Cannot be tuned: pipelines whose guidance changes with the step index (detected at the second step, and by arguments
     such as control_guidance_end), or that change the latents' shape.
@@ -87,14 +91,19 @@ def tune_pipeline(
     wanted = steps_to_teach(steps, grid)
     if guidance_scales is not None:
         calls = with_guidance(pipe, calls, guidance_scales)
-    with _opened(pipe, calls, grid, seed, progress) as (network, how):
-        begun = network.evaluations
+    with ExitStack() as stack:
+        network, how = stack.enter_context(_opened(pipe, calls, grid, seed, progress))
         how["schedule"] = network.schedule = replace(network.schedule, whole_times=whole_times)
+        full = network
+        if teacher_pipe is not None:
+            full, _ = stack.enter_context(_opened(teacher_pipe, check_calls(teacher_pipe, calls), grid, seed, progress))
+            how |= _teaching(full, network)
+        begun = sum(each.evaluations for each in {network, full})
         result = tune(
             network,
             **how,
             steps=wanted,
-            teacher=None if teacher_steps is None and not network.begin else teacher_of(network),
+            teacher=None if teacher_steps is None and not network.begin else teacher_of(full),
             rivals=captured_rivals(pipe.scheduler, wanted, network),
             effort=effort,
             held_out=held_out,
@@ -106,7 +115,11 @@ def tune_pipeline(
         places = [place.call for place in network.places[-result.report.held_out :]]
     judges = sorted(set(places))[-SWEEP_SAMPLES:]
     start = time.perf_counter()
-    rows, asked = sweep_guidance(pipe, calls, judges, result.report, grid, store=store, seed=seed, progress=progress)
+    rows, asked = list[GuidanceRow](), 0
+    if teacher_pipe is None:
+        rows, asked = sweep_guidance(
+            pipe, calls, judges, result.report, grid, store=store, seed=seed, progress=progress
+        )
     report = replace(
         result.report,
         guidance=tuple(rows),
@@ -164,6 +177,19 @@ def _opened(
         yield network, {"noise": network.start, "schedule": network.schedule, "conditioning": {"sample": samples}}
 
 
+def _teaching(full: PipelineNetwork, network: PipelineNetwork) -> dict[str, Any]:
+    """The arguments of `tune` by which the samples of `full` are the aim. InputError unless both begin alike."""
+    shapes = tuple(full.start.shape), tuple(network.start.shape)
+    alike = full.places == network.places and shapes[0] == shapes[1]
+    if not alike or full.begin or network.begin or not torch.allclose(full.start.to(network.start), network.start):
+        raise InputError(
+            f"teacher_pipe begins otherwise than pipe: latents {shapes[0]} and {shapes[1]}, evaluations {full.begin} "
+            f"and {network.begin}. Both must begin with the same noise, at strength 1"
+        )
+    same = full.schedule.describe() == network.schedule.describe()
+    return {"teacher_network": full, "teacher_schedule": None if same else full.schedule}
+
+
 def captured_rivals(scheduler: Any, steps: Sequence[int], network: PipelineNetwork) -> list[Plan]:
     """Plans of `scheduler` and of its `compatibles` with its settings, at each number of evaluations of `steps`.
 
@@ -215,7 +241,8 @@ def _labelled(result: TuneResult, pipe: Any, calls: Sequence[Call], network: Pip
 
     candidates = tuple(replace(each, plan=label(each.plan)) for each in result.report.candidates)
     settings = {**result.report.settings, "guidance_scale": list(scales), "pipeline": type(pipe).__name__}
-    report = replace(result.report, candidates=candidates, settings=settings, teacher=label(result.report.teacher))
+    teacher = result.report.teacher if result.report.own_run else label(result.report.teacher)
+    report = replace(result.report, candidates=candidates, settings=settings, teacher=teacher)
     return TuneResult({nfe: label(plan) for nfe, plan in result.plans.items()}, report)
 
 
