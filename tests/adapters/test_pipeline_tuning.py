@@ -352,11 +352,10 @@ def run(*arguments: object) -> Any:
 
 def test_tune_compare_and_sample_from_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(olss_fast.Effort, "light", staticmethod(lambda: LEAST))
-    prompts = folder / "prompts.txt"
-    model = ["--model", folder, "--prompts", prompts, "--quiet"]
-    teacher = ["--teacher-steps", TEACHER]
-    result = run("tune", *model, *teacher, "--steps", 2, "--samples", 8, "--light", "--out", tmp_path / "tuned")
-    assert result.exit_code == 0, result.output
+    model = ["--model", folder, "--prompts", folder / "prompts.txt", "--quiet"]
+    teacher, full = ["--teacher-steps", TEACHER], ["--light", "--teacher-model", folder]
+    result = run("tune", *model, *teacher, *full, "--steps", 2, "--samples", 8, "--out", tmp_path / "tuned")
+    assert "8-step teacher of another network" in result.output
     plan = tmp_path / "tuned" / "plans" / "olss-2.safetensors"
     result = run("compare", *model, *teacher, "--steps", 2, "--samples", 2, "--plan", plan, "--out", tmp_path / "c")
     assert result.exit_code == 0, result.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,7 +142,15 @@ def test_a_store_belongs_to_both_networks(tmp_path: Path) -> None:
 def test_a_pipeline_learns_from_another_one(tmp_path: Path) -> None:
     """Its samples are those that the other pipeline makes: the report's own run says how far it goes by itself."""
     pipe, full, larger = (tiny_pipelines.unet2d() for _ in range(3))
-    pipe.unet = rounded(pipe.unet, 3)
+    pipe.unet = few = rounded(pipe.unet, 3)
+    weights = {name: each.clone() for name, each in few.state_dict().items()}
+
+    @contextmanager
+    def exact() -> Iterator[None]:
+        few.load_state_dict(full.unet.state_dict())
+        yield
+        few.load_state_dict(weights)
+
     calls = [{"batch_size": 4}, {"batch_size": 4}]
     given = {"steps": [2], "teacher_steps": 8, "effort": LEAST, "progress": False}
     report = olss_fast.tune_pipeline(pipe, calls, teacher_pipe=full, store=tmp_path, **given).report
@@ -148,6 +158,9 @@ def test_a_pipeline_learns_from_another_one(tmp_path: Path) -> None:
     assert report.own_run[0] == 8
     assert report.own_run[1] > 1e-3
     assert report.teacher.nfe == 8
+    alone = olss_fast.tune_pipeline(pipe, calls, teacher_pipe=pipe, teacher_context=exact, **given).report
+    assert alone.own_run == report.own_run
+    assert alone.best(2).errors == report.best(2).errors
     with pytest.raises(StoreError, match="teacher_network"):
         olss_fast.tune_pipeline(pipe, calls, teacher_pipe=tiny_pipelines.unet2d(seed=1), store=tmp_path, **given)
     larger.unet.register_to_config(sample_size=16)

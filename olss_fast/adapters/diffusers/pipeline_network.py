@@ -15,7 +15,7 @@ import contextvars
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ class Session:
     scheduler: Any
     teacher_steps: int
     repeats: int | None = None
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext  # where the pipeline runs
 
     def __post_init__(self) -> None:
         self.run: greenlet | None = None
@@ -79,7 +80,8 @@ class Session:
         """InputError if the pipeline's answer from outside differs from that in its own loop."""
         outside = dict(vars(self.pipe))
         try:
-            asked = questions(self.pipe, self.scheduler, self._arguments, self.teacher_steps, self.name)
+            with self.within():
+                asked = questions(self.pipe, self.scheduler, self._arguments, self.teacher_steps, self.name)
         finally:
             _set_attributes(self.pipe, outside)
         self.asked += len(asked)
@@ -94,7 +96,8 @@ class Session:
         _set_attributes(self.pipe, self.attributes)
         try:
             self.slot.asked_from = getcurrent()
-            output: Tensor = self.run.switch(*question)
+            with self.within():
+                output: Tensor = self.run.switch(*question)
             return output
         finally:
             self.attributes = dict(vars(self.pipe))
@@ -273,8 +276,9 @@ def open_pipeline(
     teacher_steps: int,
     seed: int = 0,
     progress: Callable[[int], object] = lambda samples: None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[PipelineNetwork]:
-    """Begin all `calls`; afterwards, also after an error, the pipeline is restored.
+    """Begin all `calls`; afterwards, also after an error, the pipeline is restored. It always runs `within()`.
 
     A call without a generator gets its own, seeded with `seed` and its index, if the pipeline takes one.
     """
@@ -288,7 +292,7 @@ def open_pipeline(
         try:
             pipe._progress_bar_config = {**bar, "disable": True}
             for i, call in enumerate(calls):
-                sessions.append(Session(pipe, call, f"calls[{i}]", scheduler, teacher_steps))
+                sessions.append(Session(pipe, call, f"calls[{i}]", scheduler, teacher_steps, within=within))
                 progress(sessions[-1].start.shape[0])
             network = PipelineNetwork(sessions, progress)
             sessions[0].check()

@@ -12,8 +12,8 @@ and video work as in normal use; the tuning itself is that of `tuning`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def tune_pipeline(
     teacher_steps: int | None = None,
     *,
     teacher_pipe: Any = None,
+    teacher_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     guidance_scales: Sequence[float] | None = None,
     effort: Effort | None = None,
     held_out: int | None = None,
@@ -70,7 +71,8 @@ def tune_pipeline(
     counts as that many samples, evaluated together. Give a few dozen that are typical of later use; the last quarter of
     the samples is held out. With `guidance_scales` the calls take these in turn, and the plans are tuned across them.
     The teacher is measured as in `tune`, or DDIM with `teacher_steps` evaluations; the samples are those of
-    `teacher_pipe`, called the same, if there is one: the full pipeline of a quantised one. With a `strength` below 1
+    `teacher_pipe`, called the same, if there is one: the full pipeline of a quantised one, or `pipe` itself with
+    something switched off within `teacher_context()`, adapters for one. With a `strength` below 1
     (image-to-image) it is DDIM (of 100 steps by default) from where the calls begin, and the plans are for that
     strength. Rivals are all analytic solvers, and the pipeline's own scheduler
     and its `compatibles`, captured. `store` is a folder for the recording: a killed run that is started again with the
@@ -96,7 +98,8 @@ def tune_pipeline(
         how["schedule"] = network.schedule = replace(network.schedule, whole_times=whole_times)
         full = network
         if teacher_pipe is not None:
-            full, _ = stack.enter_context(_opened(teacher_pipe, check_calls(teacher_pipe, calls), grid, seed, progress))
+            theirs = check_calls(teacher_pipe, calls)
+            full, _ = stack.enter_context(_opened(teacher_pipe, theirs, grid, seed, progress, teacher_context))
             how |= _teaching(full, network)
         begun = sum(each.evaluations for each in {network, full})
         result = tune(
@@ -166,12 +169,17 @@ def teacher_of(network: PipelineNetwork) -> Plan:
 
 @contextmanager
 def _opened(
-    pipe: Any, calls: Sequence[Call], grid: int, seed: int, progress: bool
+    pipe: Any,
+    calls: Sequence[Call],
+    grid: int,
+    seed: int,
+    progress: bool,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[tuple[PipelineNetwork, dict[str, Any]]]:
     """The pipeline as a network, and its arguments: the conditioning is the index of the sample."""
     checked_count("seed", seed, least=0)
     bar = evaluation_bar("Calls", None, progress)
-    with bar, open_pipeline(pipe, calls, teacher_steps=grid, seed=seed, progress=bar.update) as network:
+    with bar, open_pipeline(pipe, calls, teacher_steps=grid, seed=seed, progress=bar.update, within=within) as network:
         bar.close()
         samples = torch.arange(network.start.shape[0], device="cpu")
         yield network, {"noise": network.start, "schedule": network.schedule, "conditioning": {"sample": samples}}
