@@ -92,17 +92,20 @@ def build(
         stage("look for compiled code")
         facts = _facts(request, plans)
         key = _key(request, facts, settings)
-        known = None if folder is None else _known(request, plans, facts, code_cache.load(folder, key))
-        if known is not None:
+        found = None if folder is None else code_cache.load(folder, key)
+        tensors = {**dict(request.flat.named_buffers()), **request.flat.state_dict()}
+        if known := _known(request, plans, facts, found, tensors):
             return known
         stage("export")
         exported = export(request.flat, request.inputs(2), request.per_sample, request.profile, request.doubled)
+        tensors = {**exported.state_dict, **exported.constants}
+        if known := _known(request, plans, facts, found, tensors):  # now with tensors that the network never registered
+            return known
         stage("compile")
         begin = time.perf_counter()
         code = with_layout(compile_code(exported, settings), exported, manifest.compiled_for(facts))
         seconds = time.perf_counter() - begin
         stage("check")
-        tensors = {**exported.state_dict, **exported.constants}
         engine = _checked(_engine(request, plans, facts, code, tensors, seconds), request, TOLERANCE[request.dtype])
         if folder is not None:
             measured = engine.manifest.facts["measured"]
@@ -112,12 +115,13 @@ def build(
         return engine
 
 
-def _known(request: Request, plans: Mapping[str, Plan], facts: Facts, found: Entry | None) -> Engine | None:
-    """The engine from cached code for a network of this structure, without tracing. None if there is none, or if it
-    turns out not to match this network."""
+def _known(
+    request: Request, plans: Mapping[str, Plan], facts: Facts, found: Entry | None, tensors: Mapping[str, Any]
+) -> Engine | None:
+    """The engine from cached code for a network of this structure. None if there is none, or if it turns out not to
+    match this network, or to read more than these tensors."""
     if found is None:
         return None
-    tensors = {**dict(request.flat.named_buffers()), **request.flat.state_dict()}
     bound = SLACK * (found.difference + torch.finfo(request.dtype).eps)
     try:
         return _checked(_engine(request, plans, facts, found.code, tensors, found.seconds), request, bound)

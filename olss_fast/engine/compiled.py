@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.graph_signature import InputKind
 
 from olss_fast.compiling.quiet import quiet, shortened
 from olss_fast.engine.manifest import CODE_FILE
-from olss_fast.engine.weights import LAYOUT, check_layout, layout_of
+from olss_fast.engine.weights import LAYOUT, NAMES, check_layout, layout_of
 from olss_fast.errors import BuildError, EngineFileError, OlssError
 from olss_fast.support.container import Refused
 from olss_fast.support.files import reason
@@ -40,6 +41,7 @@ SETTINGS: dict[str, Any] = {
 
 def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, Any]) -> dict[str, bytes]:
     """Machine code for this machine, by file name: LIBRARY, and for CUDA its kernels. Raises BuildError."""
+    _constants_as_buffers(exported)
     with _temporary(BuildError) as folder:
         package = str(folder / "network.pt2")
         try:
@@ -50,6 +52,27 @@ def compile_code(exported: torch.export.ExportedProgram, settings: Mapping[str, 
         except Exception as cause:
             raise BuildError(f"the network cannot be compiled: {shortened(cause)}") from cause
         return _unpacked(package)
+
+
+def _constants_as_buffers(exported: torch.export.ExportedProgram) -> None:
+    """Tensors that the network has without registering them (attributes, literals in forward) become its buffers: the
+    compiler would read them under names of its own. BuildError for a tensor that the code cannot read from a file."""
+    device, tensors = exported.example_inputs[0][0].device, {**exported.state_dict, **exported.constants}
+    specs = exported.graph_signature.input_specs
+    for spec, node in zip(specs, exported.graph.find_nodes(op="placeholder"), strict=True):
+        if not isinstance(value := tensors.get(spec.target), Tensor) or not node.users:
+            continue
+        name = weight_name(str(spec.target))
+        if value.dtype not in NAMES:
+            known = ", ".join(map(str, NAMES))
+            raise BuildError(f"the network's tensor {name} is {value.dtype}; expected one of {known}: keep it as such")
+        if spec.kind == InputKind.CONSTANT_TENSOR and value.device == device:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
+        elif spec.kind == InputKind.CONSTANT_TENSOR and value.numel() > 1:  # a single number becomes part of the code
+            raise BuildError(
+                f"the network's tensor {name} lies on {value.device} and the engine runs on {device}: make it a buffer "
+                "with self.register_buffer(name, tensor, persistent=False)"
+            )
 
 
 def with_layout(

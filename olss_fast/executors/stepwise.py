@@ -31,6 +31,7 @@ from olss_fast.executors.draws import unit_noise
 from olss_fast.executors.increments import increments
 from olss_fast.network import FLOATS
 from olss_fast.plan.plan import Floats, Plan
+from olss_fast.support.device import kept_on
 
 CANCELLING = 1.5
 """Ratio of terms to sum above which rows of float32 samples are formed in float64. From a ratio of 2 on, rounding costs
@@ -64,9 +65,6 @@ class Layout:
 
     def ready_on(self, device: torch.device) -> Layout:
         """Itself, with its weights on `device` for samples of 16 or 32 bits: a step then moves nothing."""
-        for key, weights in list(self._on_device.items()):  # other threads may do the same
-            if type(weights[0]) is not Tensor:  # fake ones of an earlier run
-                self._on_device.pop(key, None)
         for dtype in (torch.float16, torch.float32):
             self.weights_on(device, self.dtype_of_sums(dtype, device))
         return self
@@ -83,12 +81,12 @@ class Layout:
 
     def weights_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """`weights` in one transfer; kept for the next run."""
-        key = device, dtype
-        if (weights := self._on_device.get(key)) is None:
-            with torch.inference_mode(False):  # usable in every later mode
-                flat = torch.tensor(np.concatenate(self.weights).tolist(), dtype=dtype, device=device)
-                weights = self._on_device[key] = torch.split(flat, [len(each) for each in self.weights])
-        return weights
+        return kept_on(self._on_device, (device, dtype), lambda: self._moved(device, dtype))
+
+    def _moved(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False):  # usable in every later mode
+            flat = torch.tensor(np.concatenate(self.weights).tolist(), dtype=dtype, device=device)
+            return torch.split(flat, [len(each) for each in self.weights])
 
 
 def lay_out(plan: Plan, scales: Floats | None = None) -> Layout:

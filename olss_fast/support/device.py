@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from olss_fast.errors import InputError
 
 _LOCK = threading.RLock()
+Tensors = tuple[Tensor, ...]
 
 
 @contextmanager
@@ -41,6 +44,18 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"device is {str(device)!r}, which torch cannot use: {reason}; use 'cpu' or 'cuda'") from error
     return probe.device
+
+
+def kept_on(kept: dict[Any, Tensors], key: Any, make: Callable[[], Tensors]) -> Tensors:
+    """`kept[key]`, made when first needed, and anew under another FakeTensorMode: fake and real tensors do not mix."""
+    made = kept.get(key)
+    if made is None or not (torch.compiler.is_compiling() or _mode(made[0]) is _mode(torch.empty(0, device="cpu"))):
+        made = kept[key] = make()
+    return made
+
+
+def _mode(tensor: Tensor) -> object:
+    return getattr(tensor, "fake_mode", None)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:

@@ -151,16 +151,18 @@ def test_a_run_leaves_the_choice_alone() -> None:
     torch.testing.assert_close(run(scheduler, NOISE), reference(plan, NOISE))
 
 
-def test_fake_tensors_do_not_stay() -> None:
-    """A run that only counts memory or operators comes before the real one."""
+def test_fake_and_real_tensors_do_not_mix() -> None:
+    """A run that only counts memory or operators comes before the real one, and after it."""
     plan, image = capture(DPM, 5), torch.ones_like(NOISE)
     scheduler = PlanScheduler(plan)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    for _ in range(2):
+        with FakeTensorMode():
+            scheduler.set_timesteps(5)
+            sample = torch.empty(NOISE.shape)
+            scheduler.add_noise(sample, sample, 3)
+            scheduler.step(sample, scheduler.timesteps[0], sample)
         scheduler.set_timesteps(5)
-        sample = torch.empty_like(NOISE, dtype=torch.float32)
-        scheduler.add_noise(sample, sample, 3)
-        scheduler.step(sample, scheduler.timesteps[0], sample)
-    scheduler.set_timesteps(5)
+        scheduler.add_noise(image, image, 3)
     assert type(scheduler.add_noise(image, image, 3)) is torch.Tensor
     found = run(scheduler, NOISE.float())
     torch.testing.assert_close(found.double(), reference(plan, NOISE), rtol=1e-4, atol=1e-4)  # float32 against float64

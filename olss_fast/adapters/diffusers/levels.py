@@ -30,6 +30,7 @@ from olss_fast.plan.plan import Floats, Integers, Plan
 from olss_fast.plan.point_mass import exact_output_of
 from olss_fast.schedule.from_diffusers import check_config
 from olss_fast.schedule.noise_schedule import NoiseSchedule
+from olss_fast.support.device import kept_on
 from olss_fast.support.text import quoted
 
 if TYPE_CHECKING:
@@ -139,13 +140,11 @@ class NoiseLevels:
 
     def table_on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The rows of `table`, float32, moved once."""
-        if device in self._on_device:
-            return self._on_device[device]
+        return kept_on(self._on_device, device, lambda: self._moved(device))
+
+    def _moved(self, device: torch.device) -> tuple[Tensor, ...]:
         with torch.inference_mode(False):
-            table = torch.tensor(self.table.tolist(), dtype=torch.float32, device=device)
-        if type(table) is Tensor:  # a fake one is of no use later
-            self._on_device[device] = table.unbind(0)
-        return table.unbind(0)
+            return torch.tensor(self.table.tolist(), dtype=torch.float32, device=device).unbind(0)
 
     def at(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma (float32) at (B,) timesteps, shaped to multiply `like` (B, …).
