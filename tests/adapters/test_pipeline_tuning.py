@@ -177,6 +177,7 @@ def test_whole_timesteps_only() -> None:
     assert not any(np.any(each.plan.timesteps % 1.0) for each in report.candidates)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(pipe: Any, tmp_path: Path) -> None:
     calls, count, left = calls_of(guidance_scale=4.0), 0, 60  # stops in the middle of the fits, the teacher recorded
 
@@ -308,6 +309,7 @@ class LabelPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         return x
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_tuned_as_its_network_is() -> None:
     """The same noise and labels, through a scheduler slot and directly: the same fits and errors."""
     model = olss_fast.demo.load("cpu")

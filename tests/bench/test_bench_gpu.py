@@ -57,6 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return run(tmp_path_factory.mktemp("gpu"))
 
 
+@pytest.mark.slow
 def test_everything_runs_and_nothing_fails(whole: Result) -> None:
     assert whole.code == 0, whole.output
     assert whole.data["failed"] == 0

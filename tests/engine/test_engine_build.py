@@ -155,6 +155,7 @@ def test_networks_that_cannot_be_exported(
         tiny("plain").build(network=Odd(spoil).eval(), shapes=shapes, cache=False)
 
 
+@pytest.mark.slow
 def test_sizes_that_the_network_treats_differently() -> None:
     """torch.export takes it that a size which varies is never one step; the end of the profile is where it may be."""
     shapes = Profile((1, 2, 8, 8), (1, 2, 16, 8), (1, 2, 16, 8))

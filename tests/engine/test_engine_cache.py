@@ -242,6 +242,7 @@ for i in range(8):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_a_build_killed_at_any_time_leaves_no_half_file(tmp_path: Path) -> None:
     place, scratch = tmp_path / "place", tmp_path / "scratch"
     for each in (place, scratch, place / "warm"):

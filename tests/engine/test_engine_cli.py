@@ -74,6 +74,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
+@pytest.mark.slow
 def test_build_samples_as_the_model_does(folder: Path, tmp_path: Path) -> None:
     plan = solvers.ddim(SCHEDULE, steps=4)
     plan.save(tmp_path / "four.safetensors")

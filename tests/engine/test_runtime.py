@@ -61,6 +61,7 @@ def expected(engine: Engine, shape: tuple[int, ...], seed: int, **arguments: Any
 
 @pytest.mark.parametrize("plan", GUIDED)
 @pytest.mark.parametrize("shape", [(1, 2, 8, 8), (3, 2, 16, 24)])
+@pytest.mark.slow
 def test_guided_plans(tmp_path: Path, plan: str, shape: tuple[int, ...]) -> None:
     """One and two branches, stochastic, in a profile that leaves batch, height and width open."""
     engine, labels = tiny_engine("guided"), torch.arange(shape[0]) % 3
@@ -102,6 +103,7 @@ def test_steps_guidance_and_unconditional(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "float64", "float16", "bfloat16"])
+@pytest.mark.slow
 def test_dtypes_and_memory_orders(tmp_path: Path, kind: str) -> None:
     """The weights of "float64" lie in channels_last order."""
     engine = tiny_engine(kind)

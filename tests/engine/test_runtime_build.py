@@ -12,6 +12,7 @@ from olss_fast.engine import runtime
 from olss_fast.errors import BuildError
 
 
+@pytest.mark.slow
 def test_what_a_build_leaves() -> None:
     built = built_runtime()
     files = sorted(str(path.relative_to(built)) for path in built.rglob("*") if path.is_file())

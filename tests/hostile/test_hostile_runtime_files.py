@@ -33,10 +33,12 @@ def answers(tmp_path: Path, contents: list[bytes], suffix: str = "olss") -> list
     return check_files(paths)
 
 
+@pytest.mark.slow
 def test_a_sound_file_is_taken(tmp_path: Path) -> None:
     assert answers(tmp_path, [SOUND]) == ["ok"]
 
 
+@pytest.mark.slow
 def test_a_file_of_several_pieces_is_taken(tmp_path: Path) -> None:
     """The checksum is over pieces of 16 MiB: one, two and three that are whole, a last one of one byte, an altered one
     in the middle."""

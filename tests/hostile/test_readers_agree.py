@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from engine_bytes import EngineBytes
 from engine_faults import FAULTS
@@ -56,6 +57,7 @@ def test_every_fault(tmp_path: Path) -> None:
     assert said == {"file": len(FAULTS)}
 
 
+@pytest.mark.slow
 def test_mutants(tmp_path: Path) -> None:
     differ, said = disagreements(tmp_path, list(mutants(2400, seed=1)))
     assert differ == []

@@ -68,6 +68,7 @@ def quick_tuning() -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
+@pytest.mark.slow
 def test_the_code_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_tuning: Callable[..., Any]
 ) -> None:

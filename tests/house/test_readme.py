@@ -51,6 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' deprecations
+@pytest.mark.slow
 def test_the_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     """One after the other, as somebody who reads on would run them, on the embedded model; with fewer samples."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

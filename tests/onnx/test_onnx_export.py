@@ -67,6 +67,7 @@ def nodes_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 # --- the embedded model ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_embedded_model_from_one_file_at_any_batch(path: Path) -> None:
     """Within 1e-5 of `sample` as a root mean square (measured: 7e-7). Single pixels of either are further from what a
     float64 network gives, up to 1.5e-5 over 64 images, for guidance and solver amplify what float32 rounds: so the

@@ -56,6 +56,7 @@ def analytic(schedule: NoiseSchedule) -> list[olss_fast.Plan]:
     return [solvers.dpm_solver_pp(schedule, 8, order=2, spacing=each) for each in ("karras", "logsnr", "trailing")]
 
 
+@pytest.mark.slow
 def test_students_of_a_measured_teacher_are_nearer_to_the_truth() -> None:
     """Than those of DDIM in 100 steps, at 8 evaluations on fresh noise; and their times are not the teacher's."""
     given = problem(48) | {"steps": 8, "effort": SOME}
