@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,19 +76,24 @@ def check(
         network, noise, conditioning=conditioning, unconditional=unconditional, guidance_scale=guidance_scale
     )
     with torch.no_grad():
-        return checked(denoiser, schedule, _samples(denoiser, checked_schedule(schedule)))
+        return checked(denoiser, checked_schedule(schedule))
 
 
-def checked(denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor, of: str = "") -> Check:
-    """The check on `samples`, which belong to the first rows of the noise. Findings begin with `of`."""
+def checked(denoiser: Denoiser, schedule: NoiseSchedule, of: str = "") -> Check:
+    """The check on samples of a short run from the first rows of the noise. Findings begin with `of`."""
     judge = Denoiser(denoiser.networks, denoiser.noise, conditioning=denoiser.conditioning)
     judge.tick = denoiser.count
-    samples = samples[_first(denoiser)]
-    require_finite(samples[None], step=0, first_sample=0)
+    try:
+        samples = _samples(denoiser, schedule)
+    except NetworkError as error:
+        finding, _ = _explained(judge, schedule, np.inf)
+        if not finding:
+            raise
+        raise NetworkError(of + finding) from error
     _check_start(judge, schedule, samples)
     given = _measured(judge, schedule, samples)
     finding, sure = "", False
-    if given.error > SOUND and not isinstance(judge.networks[0], OwnStart):  # a pipeline knows its own schedule
+    if given.error > SOUND:
         finding, sure = _explained(judge, schedule, given.error)
     if sure:
         raise NetworkError(of + finding)
@@ -135,7 +141,10 @@ def _samples(denoiser: Denoiser, schedule: NoiseSchedule) -> Tensor:
     """Those of a short run."""
     most = int(1 + schedule.curve.first - schedule.curve.last) if schedule.whole_times else STEPS
     plan, first = dpm_solver_pp(schedule, min(STEPS, most), order=2, spacing="logsnr"), _first(denoiser)
-    return Loop(plan, denoiser.noise[first][None]).finish(denoiser.asking(first)).x
+    loop, evaluate = Loop(plan, denoiser.noise[first][None]), denoiser.asking(first)
+    while not loop.done:
+        require_finite(loop.ask(evaluate), step=loop.evaluation - 1, first_sample=0)
+    return loop.x
 
 
 def _measured(
@@ -167,7 +176,13 @@ def _explained(denoiser: Denoiser, schedule: NoiseSchedule, error: float) -> tup
     All are compared without guidance. The network must also follow the negative of an image next to no noise: one that
     returns the same whatever it is asked denoises its own samples perfectly, taken for their prediction.
     """
-    own = min(error, _measured(denoiser, schedule, _samples(denoiser, schedule)).error or error)
+    if isinstance(denoiser.networks[0], OwnStart):  # a pipeline knows its own schedule
+        return "", False
+    own = error
+    with suppress(NetworkError):
+        own = min(error, _measured(denoiser, schedule, _samples(denoiser, schedule)).error or error)
+    if own <= SOUND:
+        return "", False
     best, words = min(EXPLAINED, own / CLEARLY), ""
     for why, changes in _mistakes(schedule):
         try:

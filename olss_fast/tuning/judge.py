@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from olss_fast.support.arguments import checked_count
 from olss_fast.tuning.clock import Clock
 from olss_fast.tuning.fitting import Task
 from olss_fast.tuning.recording import Split, probe, record
-from olss_fast.tuning.scoring import expected_evaluations, kept_scores, score, tournament
-from olss_fast.tuning.store import open_store
-from olss_fast.tuning.teacher import Source, Teacher, grid_for, long_plan, measured_teacher
+from olss_fast.tuning.scoring import expected_evaluations, kept_scores, plan_key, score, tournament
+from olss_fast.tuning.store import Store, open_store
+from olss_fast.tuning.teacher import MOST, Source, Teacher, grid_for, long_plan, measured_teacher
 
 LARGEST_CHUNK = 2**28  # bytes of basis, in float64 and float32, in memory at once by default
 
@@ -40,13 +41,13 @@ def recorded(
     split: Split | None = None,
     store: str | Path | None = None,
     batch_size: int | None = None,
-    check: Callable[[Tensor], object] = lambda samples: None,
+    check: Callable[[], object] = lambda: None,
 ) -> Iterator[Task]:
     """Runs the source's plan on all noise, and yields what fits and scores of the clock's denoiser need of it.
 
     Without a plan one is measured that is good enough for students of `most_steps` (`teacher.measured_teacher`).
     The recording lies in the folder `store`, or in a temporary one. All samples judge unless there is a `split`.
-    `check` gets the first samples made.
+    `check` is called before that, unless an earlier run with the same store has passed it.
     Raises `InputError` for an unusable `batch_size`, `NetworkError`, `StoreError`.
     """
     denoiser, samples = clock.denoiser, clock.denoiser.samples
@@ -57,7 +58,7 @@ def recorded(
     most = min(64, max(1, LARGEST_CHUNK // (12 * columns * denoiser.noise[0].numel())))
     size = most if batch_size is None else checked_count("batch_size", batch_size)
     question = {
-        "teacher": (teacher.rows, teacher.timesteps) if teacher else ("measured", most_steps),
+        "teacher": (teacher.rows, teacher.timesteps) if teacher else "measured",
         "schedule": schedule,
         "split": (split.fit, split.validation, split.held_out, size),
         **denoiser.what_is_asked(),
@@ -67,12 +68,20 @@ def recorded(
     with torch.no_grad(), ExitStack() as stack:
         with clock.stage("record", "Teacher", samples * (teacher or grid).nfe) as tick:
             opened = stack.enter_context(open_store(store, question, lambda: _probed(grid, denoiser, source)))
-            plan = teacher or opened.plan(
-                "teacher", lambda: measured_teacher(source.denoiser, source.schedule, most_steps)
-            )
-            how: dict[str, Any] = {"store": opened, "split": split, "batch_size": size, "progress": tick}
-            recording = record(Teacher(plan, grid, theirs), source.denoiser, schedule, check=check, **how)
+            if opened.empty:
+                check()
+            plan = teacher or _kept_teacher(opened, source, most_steps)
+            kept = opened if teacher else opened.of(plan_key(plan))
+            how: dict[str, Any] = {"store": kept, "split": split, "batch_size": size, "progress": tick}
+            recording = record(Teacher(plan, grid, theirs), source.denoiser, schedule, **how)
         yield Task(recording, denoiser, schedule, fixed_start=isinstance(denoiser.networks[0], OwnStart))
+
+
+def _kept_teacher(store: Store, source: Source, most_steps: int) -> Plan:
+    """One that was measured for as many steps, or for more if there is one; otherwise it is measured now."""
+    kept = (f"teacher-{n:03d}" for n in range(most_steps, MOST) if store.has(f"teacher-{n:03d}"))
+    make = partial(measured_teacher, source.denoiser, source.schedule, most_steps)
+    return store.plan(next(kept, f"teacher-{most_steps:03d}"), make)
 
 
 def _probed(grid: Plan, denoiser: Denoiser, source: Source) -> Tensor:

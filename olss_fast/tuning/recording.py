@@ -130,11 +130,10 @@ def record(
     split: Split,
     batch_size: int,
     progress: Callable[[int], object] = lambda evaluations: None,
-    check: Callable[[Tensor], object] = lambda samples: None,
 ) -> Recording:
     """Run `teacher` on all noise, chunk by chunk; finished chunks in the store are not run again.
 
-    `progress` is told how many evaluations of a sample that skips, `check` gets the first samples made.
+    `progress` is told how many evaluations of a sample that skips.
     Raises `NetworkError` (evaluation and sample named) and `StoreError`.
     """
     rows = teacher.rows(schedule)
@@ -146,8 +145,6 @@ def record(
         else:
             wanted = rows if chunk.start in split.fit else None
             store.write(chunk_name(chunk), _run_chunk(teacher.plan, denoiser, chunk, wanted))
-            if chunk.start == 0:
-                check(recording.result(chunk))
     return recording
 
 

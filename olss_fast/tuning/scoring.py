@@ -51,6 +51,11 @@ def content(plan: Plan) -> tuple[str, bytes, bytes]:
     return f"{plan.branches} {plan.models.tolist()}", plan.timesteps.tobytes(), plan.rows.tobytes()
 
 
+def plan_key(plan: Plan) -> str:
+    """Tells plans apart in the names of files."""
+    return digest(*content(plan))[:8]
+
+
 def _descend(
     plans: Sequence[Plan], group: Sequence[int], loop: Loop, evaluate: Evaluate
 ) -> Iterator[tuple[int, Tensor]]:

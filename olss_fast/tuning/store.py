@@ -54,6 +54,15 @@ class Store:
     def path(self, name: str) -> Path:
         return self.folder / f"{name}{'-' * bool(self.key)}{self.key}.safetensors"
 
+    def of(self, part: str) -> Store:
+        """What belongs to a part of the question, in the same folder."""
+        return Store(self.folder, f"{self.key}{part}", kept=self.kept)
+
+    @property
+    def empty(self) -> bool:
+        """True if there is no file but the manifest."""
+        return not any(self.folder.glob(f"*-{self.key}*.safetensors"))
+
     @property
     def advice(self) -> str:
         """Advice for a full disk."""

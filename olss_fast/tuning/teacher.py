@@ -3,6 +3,7 @@
 By default it is chosen by measurement. On a few samples, solvers x spacings run with 25 steps; the best of them also
 with 50, 100 and so on, until one is found whose sample moves little when its steps are doubled: less than a tenth of
 the error that students can be expected to reach, which is a share of what the same solvers reach in as many steps.
+On schedules of few whole timesteps the truth is a run of all of them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from olss_fast.solvers.unipc import unipc
 from olss_fast.support.arguments import check_steps
 from olss_fast.tuning.recording import distance
 
+MOST = 400  # steps of a run that a teacher is compared with
 COUNTS = (25, 50, 100, 200)
 GRIDS = (100, 50, 25, 10, 4, 2, 1)  # evaluations of a grid: the most that the schedule can tell apart
 SOLVERS = (partial(dpm_solver_pp, order=3), partial(dpm_solver_pp, order=2), unipc, ddim)
@@ -36,6 +38,7 @@ SPACINGS = ("karras", "logsnr", "trailing")
 FINALISTS = 3  # solvers x spacings that run with more than the fewest steps
 REACHED = 0.4  # error of a tuned plan, in that of the best analytic one of as many steps
 SHARE = 0.1  # of the error that students reach, which the teacher's may be
+ROUNDING = 1e-6  # of a sample's size: no network in single precision tells less apart
 LEAST_SAMPLES, MOST_SAMPLES = 2, 4
 
 Solver = Callable[[int], Plan]
@@ -145,26 +148,29 @@ def _is_trailing(plan: Plan, schedule: NoiseSchedule) -> bool:
 
 
 def measured_teacher(denoiser: Denoiser, schedule: NoiseSchedule, most_steps: int) -> Plan:
-    """The cheapest teacher good enough for students of `most_steps` evaluations, or else the best one of 200 steps.
+    """The cheapest teacher good enough for students of `most_steps` evaluations, or else the best of the most steps.
 
     Its metadata say its "own_error": the root mean square by which its samples move when its steps are doubled.
 
-    Raises `NetworkError` if no solver's sample is finite, `ScheduleError` if the schedule has too few timesteps.
+    Raises `NetworkError` if no solver's sample is finite, `ScheduleError` if no solver fits.
     """
-    trial, network = _Trial(denoiser), denoiser.networks[0]
-    families = list(_families(schedule, network.admits if isinstance(network, OwnStart) else lambda plan: True))
+    counts = counts_for(schedule)
+    trial, network = _Trial(denoiser, counts[-1]), denoiser.networks[0]
+    families = list(_families(schedule, counts, network.admits if isinstance(network, OwnStart) else lambda plan: True))
     if not families:
         raise ScheduleError(
-            f"no teacher can be measured on {schedule.describe()}: it has fewer than {2 * COUNTS[-1]} timesteps. Give "
-            "teacher_steps, or a plan as teacher"
+            f"no teacher can be measured on {schedule.describe()}: no solver has {counts[0]} and {counts[-1]} steps "
+            "there. Give teacher_steps, or a plan as teacher"
         )
-    reference = trial.sample(families[0], COUNTS[2])
-    families = sorted(families, key=lambda solver: trial.distance(trial.sample(solver, COUNTS[0]), reference))
-    if not np.isfinite(trial.distance(trial.sample(families[0], COUNTS[0]), reference)):
+    runs = (trial.sample(each, counts[-3:][0]) for each in families)
+    reference = next((run for run in runs if run.isfinite().all()), None)
+    if reference is None:
         raise NetworkError("no solver's sample is finite: the network, or its schedule, is not what it was taken for")
+    families = sorted(families, key=lambda solver: trial.distance(trial.sample(solver, counts[0]), reference))
     finalists = families[:FINALISTS]
-    goal = REACHED * SHARE * min(trial.distance(trial.sample(each, most_steps), reference) for each in families)
-    for count in COUNTS:
+    reached = min(trial.distance(trial.sample(each, min(most_steps, counts[-1])), reference) for each in families)
+    goal = max(REACHED * SHARE * reached, ROUNDING * trial.distance(reference, 0.0 * reference))
+    for count in counts[:-1] if counts[-1] == MOST else counts:
         best = min(finalists, key=lambda solver: trial.moved(solver, count))
         if trial.moved(best, count) <= goal:
             break
@@ -172,13 +178,20 @@ def measured_teacher(denoiser: Denoiser, schedule: NoiseSchedule, most_steps: in
     return plan.replace(metadata={**plan.metadata, "own_error": repr(trial.moved(best, count))})
 
 
-def _families(schedule: NoiseSchedule, admits: Callable[[Plan], bool]) -> Iterator[Solver]:
+def counts_for(schedule: NoiseSchedule) -> tuple[int, ...]:
+    """Numbers of steps, the most last: of `COUNTS` and `MOST` as many times less as there are fewer whole timesteps."""
+    curve = schedule.curve
+    most = min(MOST, int(1 + curve.first - curve.last)) if schedule.whole_times else MOST
+    return tuple(sorted({max(1, count * most // MOST) for count in (*COUNTS, MOST)}))
+
+
+def _families(schedule: NoiseSchedule, counts: tuple[int, ...], admits: Callable[[Plan], bool]) -> Iterator[Solver]:
     """Solvers x spacings that can be made with every number of steps."""
     for spacing in SPACINGS:
         for function in SOLVERS:
             solver = partial(function, schedule, spacing=spacing)
             try:
-                plans = [solver(count) for count in (COUNTS[0], 2 * COUNTS[-1])]
+                plans = [solver(count) for count in (counts[0], counts[-1])]
             except (InputError, ScheduleError):
                 continue
             if all(map(admits, plans)):
@@ -186,13 +199,13 @@ def _families(schedule: NoiseSchedule, admits: Callable[[Plan], bool]) -> Iterat
 
 
 class _Trial:
-    """Samples of plans on a few noises, each made once."""
+    """Samples of plans of up to `most` steps on a few noises, each made once."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, most: int) -> None:
         count = min(denoiser.samples, max(LEAST_SAMPLES, min(MOST_SAMPLES, denoiser.samples // 64)))
         stride = -(-denoiser.samples // count) | 1  # odd, for conditioning often repeats
         self.chosen = slice(0, denoiser.samples, stride)
-        self.denoiser = denoiser
+        self.denoiser, self.most = denoiser, most
         self.samples: dict[tuple[Solver, int], Tensor] = {}
 
     def sample(self, solver: Solver, count: int) -> Tensor:
@@ -202,8 +215,8 @@ class _Trial:
         return self.samples[solver, count]
 
     def moved(self, solver: Solver, count: int) -> float:
-        """By how much the sample moves when the number of steps is doubled."""
-        return self.distance(self.sample(solver, count), self.sample(solver, 2 * count))
+        """By how much the sample moves when the number of steps is doubled; 0 if there are no more steps."""
+        return self.distance(self.sample(solver, count), self.sample(solver, min(2 * count, self.most)))
 
     def distance(self, first: Tensor, second: Tensor) -> float:
         error = float(distance(first, second).mean())

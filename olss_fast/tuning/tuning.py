@@ -79,10 +79,11 @@ def tune(
     noise levels or prediction type are others: states are compared at equal noise. `rivals` are plans that
     are judged beside the analytic ones, each at its own number of evaluations. `store` is a folder for the recording,
     the finished fits and their judgement: a killed run that is started again with the same folder resumes, and one
-    that asks something else (another weight, attribute, argument, schedule; see `identity`) is refused by name. The
-    same `seed` gives bitwise the same plans on the same machine.
+    that asks something else (another weight, attribute, argument, schedule; see `identity`) is refused by name. Other
+    `steps` may be asked: a teacher that was measured for more is good enough, otherwise one is measured. The same
+    `seed` gives bitwise the same plans on the same machine.
 
-    The first samples tell whether network and schedule belong together (`sampling.checking`): a HookUpWarning or
+    A short run tells whether network and schedule belong together (`sampling.checking`): a HookUpWarning or
     `NetworkError` says which of the usual mistakes was made.
 
     Source: Duan et al., Optimal Linear Subspace Search, CIKM 2023; on-policy fit and polish as in `fitting` and
@@ -132,11 +133,11 @@ def tune(
     return TuneResult({n: report.best(n).plan for n in wanted}, report)
 
 
-def _check(source: Source, denoiser: Denoiser, schedule: NoiseSchedule, samples: Tensor) -> None:
-    """The hook-up of the network, and of the source's if that is another, on the teacher's first samples."""
+def _check(source: Source, denoiser: Denoiser, schedule: NoiseSchedule) -> None:
+    """The hook-up of the network, and of the source's if that is another."""
     if source.denoiser is not denoiser:
-        checked(source.denoiser, source.schedule, samples, "teacher_network: ")
-    checked(denoiser, schedule, samples)
+        checked(source.denoiser, source.schedule, "teacher_network: ")
+    checked(denoiser, schedule)
 
 
 def _candidates(study: Study, judge: Judge) -> list[Candidate]:

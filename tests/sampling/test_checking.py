@@ -121,6 +121,23 @@ def test_mistakes_are_named(model: Any, name: str) -> None:
         checked(network, replace(model.schedule, **changes))
 
 
+def test_a_mistake_is_named_before_the_teacher_is_measured() -> None:
+    """Also where the network is not finite at the timesteps that it is asked by mistake."""
+    right, calls = NoiseSchedule.flow(3.0, 1), 0
+    exact = mixture(right)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return exact(x, t) * (1.0 if t.max() <= 1.0 else torch.nan)
+
+    with pytest.raises(NetworkError, match=r"the network wants timesteps in \[0, 1\]"):
+        olss_fast.tune(network, noise=noise_of(24), schedule=NoiseSchedule.flow(3.0), steps=2, progress=False)
+    assert calls < 150
+    with pytest.raises(NetworkError, match=r"NaN or infinity at evaluation 0 for sample\(s\) \[0, 1"):
+        olss_fast.check(lambda x, t: x * torch.nan, right, noise=noise_of(4))
+
+
 def test_tune_refuses_a_teacher_that_blows_up(model: Any) -> None:
     """Noise predictions divided by the root of 2.4e-9: once a tidy report of images with a peak of 125."""
     schedule = NoiseSchedule.named("squaredcos_cap_v2")

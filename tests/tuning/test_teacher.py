@@ -12,11 +12,11 @@ from small_tunings import LEAST, SOME, Counting, mixture, problem
 
 import olss_fast
 from olss_fast import NoiseSchedule, solvers
-from olss_fast.errors import NetworkError, ScheduleError
+from olss_fast.errors import NetworkError
 from olss_fast.metrics import rmse
 from olss_fast.network import Denoiser
 from olss_fast.tuning.compare import compare
-from olss_fast.tuning.teacher import COUNTS, REACHED, SHARE, grid_for, measured_teacher
+from olss_fast.tuning.teacher import COUNTS, REACHED, SHARE, counts_for, grid_for, measured_teacher
 
 KINDS = {
     "epsilon": NoiseSchedule.named("scaled_linear", beta_start=0.00085, beta_end=0.012),
@@ -106,9 +106,68 @@ def test_grids() -> None:
 
 
 def test_what_cannot_be_measured_is_named() -> None:
-    few = NoiseSchedule.named("linear", num_train_timesteps=300, beta_end=0.07, whole_times=True)
-    with pytest.raises(ScheduleError, match=r"300 timesteps.*fewer than 400 timesteps. Give teacher_steps"):
-        measured_teacher(asked(few), few, 4)
     broken = Denoiser(lambda x, timestep: x * torch.inf, torch.randn(16, 4))
     with pytest.raises(NetworkError, match="no solver's sample is finite"):
         measured_teacher(broken, KINDS["epsilon"], 4)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "most", "teacher"), [(2, 2, 2), (10, 10, 10), (300, 300, None), (1000, 400, None)]
+)
+def test_few_whole_timesteps_are_all_asked_or_share_the_steps(timesteps: int, most: int, teacher: int | None) -> None:
+    betas = np.linspace(2.0, 9.0, timesteps) / timesteps if timesteps > 20 else np.linspace(0.3, 0.8, timesteps)
+    schedule = NoiseSchedule.from_betas(betas, whole_times=True)
+    counts = counts_for(schedule)
+    assert counts[-1] == most
+    with torch.no_grad():
+        plan = measured_teacher(asked(schedule), schedule, min(8, timesteps))
+    assert plan.nfe in ([teacher] if teacher else counts[:-1])
+    assert np.array_equal(plan.timesteps, np.round(plan.timesteps))
+    assert not teacher or plan.metadata["own_error"] == "0.0"  # the truth is all there is
+
+
+def test_where_every_student_is_exact_the_teacher_is_short() -> None:
+    """No error is a tenth of nothing: 200 steps were taken, with an error of 5e-13."""
+    zero = Denoiser(lambda x, timestep: 0.0 * x, torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        assert measured_teacher(zero, KINDS["epsilon"], 4).nfe == COUNTS[0]
+
+
+def test_one_timestep_that_fails_does_not_condemn_the_others() -> None:
+    exact, schedule = mixture(KINDS["epsilon"]), KINDS["epsilon"]
+
+    def fails_at_the_end(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return exact(x, timestep) / (timestep > 0.5).to(x).view(-1, 1, 1, 1)
+
+    noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plan = measured_teacher(Denoiser(fails_at_the_end, noise), schedule, 4)
+    assert plan.metadata["spacing"] == "trailing"
+
+
+def test_other_steps_resume_with_the_same_store(tmp_path: Path) -> None:
+    """More steps have a teacher measured for them, fewer take the one that there is; fits of either are kept."""
+
+    def tuned(*steps: int) -> olss_fast.Report:
+        given = problem() | {"steps": steps, "effort": LEAST, "store": tmp_path}
+        return olss_fast.tune(mixture(), **given).report  # type: ignore[arg-type]
+
+    few, more = tuned(2), tuned(2, 4)
+    assert (more.own_error or 1.0) <= (few.own_error or 0.0)
+    assert len(list(tmp_path.glob("teacher-*"))) == 2
+    between = tuned(3)
+    assert between.teacher == more.teacher
+    assert between.evaluations["record"] == 3 * 4  # the probe of the store: three questions, four samples
+    assert tuned(2).teacher == few.teacher
+    assert len(list(tmp_path.glob("manifest*"))) == 1
+
+
+def test_a_run_killed_while_the_teacher_was_measured_starts_again(tmp_path: Path) -> None:
+    given = problem(24) | {"steps": 3, "effort": LEAST}
+    network = Counting(mixture())
+    network.left = 200
+    with pytest.raises(KeyboardInterrupt):
+        olss_fast.tune(network, **given, store=tmp_path)  # type: ignore[arg-type]
+    network.left = 10**9
+    resumed = olss_fast.tune(network, **given, store=tmp_path)  # type: ignore[arg-type]
+    assert resumed.plans == olss_fast.tune(mixture(), **given).plans  # type: ignore[arg-type]

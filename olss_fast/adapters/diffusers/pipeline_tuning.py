@@ -39,7 +39,7 @@ from olss_fast.tuning.compare import compare
 from olss_fast.tuning.judge import recorded
 from olss_fast.tuning.preparation import steps_to_teach
 from olss_fast.tuning.recording import Float64
-from olss_fast.tuning.scoring import kept_scores, score
+from olss_fast.tuning.scoring import kept_scores, plan_key, score
 from olss_fast.tuning.teacher import Source
 from olss_fast.tuning.tuning import Effort, TuneResult, tune
 
@@ -277,7 +277,7 @@ def sweep_guidance(
     rows, asked = [], 0
     for scale in tqdm(scales, desc=f"{'Guidance scales':<26}", **bar_options(progress)):
         chosen = with_guidance(pipe, [calls[i] for i in judges], [scale])
-        folder = None if store is None else Path(store) / f"guidance-{scale:g}"
+        folder = None if store is None else Path(store) / f"guidance-{scale:g}-{plan_key(report.teacher)}"
         errors, evaluations = _errors(pipe, chosen, plans, report.teacher, grid, folder, seed + len(calls))
         asked += evaluations
         means = [float(each.mean()) for each in errors]
