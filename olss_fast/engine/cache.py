@@ -13,11 +13,13 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from olss_fast.engine.manifest import NUMBER, STRING, check
 from olss_fast.errors import EngineFileError, OlssError
 from olss_fast.support import container
 from olss_fast.support.container import Blob, Format
 
 FORMAT = Format("olss_fast.code", 3, "compiled code", EngineFileError)
+MEMBERS = {"key": STRING, "seconds_to_compile": NUMBER, "difference": NUMBER}
 KEPT = 256  # entries, the most recently used
 
 
@@ -43,7 +45,9 @@ def load(folder: Path, key: str) -> Entry | None:
     if not path.exists() or not _private(folder):
         return None
     try:
-        facts, blobs = container.read(path, FORMAT)
+        with container.naming(path, FORMAT):
+            facts, blobs = container.read(path, FORMAT)
+            check({name: facts.get(name) for name in MEMBERS}, MEMBERS, "the entry")
     except OlssError:
         return None  # a damaged entry is compiled again, and then replaced
     if facts["key"] != key:

@@ -52,7 +52,7 @@ NATURALS = Kind("a list of whole numbers from 0 on", container.naturals)
 NATURALS_OR_NULL = Kind("whole numbers from 0 on, or null", lambda value: value is None or container.naturals(value))
 _STRING_OR_NULL = Kind("a string or null", lambda value: value is None or isinstance(value, str))
 _WHOLE = Kind("a whole number", lambda value: type(value) is int)
-_NUMBER = Kind("a finite number", _is_finite)
+NUMBER = Kind("a finite number", _is_finite)
 ANY = "*"  # as the only member of a mapping: it has any names
 
 # What each member must be: a Kind, [what each item is], or a mapping of members.
@@ -78,7 +78,7 @@ _SCHEMA: dict[str, Any] = {
     "dtype": _one_of(*DTYPES),
     "profile": {"min": [_WHOLE], "opt": [_WHOLE], "max": [_WHOLE], "multiple": [_WHOLE]},
     "doubled": Kind("true or false", lambda value: isinstance(value, bool)),
-    "guidance_scale": _NUMBER,
+    "guidance_scale": NUMBER,
     "inputs": [
         {
             "name": STRING,
@@ -92,7 +92,7 @@ _SCHEMA: dict[str, Any] = {
     "unused": [STRING],
     "tied": {ANY: STRING},
     "hashes": {"weights": STRING, "code": STRING},
-    "measured": {ANY: _NUMBER},
+    "measured": {ANY: NUMBER},
 }
 
 

@@ -130,6 +130,17 @@ def test_damaged_entries_are_compiled_again(monkeypatch: pytest.MonkeyPatch, fol
     tiny("plain").build(cache=folder)
 
 
+@pytest.mark.parametrize("changes", [{"difference": None}, {"difference": "0"}, {"seconds_to_compile": True}])
+def test_an_entry_of_other_members_is_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    key, entry = "0" * 64, code_cache.Entry({"network.so": b"code"}, 1.5, 0.0)
+    facts = {"key": key, "seconds_to_compile": 1.5, "difference": 0.0}
+    code_cache.store(tmp_path / "cache", key, entry)
+    assert code_cache.load(tmp_path / "cache", key) == entry
+    for each in ({**facts, **changes}, {name: value for name, value in facts.items() if name not in changes}):
+        container.write(tmp_path / "cache" / f"{key}.safetensors", code_cache.FORMAT, each, {})
+        assert code_cache.load(tmp_path / "cache", key) is None
+
+
 def test_an_entry_under_anothers_name_is_not_used(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     big = [path for path in folder.iterdir() if path.stat().st_size > 10**5]
     for path, other in zip(big, [*big[1:], big[0]], strict=True):
