@@ -102,7 +102,10 @@ def checked_request(
     for name in sorted(set(flat) & set(without)):
         kinds = {isinstance(value, Tensor) for value in (flat[name], without[name])}
         if kinds != {True} and (True in kinds or flat[name] != without[name]):
-            raise InputError(f"conditioning and unconditional differ in {name!r}, not a tensor: it is baked in")
+            raise InputError(
+                f"conditioning and unconditional differ in {name!r}, which is not a tensor in both: it is baked in; "
+                "give a tensor that broadcasts to the other"
+            )
     tensors = {name: each for name, each in flat.items() if isinstance(each, Tensor)}
     request = Request(
         flat=FlatNetwork(_prepared(network, dtype, device), given),

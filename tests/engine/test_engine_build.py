@@ -65,7 +65,10 @@ def test_arguments_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: dict
     [
         ({"unconditional": {"labels": torch.tensor([0, 1])}}, r"the rows of unconditional\['labels'\] differ"),
         ({"unconditional": {"labels": torch.tensor([0, 1, 2])}}, r"unconditional\['labels'\] has shape \(3,\)"),
-        ({"unconditional": {"labels": None}}, "conditioning and unconditional differ in 'labels', not a tensor"),
+        (
+            {"unconditional": {"labels": None}},
+            "conditioning and unconditional differ in 'labels', which is not a tensor in both: .*give a tensor",
+        ),
         ({"guidance_scale": 2.0}, "guidance_scale=1.5 folded into its coefficients"),
         ({"shapes": (3, 2, 8, 8), "conditioning": {"labels": torch.tensor([0, 1])}}, "cannot be called"),
     ],
