@@ -225,7 +225,7 @@ class FlowCurve(Curve):
         if not (0.0 < shift < np.inf and count >= 2):
             raise ScheduleError(
                 f"flow matching with shift {self.shift!r} and {self.num_train_timesteps!r} training timesteps: "
-                "expected shift > 0 and at least 2 timesteps"
+                "expected shift > 0 and at least 2 timesteps, or 1 for times in [0, 1]"
             )
 
     @property

@@ -92,11 +92,12 @@ class NoiseSchedule:
         data, noise, sign = ("x1", "x0", "-") if self.time_scale < 0.0 else ("x0", "x1", "")
         velocity = f"{sign}flow" if self.curve.straight else "v_prediction"
         also = {"eps": "epsilon", "velocity": velocity, data: "sample", noise: "epsilon"}
+        also |= {f"-{each}": f"-{known}".removeprefix("--") for each, known in also.items()}
         also |= {f"{noise} - {data}": "flow", f"{data} - {noise}": "-flow"}
         known = also.get(name, name) if isinstance(name, str) else ""
         if known.removeprefix("-") not in PREDICTION_TYPES:
-            choice = ", ".join([*PREDICTION_TYPES, *also])
-            raise ScheduleError(f"prediction_type {name!r} is unknown; choose one of {choice}")
+            choice = ", ".join([*PREDICTION_TYPES, *(each for each in also if not each.startswith("-"))])
+            raise ScheduleError(f"prediction_type {name!r} is unknown; choose one of {choice}, or - before it")
         return known
 
     @property

@@ -72,6 +72,9 @@ def test_plans_for_another_clock_are_told_apart(name: str) -> None:
         (True, "velocity", "-flow"),
         (True, "x1 - x0", "-flow"),
         (True, "x0 - x1", "flow"),
+        (False, "-velocity", "-flow"),
+        (True, "-velocity", "flow"),
+        (True, "-x1", "-sample"),
     ],
 )
 def test_names_of_flows_follow_the_direction_of_time(reversed_time: bool, name: str, expected: str) -> None:
@@ -83,8 +86,9 @@ def test_names_of_flows_follow_the_direction_of_time(reversed_time: bool, name: 
 def test_names_on_a_table() -> None:
     names = {"eps": "epsilon", "x1": "epsilon", "x0": "sample", "velocity": "v_prediction"}
     assert {name: NoiseSchedule.named("linear", prediction_type=name).prediction_type for name in names} == names
-    with pytest.raises(ScheduleError, match=r"'x2' is unknown.*velocity"):
-        NoiseSchedule.named("linear", prediction_type="x2")
+    for name in ("x2", "--epsilon", "-x1 - x0"):
+        with pytest.raises(ScheduleError, match=rf"'{name}' is unknown.*velocity.*or - before it"):
+            NoiseSchedule.named("linear", prediction_type=name)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow"])
