@@ -31,7 +31,7 @@ from olss_fast.executors.draws import unit_noise
 from olss_fast.executors.increments import increments
 from olss_fast.network import FLOATS
 from olss_fast.plan.plan import Floats, Plan
-from olss_fast.support.device import kept_on
+from olss_fast.support.device import Moved
 
 CANCELLING = 1.5
 """Ratio of terms to sum above which rows of float32 samples are formed in float64. From a ratio of 2 on, rounding costs
@@ -61,7 +61,7 @@ class Layout:
     anchored: bool
     corrections: list[float | None]
     cancels: bool
-    _on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = field(default_factory=dict)
+    _on_device: Moved = field(default_factory=Moved)
 
     def ready_on(self, device: torch.device) -> Layout:
         """Itself, with its weights on `device` for samples of 16 or 32 bits: a step then moves nothing."""
@@ -81,7 +81,7 @@ class Layout:
 
     def weights_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """`weights` in one transfer; kept for the next run."""
-        return kept_on(self._on_device, (device, dtype), lambda: self._moved(device, dtype))
+        return self._on_device.of((device, dtype), lambda: self._moved(device, dtype))
 
     def _moved(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         with torch.inference_mode(False):  # usable in every later mode

@@ -46,12 +46,18 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     return probe.device
 
 
-def kept_on(kept: dict[Any, Tensors], key: Any, make: Callable[[], Tensors]) -> Tensors:
-    """`kept[key]`, made when first needed, and anew under another FakeTensorMode: fake and real tensors do not mix."""
-    made = kept.get(key)
-    if made is None or not (torch.compiler.is_compiling() or _mode(made[0]) is _mode(torch.empty(0, device="cpu"))):
-        made = kept[key] = make()
-    return made
+class Moved(dict[Any, Tensors]):
+    """Tensors that were moved to a device, by what they are for. Copies and pickles hold none: they move their own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Moved, ()
+
+    def of(self, key: Any, make: Callable[[], Tensors]) -> Tensors:
+        """Made when first needed, and anew under another FakeTensorMode: fake and real tensors do not mix."""
+        made = self.get(key)
+        if made is None or not (torch.compiler.is_compiling() or _mode(made[0]) is _mode(torch.empty(0, device="cpu"))):
+            made = self[key] = make()
+        return made
 
 
 def _mode(tensor: Tensor) -> object:

@@ -4,6 +4,7 @@ which are made once, and which no run changes."""
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,7 @@ def test_fake_and_real_tensors_do_not_mix() -> None:
             scheduler.add_noise(sample, sample, 3)
             scheduler.step(sample, scheduler.timesteps[0], sample)
         scheduler.set_timesteps(5)
+        assert pickle.loads(pickle.dumps(scheduler)).plans == (plan,)
         scheduler.add_noise(image, image, 3)
     assert type(scheduler.add_noise(image, image, 3)) is torch.Tensor
     found = run(scheduler, NOISE.float())

@@ -30,7 +30,7 @@ from olss_fast.plan.plan import Floats, Integers, Plan
 from olss_fast.plan.point_mass import exact_output_of
 from olss_fast.schedule.from_diffusers import check_config
 from olss_fast.schedule.noise_schedule import NoiseSchedule
-from olss_fast.support.device import kept_on
+from olss_fast.support.device import Moved
 from olss_fast.support.text import quoted
 
 if TYPE_CHECKING:
@@ -136,11 +136,11 @@ class NoiseLevels:
     by_index: bool
     table: Floats
     complete: bool
-    _on_device: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+    _on_device: Moved = field(default_factory=Moved)
 
     def table_on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The rows of `table`, float32, moved once."""
-        return kept_on(self._on_device, device, lambda: self._moved(device))
+        return self._on_device.of(device, lambda: self._moved(device))
 
     def _moved(self, device: torch.device) -> tuple[Tensor, ...]:
         with torch.inference_mode(False):
