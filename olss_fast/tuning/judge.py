@@ -79,9 +79,8 @@ def recorded(
 
 def _kept_teacher(store: Store, source: Source, most_steps: int) -> Plan:
     """One that was measured for as many steps, or for more if there is one; otherwise it is measured now."""
-    kept = (f"teacher-{n:03d}" for n in range(most_steps, MOST) if store.has(f"teacher-{n:03d}"))
-    make = partial(measured_teacher, source.denoiser, source.schedule, most_steps)
-    return store.plan(next(kept, f"teacher-{most_steps:03d}"), make)
+    steps = next((n for n in range(most_steps, MOST) if store.has(f"teacher-{n:03d}")), most_steps)
+    return store.plan(f"teacher-{steps:03d}", partial(measured_teacher, source.denoiser, source.schedule, steps))
 
 
 def _probed(grid: Plan, denoiser: Denoiser, source: Source) -> Tensor:

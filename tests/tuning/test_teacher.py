@@ -160,6 +160,11 @@ def test_other_steps_resume_with_the_same_store(tmp_path: Path) -> None:
     assert between.evaluations["record"] == 3 * 4  # the probe of the store: three questions, four samples
     assert tuned(2).teacher == few.teacher
     assert len(list(tmp_path.glob("manifest*"))) == 1
+    (damaged,) = tmp_path.glob("teacher-004*")
+    kept = damaged.read_bytes()
+    damaged.write_bytes(kept[:-1])
+    tuned(3)  # measures it again, for the steps that its name says
+    assert damaged.read_bytes() == kept
 
 
 def test_a_run_killed_while_the_teacher_was_measured_starts_again(tmp_path: Path) -> None:
