@@ -124,8 +124,10 @@ def test_network_that_goes_wrong_is_named_with_step_and_sample() -> None:
             output[min(5, len(output) - 1)] = torch.nan
         return output
 
-    arguments = {**problem(), "guidance_scale": 1.0, "steps": 2, "teacher_steps": 10}
+    arguments = {**problem(), "guidance_scale": 1.0, "steps": [2], "teacher_steps": 10}
     with pytest.raises(NetworkError, match=r"evaluation 5 for sample\(s\) \[5\]"):
+        compare(broken, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(NetworkError, match=r"evaluation 3 for sample\(s\) \[5\]"):  # of the short run before all else
         olss_fast.tune(broken, **arguments)  # type: ignore[arg-type]
 
 
