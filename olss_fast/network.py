@@ -397,8 +397,3 @@ def check_noise(noise: Any, *, waits: bool = True) -> None:
     if not bool(finite.all()):
         bad = torch.nonzero(~finite).flatten().tolist()
         raise InputError(f"noise holds NaN or infinity in sample(s) {bad[:8]}")
-
-
-def batches(samples: range, size: int) -> list[slice]:
-    """`samples` cut into slices of at most `size`."""
-    return [slice(start, min(start + size, samples.stop)) for start in range(samples.start, samples.stop, size)]

@@ -18,7 +18,6 @@ from olss_fast.network import (
     Denoiser,
     Network,
     Streams,
-    batches,
     checked_networks,
     network_device,
     network_dtype,
@@ -30,6 +29,7 @@ from olss_fast.sampling.starts import begun
 from olss_fast.support.arguments import checked_count
 from olss_fast.support.progress import bar_options
 from olss_fast.support.text import quoted
+from olss_fast.support.tree import batches
 
 Callback = Callable[[int, float, Tensor], object]
 """`callback(i, timestep, x)`: after evaluation i, at `timestep`. x (B, ...) is the next network input, or finally the

@@ -131,3 +131,8 @@ def _without_keys(node: _Opened) -> tuple[list[Any], Any]:
 
 
 pytree.register_pytree_node(_Opened, _without_keys, _closed, flatten_with_keys_fn=_with_keys)
+
+
+def batches(samples: range, size: int) -> list[slice]:
+    """`samples` cut into slices of at most `size`."""
+    return [slice(start, min(start + size, samples.stop)) for start in range(samples.start, samples.stop, size)]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from olss_fast.executors.reference import Loop
-from olss_fast.network import Denoiser, batches, require_finite
+from olss_fast.network import Denoiser, require_finite
+from olss_fast.support.tree import batches
 from olss_fast.tuning.store import Store
 
 if TYPE_CHECKING:

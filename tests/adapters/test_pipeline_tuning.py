@@ -27,8 +27,7 @@ from olss_fast.sampling.sampling import sample  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TEACHER = 8
-PROMPTS = "abcdefgh"
+TEACHER, PROMPTS = 8, "abcdefgh"
 
 
 def settings(**changes: Any) -> dict[str, Any]:

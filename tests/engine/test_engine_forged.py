@@ -214,11 +214,8 @@ def test_manifests_that_are_no_json(hostile: Path, old: str, new: str, message: 
 
 def test_deep_but_valid_json(hostile: Path) -> None:
     for depth in (50, 500, 900, 950, 980, 990):
-        refuses(
-            hostile,
-            with_text('"unused": [', '"unused": [' + "[" * depth + "]" * depth + ", "),
-            "JSON|expected a string",
-        )
+        nested = with_text('"unused": [', '"unused": [' + "[" * depth + "]" * depth + ", ")
+        refuses(hostile, nested, "JSON|expected a string")
 
 
 @pytest.mark.parametrize(
@@ -383,9 +380,9 @@ def with_plan(content: bytes, **facts: Any) -> bytes:
 
 def test_plans_altered_inside(hostile: Path) -> None:
     _, _, content = light().tensors["plans/three"]
-    random_ = random.Random(3)
+    draws = random.Random(3)
     for _ in range(300):
-        refuses(hostile, with_plan(flipped(content, random_, 0, len(content))), "plan three' is no usable plan file")
+        refuses(hostile, with_plan(flipped(content, draws, 0, len(content))), "plan three' is no usable plan file")
 
 
 def test_plans_altered_inside_with_a_right_checksum(hostile: Path) -> None:
