@@ -152,13 +152,13 @@ class Report:
     def own_error(self) -> float | None:
         """By how much the teacher's samples move when its steps are doubled; None if that was not measured."""
         told = self.teacher.metadata.get("own_error")
-        return None if told is None else float(told)
+        return None if told is None else _error(float(told))
 
     @property
     def own_run(self) -> tuple[int, float] | None:
         """Steps and mean error of the network's own long run, where the teacher asks another network; else None."""
         told = self.settings.get("own_run")
-        return None if told is None else (told["steps"], math.inf if told["error"] is None else told["error"])
+        return None if told is None else (int(told["steps"]), _error(told["error"]))
 
     @property
     def near_teacher(self) -> list[int]:
@@ -285,7 +285,7 @@ class Report:
         if data.get("version") != VERSION:
             raise InputError(f"the report has version {data.get('version')!r}, this package reads {VERSION}: update it")
         try:
-            return cls(
+            report = cls(
                 candidates=tuple(Candidate.from_dict(each) for each in data["candidates"]),
                 teacher=Plan(**data["teacher"]),
                 held_out=int(data["held_out"]),
@@ -294,6 +294,8 @@ class Report:
                 seconds=dict(data["seconds"]),
                 guidance=tuple(_guidance_row(row) for row in data.get("guidance", [])),
             )
+            _ = report.own_error, report.own_run  # must be readable
+            return report
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"the report is damaged: {type(error).__name__}: {error}; tune again") from error
 
@@ -309,6 +311,14 @@ class Report:
 def _guidance_row(data: Mapping[str, Any]) -> GuidanceRow:
     tuned, analytic = (math.inf if data[key] is None else float(data[key]) for key in ("tuned", "analytic"))
     return GuidanceRow(float(data["scale"]), int(data["nfe"]), tuned, analytic)
+
+
+def _error(value: Any) -> float:
+    """As a float, inf for None. `ValueError` for what cannot be an error."""
+    error = math.inf if value is None else float(value)
+    if not error >= 0.0:
+        raise ValueError(f"{value!r} is no root mean square")
+    return error
 
 
 def _finite(value: float) -> float | None:

@@ -158,9 +158,10 @@ def _run_chunk(plan: Plan, denoiser: Denoiser, chunk: slice, rows: Dense | None)
     tensors = {"result": loop.x.to(torch.float32)}
     if rows is not None:
         basis = loop.columns.flatten(1)
-        inputs, outputs = (torch.tensor(each, device=basis.device) @ basis for each in (rows.inputs, rows.outputs))
-        tensors["states"] = inputs.to(torch.float32).reshape(-1, *noise.shape)
-        tensors["r"] = torch.from_numpy(triangle(torch.cat([basis[:1], outputs])))
+        outputs = np.concatenate([np.eye(1, len(basis)), rows.outputs])  # x_T before them
+        states = torch.tensor(rows.inputs, device=basis.device) @ basis
+        tensors["states"] = states.to(torch.float32).reshape(-1, *noise.shape)
+        tensors["r"] = torch.from_numpy(triangle(torch.tensor(outputs, device=basis.device) @ basis))
     return tensors
 
 

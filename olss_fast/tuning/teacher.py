@@ -116,7 +116,8 @@ def checked_teacher(teacher: Plan | None, steps: int | None, schedule: NoiseSche
 
 
 def grid_for(teacher: Plan | None, schedule: NoiseSchedule, own: NoiseSchedule | None = None) -> Plan:
-    """Evenly spaced times; those of the teacher where they are, or where its run is not known in between.
+    """Evenly spaced times, from the teacher's start on; those of the teacher where they are, or where its run is not
+    known in between.
 
     InputError for such a teacher that has a schedule of its `own`.
     """
@@ -128,9 +129,12 @@ def grid_for(teacher: Plan | None, schedule: NoiseSchedule, own: NoiseSchedule |
             )
     elif teacher is not None and (_is_trailing(teacher, schedule) or not is_dense(teacher, schedule)):
         return teacher
+    start = None
+    if teacher is not None and own in (None, schedule):
+        start = float(teacher.rows[0, 0] / schedule.input_scale(teacher.timesteps[0]))
     for count in GRIDS:
         with suppress(ScheduleError):  # a schedule of few whole timesteps
-            return dpm_solver_pp(schedule, count, order=3)
+            return dpm_solver_pp(schedule, count, order=3, start=start)
     raise ScheduleError(f"{schedule.describe()} has fewer than {GRIDS[-1]} timesteps: too few to choose from")
 
 

@@ -76,12 +76,13 @@ def tune(
     a few samples (`teacher`); or DDIM with `teacher_steps` evaluations; or the plan `teacher`. With `teacher_network`
     it asks that one, with the same arguments: the full network whose samples a quantised, pruned or smaller one is to
     make. Students are run and fitted on `network` alone. `teacher_schedule` is the schedule of that network if its
-    noise levels or prediction type are others: states are compared at equal noise. `rivals` are plans that
-    are judged beside the analytic ones, each at its own number of evaluations. `store` is a folder for the recording,
-    the finished fits and their judgement: a killed run that is started again with the same folder resumes, and one
-    that asks something else (another weight, attribute, argument, schedule; see `identity`) is refused by name. Other
-    `steps` may be asked: a teacher that was measured for more is good enough, otherwise one is measured. The same
-    `seed` gives bitwise the same plans on the same machine.
+    noise levels or prediction type are others: states are compared at equal noise.
+
+    `rivals` are plans that are judged beside the analytic ones, each at its own number of evaluations. `store` is a
+    folder for the recording, the finished fits and their judgement: a killed run that is started again with the same
+    folder resumes, and one that asks something else (another weight, attribute, argument, schedule; see `identity`) is
+    refused by name. Other `steps` may be asked: a teacher that was measured for more is good enough, otherwise one is
+    measured. The same `seed` gives bitwise the same plans on the same machine.
 
     A short run tells whether network and schedule belong together (`sampling.checking`): a HookUpWarning or
     `NetworkError` says which of the usual mistakes was made.

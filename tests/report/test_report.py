@@ -168,6 +168,22 @@ def test_bad_report_files_are_named(text: str, message: str, tmp_path: Path) -> 
         Report.from_json(path)
 
 
+@pytest.mark.parametrize("told", ["x", "nan", "-1"])
+def test_bad_errors_of_teachers_are_named(told: str, report: Report) -> None:
+    data = report.to_dict()
+    data["teacher"]["metadata"]["own_error"] = told
+    with pytest.raises(InputError, match=f"damaged.*{told}"):
+        Report.from_dict(data)
+
+
+@pytest.mark.parametrize("told", [3, {}, {"steps": 50, "error": "x"}, {"steps": "x", "error": 0.1}])
+def test_bad_long_runs_are_named(told: object, report: Report) -> None:
+    data = report.to_dict()
+    data["settings"]["own_run"] = told
+    with pytest.raises(InputError, match="damaged"):
+        Report.from_dict(data)
+
+
 def test_missing_report_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read"):
         Report.from_json(tmp_path / "none.json")

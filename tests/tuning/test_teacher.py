@@ -102,6 +102,8 @@ def test_grids() -> None:
     assert grid_for(heun, schedule) is heun  # asks some times twice
     uneven = solvers.unipc(schedule, 30, spacing="logsnr")
     assert np.array_equal(grid_for(uneven, schedule).timesteps, schedule.timesteps(100))
+    louder = solvers.unipc(schedule, 30, spacing="logsnr", start=1.25)
+    assert grid_for(louder, schedule).rows[0, 0] == louder.rows[0, 0]  # students begin as their teacher does
     few = NoiseSchedule.named("linear", num_train_timesteps=30, beta_start=0.01, beta_end=0.3)
     assert grid_for(None, few).nfe == 25
 
