@@ -57,7 +57,7 @@ def test_what_fails_leaves_the_file_that_was_there(net: Net, path: Path, monkeyp
     path.write_bytes(b"before")
 
     def full(*arguments: Any) -> None:
-        raise OSError(28, "the disk is full on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ModelError, match=r"model\.onnx.*the disk is full"):
