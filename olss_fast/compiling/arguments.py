@@ -18,9 +18,12 @@ from olss_fast.support.tree import LEAVES, as_tensor, dotted, flat, is_array, ma
 
 
 def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors. Lists without tensors stay whole."""
+    """{"a": {"b": 1}, "c": [x]} -> {"a.b": 1, "c.0": x}; numpy arrays as tensors. Lists without tensors stay whole.
+
+    arguments: with strings as names, as `checked_arguments` leaves them.
+    """
     if LEAVES.issuperset(map(type, arguments.values())):  # the usual arguments, without a walk
-        return {str(name): as_tensor(value) for name, value in arguments.items()}
+        return {name: as_tensor(value) for name, value in arguments.items()}
     found: dict[str, Any] = {}
     for path, leaf in with_paths(dict(arguments), whole=_stays_whole):
         if dotted(path) in found:
@@ -67,6 +70,11 @@ class FlatNetwork(nn.Module):
     def form(self) -> str:
         """The nesting of the arguments."""
         return str(flat(self._example)[1])
+
+    @property
+    def fixed(self) -> list[Any]:
+        """The arguments that are not tensors, whole: a manifest has only the beginning of each."""
+        return [leaf for leaf in flat(self._example).leaves if not isinstance(leaf, Tensor)]
 
     def forward(self, x: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
         left = iter(tensors)

@@ -18,7 +18,7 @@ from olss_fast.engine.weights import DTYPES, hash_weights, strides_of, to_blob
 from olss_fast.errors import InputError, MachineError, NetworkError
 from olss_fast.executors.draws import Seed, checked_streams
 from olss_fast.executors.loop_cache import LoopCache, Stats, Work
-from olss_fast.network import Conditioning, Denoiser, Streams
+from olss_fast.network import Conditioning, Denoiser, Streams, checked_arguments
 from olss_fast.plan.file import plan_to_bytes
 from olss_fast.plan.plan import Plan
 from olss_fast.sampling.sampling import check_plan_fits, draw_step_noise
@@ -87,11 +87,7 @@ class Engine:
         streams = checked_streams(generator, seed)
         noise = inputs.given_noise(noise, shape, streams, self.manifest, self.device)
         self._check_guidance(chosen, noise, scale)
-        if unconditional is not None and not isinstance(unconditional, Mapping):
-            raise InputError(
-                f"unconditional is {quoted(unconditional)}; expected a mapping of argument names to values"
-            )
-        without = {**self.unconditional, **flatten(unconditional or {})}
+        without = {**self.unconditional, **flatten(checked_arguments(unconditional, "unconditional"))}
         tensors = inputs.network_inputs(self.manifest, noise.shape[0], self.device, conditioning, without)
         work = Work(
             chosen,

@@ -94,9 +94,10 @@ def test_more_samples_than_an_engine_is_fixed_to(monkeypatch: pytest.MonkeyPatch
         ({"labels": 1.5}, r"conditioning\['labels'\] is 1.5, which does not fit int64"),
         ({"labels": float("nan")}, r"conditioning\['labels'\] is nan, which does not fit int64"),
         ({"labels": 2**63}, "which does not fit int64"),
-        ({"labels": 1, "unconditional": 3}, "unconditional is 3; expected a mapping"),
+        ({"labels": 1, "unconditional": 3}, "unconditional must be a mapping of argument names to values, got int"),
         ({"labels": 1, "unconditional": {"y": 3}}, "unconditional: 'y' is unknown"),
-        ({"labels": 1, "unconditional": {3: 3}}, "unconditional: '3' is unknown"),
+        ({"labels": 1, "unconditional": {3: 3}}, r"unconditional must be a mapping .*, got the keys \[3\]"),
+        ({"labels": 1, "unconditional": {1: 2, "1": 3}}, r"unconditional must be .*, got the keys \[1, '1'\]"),
         ({"labels": 1, "unconditional": {"labels": torch.tensor([1, 2, 3])}}, r"unconditional\['labels'\] has shape"),
         (
             {"labels": 1, "unconditional": {"labels": 1.5}},
