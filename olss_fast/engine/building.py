@@ -122,7 +122,7 @@ def _known(
     match this network, or to read more than these tensors."""
     if found is None:
         return None
-    bound = SLACK * (found.difference + torch.finfo(request.dtype).eps)
+    bound = min(TOLERANCE[request.dtype], SLACK * (found.difference + torch.finfo(request.dtype).eps))
     try:
         return _checked(_engine(request, plans, facts, found.code, tensors, found.seconds), request, bound)
     except (BuildError, EngineFileError):
@@ -132,7 +132,7 @@ def _known(
 def _key(request: Request, facts: Facts, settings: dict[str, Any]) -> str:
     """The cache key: of the network's structure, and of everything else that code depends on."""
     flat = request.flat
-    asked = {"network": flat.network, "form": flat.form, "lends_x": flat.lends_x}
+    asked = {"network": flat.network, "form": flat.form, "fixed": flat.fixed, "lends_x": flat.lends_x}
     key = structure(asked, [*flat.network.parameters(), *flat.network.buffers()])
     example = [[str(each.dtype), list(each.shape), list(each.stride())] for each in request.inputs()]
     relied_on = {name: facts[name] for name in ("version", "built_with", "machine", "fixed")}

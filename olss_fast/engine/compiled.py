@@ -160,7 +160,7 @@ class LoadedCode:
             raise EngineFileError(f"the engine's code reads weights that are not there: {', '.join(missing[:8])}")
         self.weights = {name: weights[name] for name in names.values()}
         try:
-            check_layout(code[LAYOUT], layout_of(self.weights))
+            check_layout(code.get(LAYOUT, b""), layout_of(self.weights))
         except Refused as cause:
             raise EngineFileError(f"the engine's code cannot be run: {cause}") from cause
         taken = {fqn: weights[name] for fqn, name in names.items()}

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 import olss_fast
 from olss_fast import Profile
+from olss_fast.compiling.request import checked_request
 from olss_fast.engine import building
 from olss_fast.engine import cache as code_cache
 from olss_fast.engine.manifest import FORMAT
+from olss_fast.engine.weights import LAYOUT
 from olss_fast.support import container
 
 PLAN = GUIDED["two"]
@@ -139,6 +141,54 @@ def test_an_entry_of_other_members_is_none(tmp_path: Path, changes: dict[str, An
     for each in ({**facts, **changes}, {name: value for name, value in facts.items() if name not in changes}):
         container.write(tmp_path / "cache" / f"{key}.safetensors", code_cache.FORMAT, each, {})
         assert code_cache.load(tmp_path / "cache", key) is None
+
+
+@pytest.mark.parametrize("missing", ["network.so", LAYOUT])
+def test_an_entry_without_a_file_is_compiled_again(monkeypatch: pytest.MonkeyPatch, folder: Path, missing: str) -> None:
+    for key in [path.stem for path in folder.iterdir()]:
+        entry = code_cache.load(folder, key)
+        assert entry is not None
+        left = {name: content for name, content in entry.code.items() if name != missing}
+        code_cache.store(folder, key, entry._replace(code=left))
+    monkeypatch.setattr(building, "compile_code", compiles)
+    with pytest.raises(Compiled):
+        tiny("plain").build(cache=folder)
+
+
+class Slightly(TinyNetwork):
+    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
+        return 1.005 * super().forward(x, timestep, labels)
+
+
+def test_cached_code_is_not_further_from_the_network_than_new_code_may_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Even if the build that left it there was as far from its own network as it may be."""
+    bound, parts, cache = building.TOLERANCE[torch.float32], tiny("plain"), tmp_path / "cache"
+    monkeypatch.setattr(building, "_key", lambda *_: "0" * 64)
+    monkeypatch.setattr(building, "compile_code", compiles)
+    code_cache.store(cache, "0" * 64, code_cache.Entry(tiny_engine("plain")._code, 1.0, bound))
+    parts.build(cache=cache)
+    network = Slightly().eval()
+    network.load_state_dict(parts.network.state_dict())
+    with pytest.raises(Compiled):
+        parts.build(network=network, cache=cache)
+
+
+class Gains(TinyNetwork):
+    def forward(self, x: Tensor, timestep: Tensor, gains: list[float]) -> Tensor:  # type: ignore[override]
+        return super().forward(x, timestep) * gains[-1]
+
+
+def test_baked_in_values_are_told_apart_beyond_what_a_manifest_holds() -> None:
+    network = Gains().eval()
+
+    def key(last: float) -> str:
+        given = {"gains": [0.125] * 60 + [last]}
+        request = checked_request(network, {"two": PLAN}, SHAPES, given, None, None)
+        return building._key(request, building._facts(request, {"two": PLAN}), {})
+
+    assert key(1.0) == key(1.0) != key(2.0)
 
 
 def test_an_entry_under_anothers_name_is_not_used(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
