@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,13 +100,7 @@ def checked_request(
     for each in plans.values():
         check_plan_fits(each, denoiser)
     flat, without = flatten(given), {} if unconditional is None else flatten(denoiser.without)
-    for name in sorted(set(flat) & set(without)):
-        kinds = {isinstance(value, Tensor) for value in (flat[name], without[name])}
-        if kinds != {True} and (True in kinds or flat[name] != without[name]):
-            raise InputError(
-                f"conditioning and unconditional differ in {name!r}, which is not a tensor in both: it is baked in; "
-                "give a tensor that broadcasts to the other"
-            )
+    _check_baked_in(flat, without)
     tensors = {name: each for name, each in flat.items() if isinstance(each, Tensor)}
     request = Request(
         flat=FlatNetwork(_prepared(network, dtype, device), given),
@@ -124,13 +119,37 @@ def checked_request(
         times=tuple(map(float, first.timesteps)),
     )
     _check_callable(request)
+    _check_shared(request)
+    return request
+
+
+def _check_baked_in(given: Mapping[str, Any], without: Mapping[str, Any]) -> None:
+    """InputError if the halves differ in a value that is not a tensor in both."""
+    for name in sorted(set(given) & set(without)):
+        one, other = given[name], without[name]
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            continue
+        if isinstance(one, Tensor) or isinstance(other, Tensor) or not _equal(one, other):
+            raise InputError(
+                f"conditioning and unconditional differ in {name!r}, which is not a tensor in both: it is baked in; "
+                "give a tensor that broadcasts to the other"
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    arrays = isinstance(one, np.ndarray) or isinstance(other, np.ndarray)  # of text, say: others are tensors by now
+    return np.array_equal(one, other) if arrays else bool(one == other)
+
+
+def _check_shared(request: Request) -> None:
+    """InputError if the halves differ in a tensor that is one for the whole batch."""
     for name, sizes in request.shapes.items():
-        if name in without and sizes[:1] != [BATCH] and not torch.equal(request.unconditional[name], tensors[name]):
+        row = request.unconditional.get(name)
+        if row is not None and sizes[:1] != [BATCH] and not torch.equal(row, request.tensors[name]):
             raise InputError(
                 f"conditioning and unconditional differ in {name!r}, whose first size is not that of the samples, "
-                f"{profile.opt[0]}: one doubled batch cannot hold both"
+                f"{request.profile.opt[0]}: one doubled batch cannot hold both"
             )
-    return request
 
 
 def _check_callable(request: Request) -> None:

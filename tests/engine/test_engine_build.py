@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from engines import GUIDED, SCHEDULE, TinyNetwork, code_of, compiles, folded, noise_for, tiny, tiny_engine
+from engines import GUIDED, SCHEDULE, Compiled, TinyNetwork, code_of, compiles, folded, noise_for, tiny, tiny_engine
 from torch import Tensor
 
-from olss_fast import Profile, solvers
+from olss_fast import Profile, build, solvers
 from olss_fast.engine import building
 from olss_fast.errors import BuildError, InputError, NetworkError, OlssError
 
@@ -77,6 +78,34 @@ def test_conditioning_that_cannot_be(monkeypatch: pytest.MonkeyPatch, changes: d
     monkeypatch.setattr(building, "export", compiles)
     with pytest.raises((InputError, NetworkError), match=message):
         tiny("guided").build(**changes)
+
+
+class Captioned(TinyNetwork):
+    def forward(self, x: Tensor, timestep: Tensor, names: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x, timestep)
+
+
+def test_arrays_of_text_are_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "export", compiles)
+    names, network = np.array(["a", "b"]), Captioned().eval()
+    with pytest.raises(Compiled):
+        build(
+            network,
+            PLAN,
+            shapes=SHAPES,
+            conditioning={"names": names},
+            unconditional={"names": names.copy()},
+            cache=False,
+        )
+    with pytest.raises(InputError, match="differ in 'names', which is not a tensor in both"):
+        build(
+            network,
+            PLAN,
+            shapes=SHAPES,
+            conditioning={"names": names},
+            unconditional={"names": names[::-1]},
+            cache=False,
+        )
 
 
 def test_a_tensor_of_no_sample_that_differs_between_the_halves(monkeypatch: pytest.MonkeyPatch) -> None:
